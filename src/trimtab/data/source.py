@@ -1,0 +1,147 @@
+"""Where records come from, and the cursor that lets every stage of the chain resume.
+
+The chain is a row of generators: lines -> records -> tokens -> steps. Each yields ``(item, cursor)``;
+the cursor that came with an item, given back to `visit`, continues with the item after it. So any
+stage can stop anywhere, and what must be stored to resume is one small JSON object.
+
+`JsonlFile` is a sequence of lines that stays on disk (8 bytes of memory a line). `visit` walks any
+sequence, of lines or of datums, in a seeded order that differs by epoch.
+"""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TypedDict, TypeVar, overload
+
+from trimtab.errors import DataError
+
+T = TypeVar("T")
+
+
+class Cursor(TypedDict):
+    """The state of the chain after an item: ``position`` items of ``epoch`` have been visited.
+
+    ``items``, ``seed`` and ``digest`` say what was being visited, so that resuming over other data or
+    in another order is an error.
+    """
+
+    epoch: int
+    position: int
+    items: int
+    seed: int | None
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of a file as it was read; ``origin`` is ``file:line``."""
+
+    raw: bytes
+    origin: str
+
+
+class JsonlFile(Sequence[Line]):
+    """The lines of a JSONL file that are not blank.
+
+    ``digest`` is the SHA-256 of the file's bytes. Raises `DataError` if there is no such file, or no
+    line in it.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.name = self.path.name
+        self._offsets = array("q")
+        self._numbers = array("q")
+        content = sha256()
+        try:
+            with self.path.open("rb") as file:
+                offset = 0
+                for number, raw in enumerate(file, start=1):
+                    content.update(raw)
+                    if raw.strip():
+                        self._offsets.append(offset)
+                        self._numbers.append(number)
+                    offset += len(raw)
+        except OSError as error:
+            raise DataError(
+                f"cannot read the data file {str(path)!r}: {error.strerror}."
+            ) from error
+        if not self._offsets:
+            raise DataError(
+                f"{self.name}: the file has no records; it needs one JSON object a line."
+            )
+        self.digest = content.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    @overload
+    def __getitem__(self, index: int) -> Line: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Line]: ...
+    def __getitem__(self, index: int | slice) -> Line | Sequence[Line]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        with self.path.open("rb") as file:
+            file.seek(self._offsets[index])
+            return Line(file.readline(), f"{self.name}:{self._numbers[index]}")
+
+
+def visit(
+    items: Sequence[T],
+    *,
+    epochs: int | None = 1,
+    seed: int | None = None,
+    digest: str = "",
+    cursor: Cursor | None = None,
+) -> Iterator[tuple[T, Cursor]]:
+    """Walk ``items`` for ``epochs`` (None: for ever), each item once an epoch.
+
+    Without a ``seed`` the order is that of the sequence; with one it is a permutation drawn from the
+    seed and the epoch. ``cursor`` continues after the item that it came with. ``digest`` identifies
+    the data. Raises `DataError` when the cursor belongs to other data or another order.
+    """
+    here = Cursor(epoch=0, position=0, items=len(items), seed=seed, digest=digest)
+    if cursor is not None:
+        _check_same(cursor, here)
+        here = cursor
+    epoch, position = here["epoch"], here["position"]
+    while epochs is None or epoch < epochs:
+        order = epoch_order(len(items), seed, epoch)
+        while position < len(order):
+            item = items[order[position]]
+            position += 1
+            yield (
+                item,
+                Cursor(epoch=epoch, position=position, items=len(items), seed=seed, digest=digest),
+            )
+        epoch, position = epoch + 1, 0
+        if not order:
+            return
+
+
+def epoch_order(count: int, seed: int | None, epoch: int) -> Sequence[int]:
+    """The order of ``count`` items in that epoch; the same on every machine and in every process."""
+    if seed is None:
+        return range(count)
+    order = array("q", range(count))
+    random.Random(f"{seed}:{epoch}").shuffle(order)
+    return order
+
+
+def _check_same(cursor: Cursor, here: Cursor) -> None:
+    for name, saved, now in (
+        ("number of items", cursor["items"], here["items"]),
+        ("seed", cursor["seed"], here["seed"]),
+        ("content hash", cursor["digest"], here["digest"]),
+    ):
+        if saved != now:
+            raise DataError(
+                f"cannot resume: the {name} was {saved!r} when the run was saved and is {now!r} now. "
+                "Resume with the same data file and seed, or start a new run."
+            )
