@@ -93,14 +93,13 @@ def collate(
     if not data:
         raise DataError("cannot collate a batch of no data.")
     lengths = [len(datum) for datum in data]
+    if row_tokens is not None:
+        _check_fit(data, row_tokens)
     if not packed:
-        if row_tokens is not None:
-            _check_fit(data, lengths, row_tokens)
         return _fill(data, _padded_rows(len(data), groups), pad_id, masked=True)
     rows: list[list[int]] = []
     for members in _by_group(len(data), groups):
         budget = sum(lengths[index] for index in members) if row_tokens is None else row_tokens
-        _check_fit(data, lengths, budget)
         local = pack([lengths[index] for index in members], budget)
         rows += [[members[place] for place in row] for row in local]
     return _fill(data, rows, pad_id, masked=False)
@@ -158,11 +157,11 @@ def plan_batches(
     return batches
 
 
-def _check_fit(data: Sequence[Datum], lengths: Sequence[int], row_tokens: int) -> None:
-    for datum, length in zip(data, lengths, strict=True):
-        if length > row_tokens:
+def _check_fit(data: Sequence[Datum], row_tokens: int) -> None:
+    for datum in data:
+        if len(datum) > row_tokens:
             raise DataError(
-                f"{datum.origin or 'a datum'} has {length} tokens, more than a row of {row_tokens}; "
+                f"{datum.origin or 'a datum'} has {len(datum)} tokens, more than a row of {row_tokens}; "
                 "make rows longer, or choose how to truncate when the data are loaded."
             )
 

@@ -20,7 +20,7 @@ from trimtab.data.render import Renderer
 from trimtab.data.source import Cursor, JsonlFile, Line, visit
 from trimtab.errors import DataError
 
-Kind = Literal["bad row", "too long", "only masked tokens"]
+Kind = Literal["malformed", "too long", "only masked"]
 SHOWN = 10
 
 
@@ -185,12 +185,12 @@ def example(line: Line, renderer: Renderer, outcomes: Outcomes) -> Datum | Probl
     try:
         record = parse_line(line)
     except DataError as error:
-        return _problem(outcomes, "bad row", str(error), config.bad_rows == "error")
+        return _problem(outcomes, "malformed", str(error), config.bad_rows == "error")
     renderer.require(record)
     try:
         datum = renderer.render(record).datum()
     except DataError as error:
-        return _problem(outcomes, "bad row", str(error), config.bad_rows == "error")
+        return _problem(outcomes, "malformed", str(error), config.bad_rows == "error")
     return _limited(datum, outcomes)
 
 
@@ -209,7 +209,7 @@ def _limited(datum: Datum, outcomes: Outcomes) -> Datum | Problem:
     if not any(datum.weights):
         cut = f" after {over} tokens were cut" if over > 0 else ""
         reason = f"{datum.origin}: only masked tokens, nothing to learn{cut}."
-        return _problem(outcomes, "only masked tokens", reason, config.masked == "error")
+        return _problem(outcomes, "only masked", reason, config.masked == "error")
     outcomes.used += 1
     if over > 0:
         outcomes.truncated += 1

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from trimtab.data.records import Message
-from trimtab.errors import DataError
+from trimtab.errors import DataError, ModelError
 
 # Characters for private use: no text holds them, and no template treats them specially.
 MARKER = "\ue1a5\ue1a6\ue1a7"
@@ -33,11 +33,14 @@ class Span:
 
 
 class Template:
-    """The chat template of ``tokenizer``, which must have one."""
+    """The chat template of ``tokenizer``. Raises `ModelError` if it has none to use by default."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._source: str = tokenizer.get_chat_template()
+        try:
+            self._source: str = tokenizer.get_chat_template()
+        except ValueError as error:  # several named templates, and none is the default
+            raise ModelError(f"the tokenizer's chat template cannot be used: {error}") from error
         self.marked = MARKS.search(self._source) is not None
         added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
         self._controls = sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
