@@ -4,7 +4,7 @@ The chain is a row of generators: lines -> records -> tokens -> steps. Each yiel
 the cursor that came with an item, given back to `visit`, continues with the item after it. So any
 stage can stop anywhere, and what must be stored to resume is one small JSON object.
 
-`JsonlFile` is a sequence of lines that stays on disk (8 bytes of memory a line). `visit` walks any
+`JsonlFile` is a sequence of lines that stays on disk (16 bytes of memory a line). `visit` walks any
 sequence, of lines or of datums, in a seeded order that differs by epoch.
 """
 
