@@ -5,12 +5,34 @@ hypothesis draws the same examples in every run, so that a failure can be repeat
 """
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest
 from hypothesis import settings
+
+from recipes import assets
 
 settings.register_profile("trimtab", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("trimtab")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Folder of the real SmolLM2-135M-Instruct; the test is skipped where it cannot be fetched."""
+    try:
+        return assets.smollm2()
+    except assets.UnavailableError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """Folder of the real all-MiniLM-L6-v2; the test is skipped where it cannot be fetched."""
+    try:
+        return assets.minilm()
+    except assets.UnavailableError as error:
+        pytest.skip(str(error))
