@@ -1,1 +1,101 @@
-"""Trimtab."""
+"""Trimtab: one frozen model, a thousand small adapters.
+
+Names are imported when they are first used, so that ``import trimtab`` and the command line are quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PLACES = {
+    "Adapter": "trimtab.adapt.adapter",
+    "Method": "trimtab.adapt.contract",
+    "add": "trimtab.adapt.arithmetic",
+    "attach": "trimtab.adapt.attach",
+    "captured": "trimtab.adapt.checkpoint",
+    "describe": "trimtab.adapt.describe",
+    "detach": "trimtab.adapt.attach",
+    "disable": "trimtab.adapt.attach",
+    "enable": "trimtab.adapt.attach",
+    "interpolate": "trimtab.adapt.arithmetic",
+    "merge": "trimtab.adapt.merge",
+    "probe": "trimtab.adapt.attach",
+    "resolve": "trimtab.adapt.describe",
+    "rows": "trimtab.adapt.attach",
+    "scale": "trimtab.adapt.attach",
+    "scaled": "trimtab.adapt.arithmetic",
+    "stack": "trimtab.adapt.attach",
+    "using": "trimtab.adapt.attach",
+    "LoRA": "trimtab.methods.lora",
+    "DoRA": "trimtab.methods.dora",
+    "IA3": "trimtab.methods.ia3",
+    "BitFit": "trimtab.methods.bitfit",
+    "Bottleneck": "trimtab.methods.bottleneck",
+    "Prefix": "trimtab.methods.prefix",
+    "SpotTune": "trimtab.methods.spottune",
+    "Full": "trimtab.methods.full",
+    "load": "trimtab.models.load",
+    "train": "trimtab.train.api",
+}
+
+__all__ = ["__version__", "method", "methods", *_PLACES]
+
+
+def methods() -> list[str]:
+    """Names of all methods, from this package and from others."""
+    from trimtab.adapt.parse import methods as registry
+
+    return registry.names()
+
+
+def method(text: str) -> Method:
+    """A method from a string such as ``"lora(rank=8)"``."""
+    from trimtab.adapt.parse import method_from
+
+    return method_from(text)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'trimtab' has no attribute {name!r}")
+    value = getattr(import_module(_PLACES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+if TYPE_CHECKING:
+    from trimtab.adapt.adapter import Adapter as Adapter
+    from trimtab.adapt.arithmetic import add as add
+    from trimtab.adapt.arithmetic import interpolate as interpolate
+    from trimtab.adapt.arithmetic import scaled as scaled
+    from trimtab.adapt.attach import attach as attach
+    from trimtab.adapt.attach import detach as detach
+    from trimtab.adapt.attach import disable as disable
+    from trimtab.adapt.attach import enable as enable
+    from trimtab.adapt.attach import probe as probe
+    from trimtab.adapt.attach import rows as rows
+    from trimtab.adapt.attach import scale as scale
+    from trimtab.adapt.attach import stack as stack
+    from trimtab.adapt.attach import using as using
+    from trimtab.adapt.checkpoint import captured as captured
+    from trimtab.adapt.contract import Method as Method
+    from trimtab.adapt.describe import describe as describe
+    from trimtab.adapt.describe import resolve as resolve
+    from trimtab.adapt.merge import merge as merge
+    from trimtab.methods.bitfit import BitFit as BitFit
+    from trimtab.methods.bottleneck import Bottleneck as Bottleneck
+    from trimtab.methods.dora import DoRA as DoRA
+    from trimtab.methods.full import Full as Full
+    from trimtab.methods.ia3 import IA3 as IA3
+    from trimtab.methods.lora import LoRA as LoRA
+    from trimtab.methods.prefix import Prefix as Prefix
+    from trimtab.methods.spottune import SpotTune as SpotTune
+    from trimtab.models.load import load as load
+    from trimtab.train.api import train as train

@@ -1,0 +1,1 @@
+"""The core: contract, sites, bank, routes, attaching, merging, arithmetic, files."""

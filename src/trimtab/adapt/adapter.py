@@ -1,0 +1,166 @@
+"""An adapter: a method, the sites it was resolved to, its tensors, and a name.
+
+A value: it can be created, saved, loaded, compared, added and scaled with no model in memory. While it
+is attached, its tensors are the model's own parameters; detaching hands them back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.adapt import slots
+from trimtab.adapt.contract import Method, Place
+from trimtab.adapt.fingerprint import Fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class SiteSpec:
+    """One resolved site: where, in what role, and by which of the adapter's methods."""
+
+    path: str
+    role: str
+    method: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorName:
+    """A tensor of an adapter: its site's path (empty for the whole adapter's) and its slot."""
+
+    path: str
+    slot: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.path}.{self.slot}" if self.path else self.slot
+
+
+@dataclass
+class Origin:
+    """Where an adapter comes from: written into its folder, never needed to use it."""
+
+    base_name: str | None = None
+    task_type: str | None = None
+    suffixes: tuple[str, ...] | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+class Adapter:
+    """See the module. ``methods[0]`` is the method; others train modules in full beside it."""
+
+    def __init__(
+        self,
+        name: str,
+        methods: Sequence[Method],
+        sites: Sequence[SiteSpec],
+        tensors: Mapping[TensorName, Tensor],
+        *,
+        base: Fingerprint | None = None,
+        origin: Origin | None = None,
+    ) -> None:
+        slots.check_name(name)
+        self.name = name
+        self.methods = tuple(methods)
+        self.sites = tuple(sites)
+        self.base = base
+        self.origin = origin or Origin()
+        self._tensors: dict[TensorName, Tensor] = dict(tensors)
+        self._holders: dict[TensorName, nn.Module] = {}
+
+    @property
+    def method(self) -> Method:
+        return self.methods[0]
+
+    @property
+    def attached(self) -> bool:
+        return bool(self._holders)
+
+    def named(self) -> dict[TensorName, Tensor]:
+        """All tensors by name; live parameters while attached."""
+        if self._holders:
+            return {n: slots.get(holder, n.slot, self.name) for n, holder in self._holders.items()}
+        return dict(self._tensors)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by key (``model.layers.0.self_attn.q_proj.lora_A.weight``)."""
+        return {name.key: tensor for name, tensor in self.named().items()}
+
+    def at_site(self, path: str) -> dict[str, Tensor]:
+        """The tensors of one site, by slot."""
+        return {name.slot: tensor for name, tensor in self.named().items() if name.path == path}
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The trained parameters; only an attached adapter has them."""
+        for tensor in self.named().values():
+            if isinstance(tensor, nn.Parameter):
+                yield tensor
+
+    def places(self, method: int = 0) -> list[Place]:
+        return [Place(site.path, site.role) for site in self.sites if site.method == method]
+
+    @property
+    def count(self) -> int:
+        """Number of trained values."""
+        return sum(tensor.numel() for tensor in self.named().values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.named().values())
+
+    # -- files -----------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the adapter folder, atomically; see `trimtab.adapt.files`."""
+        from trimtab.adapt.files import save
+
+        return save(self, Path(folder))
+
+    @classmethod
+    def load(cls, folder: str | Path, *, name: str | None = None) -> Adapter:
+        """Read an adapter folder, ours or PEFT's; ``name`` renames it."""
+        from trimtab.adapt.files import load
+
+        return load(Path(folder), name=name)
+
+    # -- values ----------------------------------------------------------------------------------------
+
+    def detached(self, *, name: str | None = None) -> Adapter:
+        """An independent copy, not attached to anything."""
+        copied = {n: t.detach().clone() for n, t in self.named().items()}
+        return Adapter(name or self.name, self.methods, self.sites, copied, base=self.base, origin=self.origin)
+
+    def __eq__(self, other: object) -> bool:
+        """Same methods, sites and bitwise equal tensors; names and provenance do not matter."""
+        if not isinstance(other, Adapter):
+            return NotImplemented
+        mine, theirs = self.named(), other.named()
+        return (
+            self.methods == other.methods
+            and set(self.sites) == set(other.sites)
+            and mine.keys() == theirs.keys()
+            and all(torch.equal(mine[n].cpu(), theirs[n].cpu()) for n in mine)
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # mutable while it trains
+
+    def __repr__(self) -> str:
+        methods = " + ".join(method.kind for method in self.methods)
+        return f"Adapter({self.name!r}, {methods}, {len(self.sites)} sites, {self.count:,} parameters)"
+
+    # -- used by attach --------------------------------------------------------------------------------
+
+    def bind(self, holders: Mapping[TensorName, nn.Module]) -> None:
+        """Hand the tensors over to the model that holds them now."""
+        self._holders = dict(holders)
+        self._tensors = {}
+
+    def unbind(self) -> None:
+        """Take the tensors back from the model."""
+        self._tensors = {name: tensor.detach() for name, tensor in self.named().items()}
+        self._holders = {}

@@ -1,0 +1,237 @@
+"""The bank: all adapters attached to one model, which of them act, and the context of each forward.
+
+The bank is the child ``trimtab`` of the model's root. It holds adapters' model-level tensors, and hooks
+on the model's entries make a `Context` for each call from what the caller passed. One thread runs a
+model at a time; a recomputation in backward, on whatever thread, restores the context of its forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.adapt import checkpoint
+from trimtab.adapt.adapter import Adapter
+from trimtab.adapt.context import Context
+from trimtab.adapt.route import Owner, Route
+from trimtab.errors import AttachError, RouteError, UnknownNameError, suggest
+
+if TYPE_CHECKING:
+    from trimtab.adapt.attention import Injection
+
+CHILD = "trimtab"
+_BATCH_KEYS = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "x", "input")
+
+
+class Bank(nn.Module):
+    """State of one model with adapters. Made by `trimtab.attach`, found by `bank_of`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapters: dict[str, Adapter] = {}
+        self.active: list[str] = []
+        self.scales: dict[str, float] = {}
+        self.disabled: set[str] = set()
+        self.frozen_before: dict[str, bool] = {}
+        self.handles: list[Any] = []
+        self.injections: dict[str, Injection] = {}
+        self.attention_before: str | None = None
+        self.shift: Any = None
+        self.norms: list[nn.Module] = []
+        self.blocks: list[nn.Module] = []
+        self.fired: set[str] | None = None
+        self.plan: Plan | None = None
+        self._scope: Route | None = None
+        self._context: Context | None = None
+        self._depth = 0
+        self._last: Context | None = None
+        self._encoded: tuple[Tensor, dict[str, Any]] | None = None
+        self._memories: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
+
+    # -- who acts --------------------------------------------------------------------------------------
+
+    @property
+    def default(self) -> Route:
+        """The route when no scope is open: every active adapter that is not disabled, nested in order."""
+        return Route.everyone(tuple(name for name in self.active if name not in self.disabled))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A saved or copied bank forgets generations in progress."""
+        return {**self.__dict__, "_memories": None, "_encoded": None, "_last": None, "_context": None, "_depth": 0}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._memories = WeakKeyDictionary()
+
+    def owner(self, who: str | Sequence[str] | None) -> Owner:
+        """A validated owner from what a user wrote: a name, several names (a stack), or None."""
+        names: Owner = () if who is None else (who,) if isinstance(who, str) else tuple(who)
+        for name in names:
+            self.require(name)
+        if len(set(names)) != len(names):
+            raise RouteError(f"{list(names)} names an adapter twice.")
+        return names
+
+    def require(self, name: str) -> Adapter:
+        """The adapter of that name, or an error with near names."""
+        if name not in self.adapters:
+            hint = suggest(name, self.adapters) or f" Attached: {', '.join(self.adapters) or 'none'}."
+            raise UnknownNameError(f"no adapter {name!r} is attached.{hint}")
+        return self.adapters[name]
+
+    @contextmanager
+    def scope(self, route: Route, plan: Plan | None = None) -> Iterator[None]:
+        """Route all forwards inside the ``with``; scopes nest, the innermost holds."""
+        before, before_plan = self._scope, self.plan
+        self._scope, self.plan = route, plan
+        try:
+            yield
+        finally:
+            self._scope, self.plan = before, before_plan
+
+    # -- contexts --------------------------------------------------------------------------------------
+
+    def context(self, training: bool) -> Context:
+        """The context a site is to obey; made on the spot where a part of the model is called alone."""
+        if self._context is None:
+            return Context(self._scope or self.default, training=training)
+        return self._context
+
+    def recall(self, context: Context, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function`` run under ``context`` again, if it is not in force (a checkpoint's recomputation)."""
+
+        def recalled(*args: Any, **kwargs: Any) -> Any:
+            before = self._context
+            if before is context:
+                return function(*args, **kwargs)
+            self._context = context
+            context.recomputing = True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._context = before
+                context.recomputing = False
+
+        return recalled
+
+    def capture(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function`` bound to the context in force now."""
+        return self.recall(self._context or Context(self._scope or self.default), function)
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Entry hook: open the context of this forward."""
+        self._depth += 1
+        if self._depth > 1:
+            return
+        try:
+            self._context = self._open(module, args, kwargs)
+        except Exception:
+            self._depth -= 1
+            raise
+
+    def after(self, module: nn.Module, args: Any, out: Any) -> None:
+        """Entry hook: close it, whether the forward returned or raised."""
+        self._depth = max(self._depth - 1, 0)
+        if self._depth == 0:
+            states = getattr(out, "last_hidden_state", None)
+            if self._context is not None and self._context.memory and isinstance(states, Tensor):
+                self._encoded = (states, self._context.memory)
+            self._last = self._context
+            self._context = None
+
+    def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Context:
+        for norm in self.norms:
+            norm.training = False  # the base's running statistics are not ours to change
+        checkpoint.watch(self)
+        batch = _batch(args, kwargs)
+        past = kwargs.get("past_key_values")
+        route = self._scope or self.default
+        rows = None if batch is None else batch.shape[0]
+        if rows is not None:
+            generating = not module.training and (past is not None or kwargs.get("use_cache") is True)
+            route = route.expanded(rows, generating=generating)
+        length = batch.shape[1] if batch is not None and batch.dim() > 1 else None
+        plan = self.plan
+        return Context(
+            route,
+            rows=rows,
+            length=length,
+            mask=kwargs.get("attention_mask") if plan is None else plan.mask,
+            prompt=None if plan is None else plan.prompt,
+            labels=kwargs.get("labels"),
+            training=module.training,
+            memory=self._memory(past, kwargs),
+            past=past,
+        )
+
+    def _memory(self, past: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What gates remember lives as long as the cache of the generation it belongs to."""
+        if past is None:
+            return self._from_encoder(kwargs)
+        if past not in self._memories:
+            self._memories[past] = self._from_encoder(kwargs)
+        return self._memories[past]
+
+    def _from_encoder(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What was decided when the encoder ran by itself on these very states (beams repeat each row)."""
+        given = kwargs.get("encoder_outputs")
+        if given is None or self._encoded is None:
+            return {}
+        states, memory = self._encoded
+        new = given[0]
+        times = new.shape[0] // states.shape[0]
+        same = new is states or (new.shape[0] == times * states.shape[0] and torch.equal(new[::times], states))
+        return dict(memory) if same else {}
+
+    # -- losses and probes -----------------------------------------------------------------------------
+
+    def take_losses(self) -> list[tuple[str, str, Tensor]]:
+        """Auxiliary losses of the last forward as (adapter, name, value); taken once."""
+        if self._last is None:
+            return []
+        losses, self._last.losses = self._last.losses, []
+        return losses
+
+    def fire(self, path: str) -> None:
+        """Note that a site was reached, while a probe is listening."""
+        if self.fired is not None:
+            self.fired.add(path)
+
+
+class Plan:
+    """What the engine knows of a batch beside the route: masks that no argument of the model carries."""
+
+    def __init__(self, mask: Tensor | None = None, prompt: Tensor | None = None) -> None:
+        self.mask = mask
+        self.prompt = prompt
+
+
+def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    if args and isinstance(args[0], Tensor):
+        return args[0]
+    for key in _BATCH_KEYS:
+        value = kwargs.get(key)
+        if isinstance(value, Tensor):
+            return value
+    tensors = [value for value in kwargs.values() if isinstance(value, Tensor)]
+    return tensors[0] if tensors else None
+
+
+def bank_of(model: nn.Module) -> Bank:
+    """The bank of a model with adapters (also behind DDP, ``torch.compile`` or another wrapper)."""
+    found = find_bank(model)
+    if found is None:
+        raise AttachError(f"{type(model).__name__} has no adapters; attach one first: trimtab.attach(model, method, name).")
+    return found
+
+
+def find_bank(model: nn.Module) -> Bank | None:
+    own = model._modules.get(CHILD)
+    if isinstance(own, Bank):
+        return own
+    return next((module for module in model.modules() if isinstance(module, Bank)), None)

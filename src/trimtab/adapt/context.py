@@ -1,0 +1,100 @@
+"""The context of one forward: its route, its masks, its phase, and what gates remember.
+
+A context is made by the bank when the model is called, read by sites, and captured where a block is
+checkpointed, so that a recomputation in backward sees what the forward saw.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.adapt.route import Layout, Part, Route, layout
+from trimtab.errors import RouteError
+
+IGNORED = -100
+"""The label that transformers gives to positions without loss."""
+
+
+class Context:
+    """One forward of one model. Tensors are references to the caller's, never copies.
+
+    Args:
+        route: who acts, already expanded to the rows of this batch.
+        rows: rows of the batch, or None outside a call of the whole model.
+        mask: (B, T) attention mask, or None.
+        prompt: (B, T) true where a gate may look (before the first trained token), or None.
+        memory: where gates keep decisions that outlive this forward (a generation).
+    """
+
+    def __init__(
+        self,
+        route: Route,
+        *,
+        rows: int | None = None,
+        length: int | None = None,
+        mask: Tensor | None = None,
+        prompt: Tensor | None = None,
+        labels: Tensor | None = None,
+        decoding: bool = False,
+        training: bool = False,
+        memory: dict[str, Any] | None = None,
+        past: Any = None,
+    ) -> None:
+        self.route = route
+        self.rows = rows
+        self.lengths: tuple[int, ...] = () if length is None else (length,)
+        self.mask = mask
+        self.labels = labels
+        self.training = training
+        self.decoding = decoding
+        self.memory: dict[str, Any] = {} if memory is None else memory
+        self.past = past
+        self.losses: list[tuple[str, str, Tensor]] = []
+        self.recomputing = False
+        self._prompt = prompt
+        self._layouts: dict[tuple[int, ...], Layout] = {}
+
+    def layout(self, x: Tensor) -> Layout:
+        """The parts of a tensor of this shape; found once per shape, not per layer."""
+        route = self.route
+        if route.every:
+            return Layout((Part(route.owners[0], None, None, False, x.shape[0]),), (), None)
+        key = (x.dim(), *x.shape[:2])
+        if key not in self._layouts:
+            self._layouts[key] = layout(route, x, self.lengths)
+        return self._layouts[key]
+
+    def visible(self, part: Part, y: Tensor, *, causal: bool) -> Tensor:
+        """For each position of a part of the input embeddings (flattened), whether a gate may look at it.
+
+        Raises:
+            RouteError: a causal model in training, and nothing says where the prompt ends.
+        """
+        mask = self._given(causal)
+        if mask is None:
+            return torch.ones(y[..., 0].numel(), dtype=torch.bool, device=y.device)
+        chosen = part.take(mask.to(y.device)).flatten()
+        if chosen.numel() != y[..., 0].numel():
+            raise RouteError(f"the masks of this batch do not fit the embeddings of shape {tuple(y.shape)}.")
+        return chosen
+
+    def _given(self, causal: bool) -> Tensor | None:
+        """(B, T) true where a gate may look; None is everywhere."""
+        mask = None if self.mask is None or self.mask.dim() != 2 else self.mask.to(torch.bool)
+        if not causal:
+            return mask
+        prompt = self._prompt
+        if prompt is None and self.labels is not None:
+            # A token is visible until the first label; that label's own token is the answer.
+            prompt = (self.labels != IGNORED).cumsum(1) == 0
+        if prompt is None:
+            if self.training:
+                raise RouteError(
+                    "a gate of a causal model may look at the prompt only, and nothing says where it ends: pass "
+                    "labels (with -100 on the prompt) or train through trimtab."
+                )
+            return mask
+        return prompt if mask is None else prompt & mask

@@ -1,0 +1,265 @@
+"""The contract: what a PEFT method has to say, and all that it may know.
+
+A frozen layer is a map f. A layer-wise method is at most three edits of it:
+
+    y = leave( f( enter(x) ) + delta(x) )
+
+A `Method` is a frozen, validated value. It holds no tensors: it *states* them (name, shape, init) and
+is handed them back as ``p`` at each call, already in the dtype of the computation. It says where it
+wants to act (`place`), and which of the three edits it makes by overriding them. A method that acts
+inside attention overrides `keys_values` instead. Everything else (merging, mixing, saving, stacking,
+scaling, disabling, training) is written once, elsewhere, in terms of these hooks.
+
+Shapes: x_..I and y_..O are whatever the layer takes and gives; R is a rank; U counts units (rows of
+the batch, or documents of a packed row).
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+from pydantic import field_validator
+from torch import Tensor
+
+from trimtab.config import Config
+from trimtab.errors import ConfigError, UnsupportedError
+from trimtab.frozen import Layer
+
+if TYPE_CHECKING:
+    from trimtab.adapt.route import Part
+    from trimtab.models.anatomy import Anatomy
+
+Init = Callable[[tuple[int, ...], torch.Generator], Tensor]
+"""Makes the initial value (fp32, on CPU) of a tensor of that shape."""
+
+Params = Mapping[str, Tensor]
+"""The tensors of one adapter at one site, by the short names that the method gave them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """One trained tensor: where it lies, its shape and its first value.
+
+    ``name`` is its slot (``lora_A.weight``, ``ia3_l``) in PEFT's grammar: in memory the adapter's name is
+    inserted before a last ``.weight``, else appended. ``cast`` False keeps the master's dtype in the hooks.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    init: Init
+    cast: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One site that a method asks for. ``role`` is the method's own word for what it does there."""
+
+    path: str
+    role: str = ""
+
+
+class At(Protocol):
+    """What a hook may know beside x: the site, and the context of this call.
+
+    ``index`` of ``count``: this site's number among those of its method; ``block``: the number of its
+    transformer block. ``memory`` lasts for a forward, and for a whole generation where there is a cache.
+    """
+
+    path: str
+    role: str
+    block: int | None
+    index: int
+    count: int
+    layer: Layer
+    name: str
+    x: Tensor
+    training: bool
+    causal: bool
+    part: Part
+    shared: Params
+    memory: dict[str, Any]
+
+    def pool(self, y: Tensor) -> Tensor:
+        """(U, C) mean of y_BTC over what a gate may look at, for this owner's units (others get zeros)."""
+
+    def require_prompt(self) -> None:
+        """Raise `RouteError` where a generation goes on whose prompt this adapter has not seen."""
+
+    def add_loss(self, name: str, value: Tensor) -> None:
+        """Add an auxiliary loss of this adapter; the engine adds it to the objective once."""
+
+
+class Method(Config, ABC):
+    """One PEFT technique with its hyper-parameters.
+
+    ``targets`` and ``exclude`` select sites (see `trimtab.adapt.targets`), ``layers`` restricts them to
+    blocks of those indices. ``train`` names modules that are trained in full, per adapter, under the
+    same routes (a classification head).
+
+    Class facts: ``kind`` is its name in the registry; ``affine`` whether its edits can merge, and
+    ``why_not_affine`` the reason if not; ``needs_prompt`` whether a gate must see a prompt; ``lr`` and
+    ``weight_decay`` are defaults of training; ``peft_type`` and ``disk`` (slot -> slot in a file) are what
+    PEFT calls it; ``short_names`` (slot -> short name) lets arithmetic work without a model.
+    """
+
+    kind: ClassVar[str]
+    affine: ClassVar[bool] = True
+    why_not_affine: ClassVar[str] = ""
+    needs_prompt: ClassVar[bool] = False
+    lr: ClassVar[float] = 2e-4
+    weight_decay: ClassVar[float] = 0.0
+    peft_type: ClassVar[str | None] = None
+    disk: ClassVar[Mapping[str, str]] = {}
+    short_names: ClassVar[Mapping[str, str]] = {}
+
+    targets: str | tuple[str, ...] = ()
+    exclude: str | tuple[str, ...] = ()
+    layers: tuple[int, ...] | None = None
+    train: tuple[str, ...] = ()
+
+    @field_validator("targets", "exclude", "layers", "train", mode="before")
+    @classmethod
+    def _tuples(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list | set | range) else value
+
+    # -- where and what ------------------------------------------------------------------------------
+
+    def place(self, anatomy: Anatomy) -> Sequence[Place]:
+        """The sites this method asks for: by default all that its selectors match, with no role."""
+        return [Place(path) for path in anatomy.select(self.targets, self.exclude, self.layers)]
+
+    def at(self, path: str) -> Method:
+        """The method with the hyper-parameters it has at this site (per-layer patterns)."""
+        return self
+
+    def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
+        """The tensors at one site, by short name."""
+        return {}
+
+    def shared(self, anatomy: Anatomy, places: Sequence[Place]) -> dict[str, Spec]:
+        """Tensors of the whole adapter, kept beside the model's root."""
+        return {}
+
+    # -- the edits -------------------------------------------------------------------------------------
+
+    def enter(self, p: Params, x: Tensor, at: At) -> Tensor:
+        """Edit what goes in."""
+        return x
+
+    def delta(self, p: Params, x: Tensor, at: At) -> Tensor | None:
+        """Add something beside the layer; None adds nothing."""
+        return None
+
+    def leave(self, p: Params, y: Tensor, at: At) -> Tensor:
+        """Edit what comes out. ``at.x`` is what went in."""
+        return y
+
+    def keys_values(self, p: Params, at: At) -> tuple[Tensor, Tensor] | None:
+        """Keys and values (length, key heads · head width) put before an attention's own; None adds none."""
+        return None
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many positions `keys_values` takes before the real tokens."""
+        return 0
+
+    def merged(self, p: Params, layer: Layer, role: str) -> tuple[Tensor, Tensor | None] | None:
+        """A closed form of the merged ``(W', b')`` in fp32, or None: push the identity."""
+        return None
+
+    # -- arithmetic on one site's tensors --------------------------------------------------------------
+
+    def scaled(self, p: Params, weight: float, role: str) -> dict[str, Tensor]:
+        """The tensors whose edit is ``weight`` times this one's."""
+        raise UnsupportedError(f"{self.kind}: its edit is not linear in any of its tensors, so it cannot be scaled.")
+
+    def sum(self, parts: Sequence[tuple[Method, Params]], role: str) -> tuple[Method, dict[str, Tensor]]:
+        """One method and its tensors at this site, whose edit is the sum of the parts' edits."""
+        raise UnsupportedError(f"{self.kind}: the sum of two such edits is not an edit of the same kind.")
+
+    # -- PEFT's configuration file ---------------------------------------------------------------------
+
+    def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
+        """The fields that PEFT's ``adapter_config.json`` needs beside the common ones."""
+        return {}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]) -> Method | None:
+        """The method that a PEFT config means, or None when this class does not read it.
+
+        ``slots`` are the names and shapes in the weights file. Raise `FileFormatError` for an option
+        that changes the mathematics and that we do not have.
+        """
+        return None
+
+    def roles_in_file(self, path: str, slots: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+        """The roles of a site read from a PEFT file, from its slots and their shapes."""
+        return ("",)
+
+    # -- values ----------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, with its kind: what `trimtab.adapt.parse.method_from` reads back."""
+        return {"kind": self.kind, **self.model_dump(mode="json")}
+
+    def overrides(self, hook: str) -> bool:
+        """Whether this class makes that edit at all."""
+        return getattr(type(self), hook) is not getattr(Method, hook)
+
+
+def pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of ``path``, on whole segments."""
+    for pattern, value in patterns.items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", path):
+                return value
+        except re.error as error:
+            raise ConfigError(f"pattern {pattern!r} is not a regular expression: {error}") from None
+    return default
+
+
+# -- initial values -----------------------------------------------------------------------------------
+
+
+def zeros(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.zeros(shape)
+
+
+def ones(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.ones(shape)
+
+
+def constant(value: float) -> Init:
+    return lambda shape, generator: torch.full(shape, value)
+
+
+def normal(std: float) -> Init:
+    return lambda shape, generator: torch.randn(shape, generator=generator) * std
+
+
+def truncated_normal(std: float) -> Init:
+    """N(0, std²) cut at two standard deviations."""
+
+    def init(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return torch.nn.init.trunc_normal_(torch.empty(shape), std=std, a=-2 * std, b=2 * std, generator=generator)
+
+    return init
+
+
+def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """U(±1/√fan_in): what ``nn.Linear`` and LoRA's A start from."""
+    fan_in = 1
+    for size in shape[1:]:
+        fan_in *= size
+    bound = fan_in**-0.5
+    return (torch.rand(shape, generator=generator) * 2 - 1) * bound
+
+
+def copy_of(tensor: Tensor) -> Init:
+    """Starts as a copy (a frozen head that is to be trained)."""
+    return lambda shape, generator: tensor.detach().float().cpu().reshape(shape).clone()

@@ -1,0 +1,74 @@
+"""What a model with adapters looks like now, and what a method would do to a model, as plain text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import nn
+
+from trimtab.adapt.adapter import Adapter
+from trimtab.adapt.attach import _layer, _planned, _specs
+from trimtab.adapt.bank import find_bank
+from trimtab.adapt.contract import Method
+from trimtab.adapt.parse import method_from
+from trimtab.adapt.tree import anatomy_of
+
+
+def describe(model: nn.Module) -> str:
+    """Sites, methods, parameters, and what acts now."""
+    bank = find_bank(model)
+    total = sum(p.numel() for n, p in model.named_parameters()) if bank is None else _base_count(model)
+    lines = [f"{type(model).__name__}: {total:,} parameters in the base"]
+    if bank is None:
+        return lines[0] + "; no adapters attached"
+    acting = bank.default.owners[0] if bank._scope is None else None
+    for name, adapter in bank.adapters.items():
+        scale = bank.scales.get(name, 1.0)
+        notes = [] if scale == 1.0 else [f"scale {scale:g}"]
+        notes += ["disabled"] if name in bank.disabled else []
+        lines.append(
+            f"  {name}: {' + '.join(m.kind for m in adapter.methods)}, {adapter.count:,} parameters "
+            f"({adapter.count / total:.3%}) at {len(adapter.sites)} sites{', ' + ', '.join(notes) if notes else ''}"
+        )
+        lines += [f"    {line}" for line in grouped(adapter)]
+    if acting is not None:
+        lines.append("  acting now: " + (" -> ".join(acting) if acting else "the bare base"))
+    else:
+        owners = bank._scope.owners if bank._scope else ()
+        lines.append("  acting now: " + ", ".join("+".join(o) or "base" for o in owners))
+    return "\n".join(lines)
+
+
+def resolve(model: nn.Module, method: Method | str | Mapping[str, object]) -> str:
+    """Where a method would act on this model, with shapes and parameter counts; nothing is changed."""
+    chosen = method_from(method)
+    anatomy = anatomy_of(model)
+    adapter = _planned(model, chosen, "plan", anatomy)
+    layers = {site.path: _layer(anatomy, site.path) for site in adapter.sites}
+    specs = _specs(adapter, anatomy, layers)
+    count = sum(_size(spec.shape) for found in specs.values() for spec in found.values())
+    head = f"{chosen.kind}: {len(adapter.sites)} sites, {count:,} parameters"
+    return "\n".join([head, *(f"  {line}" for line in grouped(adapter))])
+
+
+def grouped(adapter: Adapter) -> list[str]:
+    """One line per kind of site: block numbers folded, with how many there are."""
+    counts: dict[str, int] = {}
+    for site in adapter.sites:
+        folded = re.sub(r"\.\d+(?=\.|$)", ".*", site.path) + (f" [{site.role}]" if site.role else "")
+        counts[folded] = counts.get(folded, 0) + 1
+    return [f"{count:>4} × {path}" for path, count in counts.items()]
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for axis in shape:
+        size *= axis
+    return size
+
+
+def _base_count(model: nn.Module) -> int:
+    modules = anatomy_of(model).modules.values()
+    distinct = {id(p): p.numel() for m in modules for p in m._parameters.values() if p is not None}
+    return sum(distinct.values())

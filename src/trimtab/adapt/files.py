@@ -1,0 +1,309 @@
+"""Adapter folders: ``adapter_config.json`` and ``adapter_model.safetensors`` in PEFT's grammar, and ours.
+
+    adapter_config.json        what PEFT, vLLM and SGLang read, for methods that they know
+    adapter_model.safetensors  exactly the trained tensors, at PEFT's keys
+    trimtab.json               schema, methods, sites, base fingerprint, provenance, checksums
+
+Writing is atomic: everything goes to a temporary folder, is flushed to disk, and is renamed into place.
+Reading checks keys both ways and unpickles nothing. A folder without ``trimtab.json`` is PEFT's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trimtab.adapt.adapter import Adapter, Origin, SiteSpec, TensorName
+from trimtab.adapt.contract import Method
+from trimtab.adapt.fingerprint import Fingerprint
+from trimtab.adapt.parse import method_from, methods
+from trimtab.errors import FileFormatError, StorageError, UnsupportedError, suggest
+
+SCHEMA = 1
+CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "trimtab.json"
+PREFIX = "base_model.model."
+
+
+def save(adapter: Adapter, folder: Path) -> Path:
+    """Write the adapter; an adapter that was in ``folder`` before is replaced whole or not at all.
+
+    Raises:
+        StorageError: the disk refused (full, read-only); what was there before is intact.
+    """
+    tensors: dict[str, Tensor] = {}
+    index: dict[str, dict[str, str]] = {}
+    for name, tensor in adapter.named().items():
+        key = disk_key(adapter, name)
+        if key in tensors:
+            raise FileFormatError(f"two tensors of adapter {adapter.name!r} would share the key {key!r} on disk.")
+        tensors[key] = tensor.detach().cpu().contiguous()
+        index[key] = {"path": name.path, "slot": name.slot, "sha256": checksum(tensors[key])}
+    ours = {
+        "schema": SCHEMA,
+        "name": adapter.name,
+        "methods": [method.to_dict() for method in adapter.methods],
+        "sites": [[site.path, site.role, site.method] for site in adapter.sites],
+        "base": adapter.base.to_dict() if adapter.base else None,
+        "base_name": adapter.origin.base_name,
+        "provenance": adapter.origin.provenance,
+        "tensors": index,
+    }
+    with replacing(folder) as temporary:
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        write_json(temporary / CONFIG, _peft_config(adapter))
+        write_json(temporary / OURS, ours)
+    return folder
+
+
+def load(folder: Path, *, name: str | None = None) -> Adapter:
+    """Read an adapter folder.
+
+    Raises:
+        FileFormatError: a file is missing, torn or foreign, or its keys are not exactly those expected.
+    """
+    if not folder.is_dir():
+        raise FileFormatError(f"{folder} is not an adapter folder (no such directory).")
+    for needed in (CONFIG, WEIGHTS):
+        if not (folder / needed).is_file():
+            pickled = " Only safetensors are read; convert adapter_model.bin with PEFT first."
+            extra = pickled if needed == WEIGHTS and (folder / "adapter_model.bin").exists() else ""
+            raise FileFormatError(f"{folder} has no {needed}: not an adapter folder, or an incomplete one.{extra}")
+    tensors = read_tensors(folder / WEIGHTS)
+    if (folder / OURS).is_file():
+        return _from_ours(folder, read_json(folder / OURS), tensors, name)
+    return _from_peft(folder, read_json(folder / CONFIG), tensors, name)
+
+
+# -- keys ---------------------------------------------------------------------------------------------
+
+
+def disk_key(adapter: Adapter, name: TensorName) -> str:
+    """The key of a tensor in the weights file, in PEFT's grammar."""
+    slot = name.slot
+    for method in adapter.methods:
+        if slot in method.disk:
+            slot = method.disk[slot]
+            break
+    if not name.path:
+        return slot if slot != name.slot else f"base_model.{slot}"
+    return f"{PREFIX}{name.path}.{slot}"
+
+
+# -- reading ------------------------------------------------------------------------------------------
+
+
+def _from_ours(folder: Path, ours: Mapping[str, Any], tensors: dict[str, Tensor], name: str | None) -> Adapter:
+    schema = ours.get("schema")
+    if schema != SCHEMA:
+        raise FileFormatError(f"{folder / OURS}: schema {schema!r}; this version of Trimtab reads schema {SCHEMA}.")
+    try:
+        index: Mapping[str, Mapping[str, str]] = ours["tensors"]
+        found_methods = [method_from(item) for item in ours["methods"]]
+        sites = [SiteSpec(str(path), str(role), int(number)) for path, role, number in ours["sites"]]
+        base = Fingerprint.from_dict(ours["base"]) if ours["base"] else None
+        origin = Origin(base_name=ours["base_name"], provenance=dict(ours["provenance"]))
+        own_name = name or str(ours["name"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FileFormatError(f"{folder / OURS} is incomplete: {error!r}.") from None
+    _same_keys(folder / WEIGHTS, set(index), set(tensors))
+    named = {}
+    for key, entry in index.items():
+        if checksum(tensors[key]) != entry["sha256"]:
+            raise FileFormatError(f"{folder / WEIGHTS}: tensor {key!r} does not match its checksum; the file is damaged.")
+        named[TensorName(entry["path"], entry["slot"])] = tensors[key]
+    return Adapter(own_name, found_methods, sites, named, base=base, origin=origin)
+
+
+def _from_peft(folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor], name: str | None) -> Adapter:
+    kind = config.get("peft_type")
+    known = {cls.peft_type for _, cls in methods.items() if cls.peft_type}
+    if kind not in known:
+        hint = suggest(str(kind), [k for k in known if k]) or f" Known: {', '.join(sorted(k for k in known if k))}."
+        raise FileFormatError(f"{folder / CONFIG}: peft_type {kind!r} is not a method that Trimtab reads.{hint}")
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    method = next(
+        found
+        for _, cls in methods.items()
+        if cls.peft_type == kind and (found := cls.from_peft(config, shapes)) is not None
+    )
+    full = tuple(config.get("modules_to_save") or ())
+    return _parsed(folder, method.replace(train=full) if full else method, tensors, name, config)
+
+
+def _parsed(
+    folder: Path, method: Method, tensors: dict[str, Tensor], name: str | None, config: Mapping[str, Any]
+) -> Adapter:
+    by_disk = {disk: slot for slot, disk in method.disk.items()}
+    full = methods.get("full").parse({"targets": method.train}) if method.train else None
+    named: dict[TensorName, Tensor] = {}
+    slots_at: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {}
+    for key, tensor in tensors.items():
+        path, slot, number = _place_key(folder, key, by_disk, method.train)
+        named[TensorName(path, slot)] = tensor
+        if path:
+            slots_at.setdefault((path, number), {})[slot] = tuple(tensor.shape)
+    sites = [
+        SiteSpec(path, role, number)
+        for (path, number), slots in slots_at.items()
+        for role in ([""] if number else method.roles_in_file(path, slots))
+    ]
+    own_name = name or (folder.name if folder.name.isidentifier() else "default")
+    origin = Origin(base_name=config.get("base_model_name_or_path"), task_type=config.get("task_type"))
+    return Adapter(own_name, [method, *([full] if full else [])], sites, named, origin=origin)
+
+
+def _place_key(
+    folder: Path, key: str, by_disk: Mapping[str, str], train: tuple[str, ...]
+) -> tuple[str, str, int]:
+    """(path, slot, number of the method) of a key in a PEFT file."""
+    if key in by_disk:
+        return "", by_disk[key], 0
+    if key.startswith(PREFIX):
+        rest = key[len(PREFIX) :]
+        for disk in sorted(by_disk, key=len, reverse=True):
+            if rest.endswith(f".{disk}"):
+                return rest[: -len(disk) - 1], by_disk[disk], 0
+        path, _, leaf = rest.rpartition(".")
+        if any(path == module or path.endswith(f".{module}") for module in train):
+            return path, f"modules_to_save.{leaf}", 1
+    raise FileFormatError(f"{folder / WEIGHTS}: key {key!r} belongs to no tensor of the method in {CONFIG}.")
+
+
+def _same_keys(file: Path, expected: set[str], found: set[str]) -> None:
+    missing, extra = sorted(expected - found), sorted(found - expected)
+    if missing or extra:
+        parts = [f"{len(missing)} missing, e.g. {missing[0]!r}"] if missing else []
+        parts += [f"{len(extra)} unexpected, e.g. {extra[0]!r}"] if extra else []
+        raise FileFormatError(f"{file}: its tensors are not those of {OURS}: {'; '.join(parts)}.")
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on CPU."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise FileFormatError(f"{file} is not a whole safetensors file ({error}); it is torn or foreign.") from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FileFormatError(f"{file} is not JSON: {error}.") from None
+    if not isinstance(data, dict):
+        raise FileFormatError(f"{file} holds a {type(data).__name__}, not an object.")
+    return data
+
+
+def checksum(tensor: Tensor) -> str:
+    """sha256 of dtype, shape and bytes."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    header = f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
+    return hashlib.sha256(header + flat.numpy().tobytes()).hexdigest()
+
+
+# -- writing ------------------------------------------------------------------------------------------
+
+
+def _peft_config(adapter: Adapter) -> dict[str, Any]:
+    method = adapter.method
+    paths = list(dict.fromkeys(site.path for site in adapter.sites if site.method == 0))
+    base = {
+        "peft_type": method.peft_type or f"TRIMTAB_{method.kind.upper()}",
+        "task_type": adapter.origin.task_type,
+        "base_model_name_or_path": adapter.origin.base_name,
+        "inference_mode": True,
+    }
+    targets = {"target_modules": list(adapter.origin.suffixes or paths)} if paths else {}
+    full = {"modules_to_save": list(method.train)} if method.train else {}
+    return {**base, **targets, **full, **method.to_peft(adapter.places())}
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside ``folder`` that takes its place when the block ends without an error.
+
+    Raises:
+        StorageError: the disk refused; the temporary folder is removed and ``folder`` is as it was.
+    """
+    temporary: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        yield temporary
+        for file in temporary.iterdir():
+            _flush(file)
+        _flush(temporary)
+        _swap(temporary, folder)
+        _flush(folder.parent)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(
+            f"could not write {folder}: {error}. What was saved there before is intact; free space or choose "
+            "another folder, and save again."
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(temporary: Path, folder: Path) -> None:
+    """Rename into place. An old folder steps aside first and comes back if the rename fails."""
+    if not folder.exists():
+        os.rename(temporary, folder)
+        return
+    if folder.is_file() or not ({CONFIG, OURS, "state.json"} & {p.name for p in folder.iterdir()} or _empty(folder)):
+        raise StorageError(f"{folder} exists and is not an adapter folder; it is not overwritten. Choose another.")
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent)) / folder.name
+    os.rename(folder, aside)
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        os.rename(aside, folder)
+        raise
+    shutil.rmtree(aside.parent, ignore_errors=True)
+
+
+def _empty(folder: Path) -> bool:
+    return not any(folder.iterdir())
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(file: Path, data: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def refuse_unknown(config: Mapping[str, Any], defaults: Mapping[str, Any], read: set[str], kind: str) -> None:
+    """Raise for a PEFT option that is set away from its default and that nobody reads."""
+    common = {
+        "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+        "inference_mode", "modules_to_save", "runtime_config",
+    }  # fmt: skip
+    for key, value in config.items():
+        if key in common | read:
+            continue
+        if key not in defaults:
+            raise FileFormatError(f"{CONFIG}: unknown option {key!r} of {kind}; a newer PEFT wrote it.")
+        if value not in (defaults[key], None, [], {}, ""):
+            raise UnsupportedError(f"{CONFIG}: option {key}={value!r} of {kind} changes the adapter; Trimtab lacks it.")

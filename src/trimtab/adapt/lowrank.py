@@ -1,0 +1,208 @@
+"""Low-rank factors, shared by the methods that are made of them.
+
+    ΔW = s · B A,   A_RI, B_OR,   s = alpha / rank   (alpha / √rank for rsLoRA, arXiv 2312.03732)
+
+A starts uniform in ±1/√in and B at zero, so that ΔW is zero; an embedding swaps the two, as loralib and
+PEFT do (its A is looked up, and would never learn from a zero B that looks nothing up).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from trimtab.adapt.contract import (
+    At,
+    Method,
+    Params,
+    Place,
+    Spec,
+    copy_of,
+    kaiming_uniform,
+    normal,
+    pattern_value,
+    zeros,
+)
+from trimtab.errors import TargetError, UnsupportedError
+from trimtab.frozen import Layer
+from trimtab.models.anatomy import Anatomy
+
+PEFT_DEFAULTS: Mapping[str, Any] = {
+    "r": 8, "target_modules": None, "exclude_modules": None, "lora_alpha": 8, "lora_dropout": 0.0,
+    "fan_in_fan_out": False, "bias": "none", "use_rslora": False, "init_lora_weights": True,
+    "layers_to_transform": None, "layers_pattern": None, "rank_pattern": {}, "alpha_pattern": {},
+    "megatron_config": None, "megatron_core": "megatron.core", "trainable_token_indices": None, "loftq_config": {},
+    "eva_config": None, "corda_config": None, "lora_ga_config": None, "use_dora": False, "velora_config": None,
+    "alora_invocation_tokens": None, "use_qalora": False, "qalora_group_size": 16, "monteclora_config": None,
+    "layer_replication": None, "lora_bias": False, "target_parameters": None, "use_bdlora": None,
+    "arrow_config": None, "kasa_config": None, "ensure_weight_tying": False,
+}  # fmt: skip
+"""Options of PEFT's LoRA and their defaults: one that is set otherwise and that we lack is an error."""
+
+BIAS = "bias"
+"""Role of a site where only the bias is trained."""
+
+
+class LowRank(Method):
+    """Fields and edits of LoRA; DoRA adds to it. Patterns map the end of a path to a rank or an alpha."""
+
+    peft_type: ClassVar[str | None] = "LORA"
+    disk: ClassVar[Mapping[str, str]] = {
+        "lora_A.weight": "lora_A.weight",
+        "lora_B.weight": "lora_B.weight",
+        "lora_embedding_A": "lora_embedding_A",
+        "lora_embedding_B": "lora_embedding_B",
+        "lora_bias.inner": "base_layer.bias",
+        "lora_bias.own": "bias",
+    }
+    short_names: ClassVar[Mapping[str, str]] = {
+        "lora_A.weight": "A", "lora_B.weight": "B", "lora_embedding_A": "A", "lora_embedding_B": "B",
+        "lora_bias.inner": "bias", "lora_bias.own": "bias",
+    }  # fmt: skip
+
+    targets: str | tuple[str, ...] = "all-linear"
+    rank: int = Field(default=16, ge=1)
+    alpha: float = 32.0
+    rslora: bool = False
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    bias: Literal["none", "lora_only", "all"] = "none"
+    rank_pattern: Mapping[str, int] = Field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = Field(default_factory=dict)
+
+    @field_validator("rank_pattern")
+    @classmethod
+    def _ranks(cls, value: Mapping[str, int]) -> Mapping[str, int]:
+        if any(rank < 1 for rank in value.values()):
+            raise ValueError("every rank must be at least 1")
+        return value
+
+    @property
+    def scaling(self) -> float:
+        return float(self.alpha / (self.rank**0.5 if self.rslora else self.rank))
+
+    def place(self, anatomy: Anatomy) -> Sequence[Place]:
+        paths = anatomy.select(self.targets, self.exclude, self.layers)
+        for patterns in (self.rank_pattern, self.alpha_pattern):
+            for pattern in patterns:
+                if not any(pattern_value({pattern: True}, path, False) for path in paths):
+                    raise TargetError(f"pattern {pattern!r} matches none of the {len(paths)} targets.")
+        adapted = [Place(path) for path in paths]
+        return [*adapted, *(Place(path, BIAS) for path in self._biased(anatomy, set(paths)))]
+
+    def at(self, path: str) -> Self:
+        rank = pattern_value(self.rank_pattern, path, self.rank)
+        alpha = pattern_value(self.alpha_pattern, path, self.alpha)
+        return self if (rank, alpha) == (self.rank, self.alpha) else self.replace(rank=rank, alpha=alpha)
+
+    def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
+        if role == BIAS:
+            bias = layer.bias()
+            if bias is None:
+                raise TargetError("a bias was asked for on a layer that has none.")
+            slot = "lora_bias.own" if self.bias == "all" else "lora_bias.inner"
+            return {"bias": Spec(slot, tuple(bias.shape), copy_of(bias))}
+        shape_a, shape_b = layer.factor_shapes(self.rank)
+        if layer.kind == "embedding":
+            return {
+                "A": Spec("lora_embedding_A", shape_a, zeros),
+                "B": Spec("lora_embedding_B", shape_b, normal(1.0)),
+            }
+        return {"A": Spec("lora_A.weight", shape_a, kaiming_uniform), "B": Spec("lora_B.weight", shape_b, zeros)}
+
+    def delta(self, p: Params, x: Tensor, at: At) -> Tensor | None:
+        if at.role == BIAS:
+            return None
+        if self.dropout and at.training:
+            if not x.is_floating_point():
+                raise UnsupportedError("dropout before an embedding would drop token ids; set dropout=0 for it.")
+            x = F.dropout(x, self.dropout)
+        return at.layer.lowrank(x, p["A"], p["B"] * self.scaling)
+
+    def leave(self, p: Params, y: Tensor, at: At) -> Tensor:
+        if at.role != BIAS:
+            return y
+        base = at.layer.bias()
+        change = p["bias"] if base is None else p["bias"] - base.to(p["bias"].dtype)
+        return y + at.layer.over_out(change)
+
+    def product(self, p: Params, layer: Layer) -> Tensor:
+        """ΔW in canonical orientation."""
+        return self.scaling * layer.product(p["A"], p["B"])
+
+    def merged(self, p: Params, layer: Layer, role: str) -> tuple[Tensor, Tensor | None] | None:
+        if role == BIAS:
+            return layer.dense(), p["bias"]
+        return layer.dense() + self.product(p, layer), layer.bias()
+
+    def scaled(self, p: Params, weight: float, role: str) -> dict[str, Tensor]:
+        if role == BIAS:
+            return super().scaled(p, weight, role)
+        return {"A": p["A"], "B": p["B"] * weight}
+
+    def sum(self, parts: Sequence[tuple[Method, Params]], role: str) -> tuple[Method, dict[str, Tensor]]:
+        """Concatenation of ranks: exact, with every scaling folded into B."""
+        if role == BIAS:
+            return super().sum(parts, role)
+        methods = [method for method, _ in parts if isinstance(method, LowRank)]
+        a = torch.cat([p["A"] for _, p in parts], dim=0)
+        b = torch.cat([p["B"] * m.scaling for m, (_, p) in zip(methods, parts, strict=True)], dim=1)
+        rank = sum(method.rank for method in methods)
+        # Dropout acts on each x before its A; one shared dropout would act on all of them at once.
+        return self.replace(rank=rank, alpha=float(rank), rslora=False, dropout=0.0), {"A": a, "B": b}
+
+    def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
+        return {
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "use_rslora": self.rslora,
+            "bias": self.bias,
+            "rank_pattern": dict(self.rank_pattern),
+            "alpha_pattern": dict(self.alpha_pattern),
+        }
+
+    @classmethod
+    def fields_from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Our fields of a PEFT LoRA config."""
+        from trimtab.adapt.files import refuse_unknown
+
+        read = {
+            "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "rank_pattern", "alpha_pattern", "use_dora",
+            "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
+            "init_lora_weights", "lora_ga_config", "eva_config",
+        }  # fmt: skip
+        refuse_unknown(config, PEFT_DEFAULTS, read, "LoRA")
+        init = config.get("init_lora_weights", True)
+        if isinstance(init, str) and init.lower().startswith(("pissa", "olora", "corda", "lora_ga")):
+            raise UnsupportedError(
+                f"this adapter was initialised by {init!r}, which changed its base; save it from PEFT in converted "
+                "form (path_initial_model_for_weight_conversion), and load that."
+            )
+        targets = config.get("target_modules") or ()
+        return {
+            "targets": targets if isinstance(targets, str) and targets == "all-linear"
+            else f"re:{targets}" if isinstance(targets, str) else tuple(sorted(targets)),
+            "rank": config.get("r", 8),
+            "alpha": float(config.get("lora_alpha", 8)),
+            "dropout": config.get("lora_dropout", 0.0),
+            "rslora": bool(config.get("use_rslora", False)),
+            "bias": config.get("bias", "none"),
+            "rank_pattern": config.get("rank_pattern") or {},
+            "alpha_pattern": config.get("alpha_pattern") or {},
+        }  # fmt: skip
+
+    def roles_in_file(self, path: str, slots: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+        factors = [""] if any(not slot.startswith("lora_bias") for slot in slots) else []
+        return (*factors, *([BIAS] if any(slot.startswith("lora_bias") for slot in slots) else []))
+
+    def _biased(self, anatomy: Anatomy, adapted: set[str]) -> list[str]:
+        """Where biases are trained beside the factors."""
+        if self.bias == "none":
+            return []
+        pool = anatomy.biased
+        return [path for path in pool if self.bias == "all" or path in adapted]

@@ -1,0 +1,178 @@
+"""Merging: a theorem about forward.
+
+An edit that is affine in its layer's input equals one weight and bias. They are found by pushing a basis
+of the inputs through the edited layer, in fp32 on a dense copy of that layer, or by the method's closed
+form, for which the push is the test. The base is never written: `merge` returns a new model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.adapt.bank import CHILD, Bank, bank_of
+from trimtab.adapt.context import Context
+from trimtab.adapt.edit import Bound, Call, Edit, around, leave
+from trimtab.adapt.route import Owner, Part, Route
+from trimtab.adapt.site import ExpertsSite, Site, SiteBase
+from trimtab.adapt.tree import replace, sites_of
+from trimtab.errors import NotMergeableError, RouteError, TargetError
+from trimtab.frozen import Layer, view
+from trimtab.frozen.experts import ExpertLayer
+
+
+@torch.no_grad()
+def merge(model: nn.Module, names: str | Sequence[str]) -> nn.Module:
+    """A new, bare model that computes what ``model`` computes with these adapters.
+
+    Args:
+        model: with adapters attached; it is not changed, and shares no tensor with the result.
+        names: one adapter, or several in the order in which they nest.
+
+    Raises:
+        NotMergeableError: an adapter's edit is not affine; the message says why.
+    """
+    bank = bank_of(model)
+    owner = bank.owner(names)
+    check_mergeable(bank, owner)
+    if model._modules.get(CHILD) is not bank:
+        raise TargetError("merge the model that the adapters were attached to, not a wrapper around it.")
+    if bank._scope is not None:
+        raise RouteError("leave using() or rows() before merging: the adapters to merge are named in the call.")
+    new = copy.deepcopy(model)
+    return fold(new, names)
+
+
+@torch.no_grad()
+def fold(model: nn.Module, names: str | Sequence[str]) -> nn.Module:
+    """As `merge`, but uses the model up: each layer is replaced as it is merged, so the peak is one layer.
+
+    For a model that nobody else holds (a command that loads, merges and saves).
+    """
+    bank = bank_of(model)
+    owner = bank.owner(names)
+    check_mergeable(bank, owner)
+    for site in sites_of(model).values():
+        if isinstance(site, ExpertsSite):
+            _merge_experts(site, owner)
+            replace(model, site, site.base_layer)
+        elif site.acting(owner):
+            _untie(model, site)
+            replace(model, site, merged_layer(site, owner))
+        else:
+            replace(model, site, site.base_layer)
+    from trimtab.adapt.attach import strip
+
+    strip(model, bank)
+    return model
+
+
+def check_mergeable(bank: Bank, owner: Owner) -> None:
+    """Raise for the first adapter whose edit no weight can equal."""
+    for name in owner:
+        for method in bank.require(name).methods:
+            if not method.affine:
+                raise NotMergeableError(f"adapter {name!r} ({method.kind}) cannot be merged: {method.why_not_affine}.")
+
+
+def merged_layer(site: Site, owner: Owner) -> nn.Module:
+    """A new layer equal to the site with these adapters, in the base's dtype."""
+    layer = site.layer
+    weight, bias = merged_weights(site, owner, layer, site.acting(owner), site)
+    dtype = layer.dtype
+    return layer.write(weight.to(dtype).contiguous().clone(), _bias(layer, bias, dtype)).train(site.training)
+
+
+def merged_weights(
+    site: SiteBase, owner: Owner, layer: Layer, edits: Sequence[Edit], holder: nn.Module, expert: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """``(W', b')`` in fp32."""
+    dense = view(layer.write(layer.dense().float(), None if (b := layer.bias()) is None else b.float()))
+    if dense is None:
+        raise AssertionError("a layer writes a layer")
+    context = Context(Route.everyone(owner))
+    stack = _stack(site, edits, dense, context, holder, expert, owner)
+    if len(stack) == 1 and stack[0].scale == 1.0:
+        closed = stack[0].edit.method.merged(stack[0].params, dense, edits[0].role)
+        if closed is not None:
+            return closed
+    return pushed(site, owner, dense, edits, holder, expert)
+
+
+def pushed(
+    site: SiteBase, owner: Owner, dense: Layer, edits: Sequence[Edit], holder: nn.Module, expert: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """``(W', b')`` of a dense layer by the universal rule."""
+    context = Context(Route.everyone(owner))
+
+    def push(bare: Layer, x: Tensor, y: Tensor | None) -> Tensor:
+        stack = _stack(site, edits, bare, context, holder, expert, owner)
+        if y is None:
+            return around(stack, x, bare.call)
+        for bound in stack:
+            if bound.edit.enters or bound.edit.adds:
+                raise NotMergeableError(f"{bound.edit.method.kind} edits the input of a norm, which is not linear.")
+            bound.call.x = x
+        return leave(stack, y)
+
+    return dense.probe(push)
+
+
+def _stack(site: SiteBase, edits: Sequence[Edit], layer: Layer, context: Context, holder: nn.Module,
+           expert: int | None, owner: Owner) -> list[Bound]:  # fmt: skip
+    stack = site.bind(edits, layer, context, Part(owner, None, None, False, 1), torch.float32, holder, expert)
+    for bound in stack:
+        bound.call = Call(bound.edit, layer, context, bound.call.part, site.bank, torch.float32, False)
+    return stack
+
+
+def _merge_experts(site: ExpertsSite, owner: Owner) -> None:
+    """New 3-D parameters in place of the module's (the old tensors are not written)."""
+    module = site.base_layer
+    edits = site.acting(owner)
+    for path in dict.fromkeys(edit.path for edit in edits):
+        name = path.rpartition(".")[2]
+        here = [edit for edit in edits if edit.path == path]
+        old = module._parameters[name]
+        if old is None:
+            raise AssertionError("checked at attach")
+        slices, biases = [], []
+        for expert in range(old.shape[0]):
+            layer = ExpertLayer.of(module, name, expert)
+            weight, bias = merged_weights(site, owner, layer, here, site.get_submodule(name), expert)
+            slices.append(weight.T if module.is_transposed else weight)
+            biases.append(bias)
+        module._parameters[name] = nn.Parameter(torch.stack(slices).to(old.dtype), requires_grad=False)
+        _write_expert_bias(module, name, biases, old.dtype)
+
+
+def _write_expert_bias(module: nn.Module, name: str, biases: Sequence[Tensor | None], dtype: torch.dtype) -> None:
+    found = [bias for bias in biases if bias is not None and bool(bias.any())]
+    if module._parameters.get(f"{name}_bias") is not None:
+        full = [bias for bias in biases if bias is not None]
+        module._parameters[f"{name}_bias"] = nn.Parameter(torch.stack(full).to(dtype), requires_grad=False)
+    elif found:
+        raise NotMergeableError(f"the experts' {name} has no bias, and the merged layer would need one.")
+
+
+def _bias(layer: Layer, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """No bias where the base has none and the merged one is zero."""
+    if bias is None or (layer.bias() is None and not bool(bias.any())):
+        return None
+    return bias.to(dtype).clone()
+
+
+def _untie(model: nn.Module, site: Site) -> None:
+    """A merged layer no longer shares its weight: the model's config must say so, or saving would tie it again."""
+    weight = site.base_layer._parameters.get("weight")
+    sharing = [
+        module
+        for module in model.modules()
+        if module is not site.base_layer and any(p is weight for p in module._parameters.values() if p is not None)
+    ]
+    config = model.__dict__.get("config")
+    if sharing and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False  # type: ignore[union-attr]

@@ -1,0 +1,75 @@
+"""The registry of methods, and the three ways to write one: a value, a mapping, a string.
+
+    LoRA(rank=8)      {"kind": "lora", "rank": 8}      "lora(rank=8)"
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from trimtab.adapt.contract import Method
+from trimtab.errors import ConfigError
+from trimtab.registry import Registry
+
+methods: Registry[type[Method]] = Registry(
+    "method",
+    "trimtab.methods",
+    {
+        "lora": "trimtab.methods.lora:LoRA",
+        "dora": "trimtab.methods.dora:DoRA",
+        "ia3": "trimtab.methods.ia3:IA3",
+        "bitfit": "trimtab.methods.bitfit:BitFit",
+        "bottleneck": "trimtab.methods.bottleneck:Bottleneck",
+        "prefix": "trimtab.methods.prefix:Prefix",
+        "spottune": "trimtab.methods.spottune:SpotTune",
+        "full": "trimtab.methods.full:Full",
+    },
+)
+
+_FORM = re.compile(r"\s*([A-Za-z0-9_\-]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
+
+
+def method_from(value: Method | Mapping[str, Any] | str) -> Method:
+    """The method that a value, a mapping with ``kind``, or a string means.
+
+    Raises:
+        UnknownNameError: no such method or option; the message suggests near ones.
+        ConfigError: an option that does not validate, or a string that cannot be read.
+    """
+    if isinstance(value, Method):
+        return value
+    if isinstance(value, str):
+        return _from_string(value)
+    options = dict(value)
+    if "kind" not in options:
+        raise ConfigError("a method needs a 'kind', for example {'kind': 'lora', 'rank': 16}.")
+    kind = options.pop("kind")
+    return methods.get(str(kind)).parse(options, where=f"method {kind}")
+
+
+def _from_string(text: str) -> Method:
+    form = _FORM.fullmatch(text)
+    if form is None:
+        raise ConfigError(f"method {text!r}: write a name and options, for example 'lora(rank=16)'.")
+    name, arguments = form.group(1), form.group(2) or ""
+    kind = methods.get(name)
+    try:
+        call = ast.parse(f"f({arguments})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
+            raise ValueError("options are written name=value")
+        options = {str(k.arg): _literal(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise ConfigError(f"method {text!r} cannot be read: {error}.") from None
+    return kind.parse(options, where=f"method {name}")
+
+
+def _literal(node: ast.expr) -> Any:
+    """A Python literal; a nested ``name(...)`` stays text and is read as a method by its field."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        return ast.unparse(node)
+    if isinstance(node, ast.Name) and node.id.lower() in ("true", "false", "none", "null"):
+        return {"true": True, "false": False, "none": None, "null": None}[node.id.lower()]
+    return ast.literal_eval(node)

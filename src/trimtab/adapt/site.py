@@ -1,0 +1,190 @@
+"""One place of the frozen model where adapters may act.
+
+`Site` wraps a layer (or a sub-layer whose output is edited), `ExpertsSite` the experts of a mixture.
+Both hold the adapter tensors of that place and ask the bank's context who acts. The wrapped layer is
+the child ``base_layer``, but ``state_dict`` names are those of the bare model: the segment is taken
+out on the way out and put back on the way in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.adapt.context import Context
+from trimtab.adapt.edit import Bound, Call, Edit, enter, leave
+from trimtab.adapt.route import Layout, Owner, Part
+from trimtab.adapt.slots import Slot
+from trimtab.errors import TargetError
+from trimtab.frozen import Layer, view
+from trimtab.frozen.experts import ExpertLayer, run
+from trimtab.frozen.sublayer import SubLayer
+
+if TYPE_CHECKING:
+    from trimtab.adapt.bank import Bank
+
+BASE = "base_layer"
+
+
+class SiteBase(nn.Module):
+    """What both kinds share: edits by adapter, names, and looking like the wrapped layer."""
+
+    def __init__(self, base_layer: nn.Module, path: str, bank: Bank) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.path = path
+        # In a tuple, so that torch does not register the bank as a child of every site.
+        self._bank = (bank,)
+        self.edits: dict[str, list[Edit]] = {}
+        self.train(base_layer.training)
+        self.register_state_dict_post_hook(_hide_base)
+        self.register_load_state_dict_pre_hook(_show_base)
+
+    @property
+    def bank(self) -> Bank:
+        return self._bank[0]
+
+    def bare(self) -> bool:
+        """Whether no adapter has an edit here."""
+        return not any(self.edits.values())
+
+    def acting(self, owner: Owner) -> list[Edit]:
+        """The edits of an owner at this site, innermost first."""
+        return [edit for name in owner for edit in self.edits.get(name, ())]
+
+    def bind(self, edits: Sequence[Edit], layer: Layer, context: Context, part: Part, dtype: torch.dtype,
+             holder: nn.Module | None = None, expert: int | None = None) -> list[Bound]:  # fmt: skip
+        """The edits with their tensors for one call; ``expert`` picks one slice of stacked tensors."""
+        bank = self.bank
+        bound = []
+        for edit in edits:
+            params = edit.params(holder or self, dtype)
+            if expert is not None:
+                params = {short: tensor[expert] for short, tensor in params.items()}
+            call = Call(edit, layer, context, part, bank, dtype, self.training)
+            bound.append(Bound(edit, params, bank.scales.get(edit.adapter, 1.0), call))
+        return bound
+
+    # A site stands in for its layer: code that peeks at `weight`, or ties it, sees the layer's own.
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__(BASE), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        base = self.__dict__.get("_modules", {}).get(BASE)
+        if base is not None and name in base._parameters:
+            setattr(base, name, value)
+        else:
+            super().__setattr__(name, value)
+
+
+class Site(SiteBase):
+    """A wrapped layer: ``y = leave( f( enter(x) ) + delta(x) )`` for whoever acts on each row."""
+
+    def __init__(self, base_layer: nn.Module, path: str, bank: Bank, width: int) -> None:
+        super().__init__(base_layer, path, bank)
+        self.layer: Layer = view(base_layer) or SubLayer(base_layer, width)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        bank = self.bank
+        bank.fire(self.path)
+        context = bank.context(self.training)
+        x, call = self._input(args, kwargs)
+        split = context.layout(x)
+        acting = [self.acting(part.owner) for part in split.parts]
+        if not any(acting):
+            return self.base_layer(*args, **kwargs)
+        layer = self.layer
+        dtype = layer.compute_dtype(x)
+        stacks = [
+            self.bind(edits, layer, context, part, dtype) for edits, part in zip(acting, split.parts, strict=True)
+        ]
+        pieces = [part.take(x) for part in split.parts]
+        entered = [enter(stack, piece) for stack, piece in zip(stacks, pieces, strict=True)]
+        changed = any(new is not old for new, old in zip(entered, pieces, strict=True))
+        out = call(split.join(entered) if changed else x)
+        y, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
+        y = self._leave(stacks, split, y)
+        return y if rest is None else (y, *rest)
+
+    def _leave(self, stacks: Sequence[Sequence[Bound]], split: Layout, y: Tensor) -> Tensor:
+        if len(split.parts) == 1 and not split.parts[0].flat:
+            return leave(stacks[0], y)
+        left = [leave(stack, part.take(y)) for stack, part in zip(stacks, split.parts, strict=True)]
+        return split.join(left)
+
+    def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """The tensor that edits see, and a function that calls the layer with another in its place."""
+        if args:
+            return args[0], lambda x: self.base_layer(x, *args[1:], **kwargs)
+        for key, value in kwargs.items():
+            if isinstance(value, Tensor):
+                return value, lambda x, key=key: self.base_layer(**{**kwargs, key: x})
+        raise TargetError(f"{self.path} was called without a tensor; it cannot hold an adapter.")
+
+
+class ExpertsSite(SiteBase):
+    """Wrapped experts of a mixture. Each 3-D parameter is a site: its tensors lie in the child of that name."""
+
+    def forward(self, hidden_NH: Tensor, index_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        bank = self.bank
+        context = bank.context(self.training)
+        split = context.layout(hidden_NH)
+        for name in {edit.path for edits in self.edits.values() for edit in edits}:
+            bank.fire(name)
+        pieces = []
+        for part in split.parts:
+            inputs = part.take(hidden_NH), part.take(index_NK), part.take(weights_NK)
+            if self.acting(part.owner):
+                pieces.append(self._edited(part, context, *inputs))
+            else:
+                y: Tensor = self.base_layer(*inputs)
+                pieces.append(y)
+        return split.join(pieces)
+
+    def _edited(self, part: Part, context: Context, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        edits = self.acting(part.owner)
+
+        def around(name: str, expert: int, layer: ExpertLayer, x: Tensor, tokens: Tensor) -> Tensor:
+            here = [edit for edit in edits if edit.path == f"{self.path}.{name}"]
+            if not here:
+                return layer.call(x)
+            units = tokens if part.units is None else part.units[tokens]
+            if part.units is None:
+                rows = part.unit_count if context.rows is None else context.rows
+                units = tokens // max(hidden.shape[0] // rows, 1)
+            own = Part(part.owner, None, units, False, part.unit_count)
+            stack = self.bind(here, layer, context, own, x.dtype, self.get_submodule(name), expert)
+            return leave(stack, layer.call(enter(stack, x)))
+
+        return run(self.base_layer, hidden, index, weights, around)
+
+    def holder(self, parameter: str) -> nn.Module:
+        """The module that holds the adapter tensors of one expert parameter."""
+        if parameter not in self._modules:
+            self._modules[parameter] = Slot()
+        return self.get_submodule(parameter)
+
+
+def _hide_base(site: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    inner = f"{prefix}{BASE}."
+    own = list(takewhile(lambda key: key.startswith(prefix), reversed(state)))  # the site's are the newest keys
+    for key in own[::-1]:
+        value = state.pop(key)  # popped and put back, so that the order stays the model's own
+        state[prefix + key[len(inner) :] if key.startswith(inner) else key] = value
+
+
+def _show_base(site: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    slots = {f"{prefix}{name}": p for name, p in site.named_parameters() if not name.startswith(f"{BASE}.")}
+    nested = {key for key in slots if key in state}
+    for key in [key for key in state if key.startswith(prefix) and key not in slots]:
+        state[f"{prefix}{BASE}.{key[len(prefix) :]}"] = state.pop(key)
+    if not nested:  # a state dict of the bare base: the adapters keep what they hold
+        state.update({key: parameter.detach() for key, parameter in slots.items()})

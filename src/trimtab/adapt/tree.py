@@ -1,0 +1,58 @@
+"""The module tree with and without wrappers: canonical paths, and putting wrappers in and out."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from trimtab.adapt.site import BASE, SiteBase
+from trimtab.adapt.slots import Slot
+from trimtab.models.anatomy import Anatomy
+
+
+def bare_modules(root: nn.Module) -> dict[str, nn.Module]:
+    """Canonical path -> module of the bare model, in order. Wrappers and slots are looked through."""
+    from trimtab.adapt.bank import Bank
+
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, path: str) -> None:
+        if isinstance(module, Bank | Slot):
+            return
+        if isinstance(module, SiteBase):
+            module = module.base_layer
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        found[path] = module
+        for name, child in module._modules.items():
+            if child is not None:
+                walk(child, f"{path}.{name}" if path else name)
+
+    walk(root, "")
+    return found
+
+
+def anatomy_of(root: nn.Module) -> Anatomy:
+    """The anatomy of a model, whether or not adapters are attached."""
+    return Anatomy(root, bare_modules(root))
+
+
+def canonical(path: str) -> str:
+    """A path in the wrapped tree -> the path in the bare model."""
+    return ".".join(segment for segment in path.split(".") if segment != BASE)
+
+
+def sites_of(root: nn.Module) -> dict[str, SiteBase]:
+    """Canonical path -> wrapper, for all wrappers in the tree."""
+    return {m.path: m for m in root.modules() if isinstance(m, SiteBase)}
+
+
+def replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever ``old`` is a child (a module may be shared by several parents)."""
+    for parent in list(root.modules()):
+        if parent is new:
+            continue
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new

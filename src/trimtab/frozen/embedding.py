@@ -1,0 +1,74 @@
+"""Dense embeddings, as linear maps of one-hot vectors: canonical weight (width, vocabulary)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trimtab.frozen.layer import Layer, Push
+
+
+class EmbeddingLayer(Layer):
+    """``nn.Embedding``; a subclass that scales its output (Gemma) says so in ``embed_scale``."""
+
+    kind = "embedding"
+
+    def __init__(self, module: nn.Embedding) -> None:
+        self.module = module
+        self.in_features = module.num_embeddings
+        self.out_features = module.embedding_dim
+        scale = module._buffers.get("embed_scale")
+        self.scale: Tensor | None = scale
+
+    @classmethod
+    def view(cls, module: nn.Module) -> EmbeddingLayer | None:
+        if not isinstance(module, nn.Embedding):
+            return None
+        plain = type(module).forward is nn.Embedding.forward
+        return cls(module) if plain or "embed_scale" in module._buffers else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.module.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.weight.device
+
+    def dense(self) -> Tensor:
+        return self.module.weight.T
+
+    def orient(self, stored: Tensor) -> Tensor:
+        return stored.T
+
+    def bias(self) -> Tensor | None:
+        return None
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._scaled(F.embedding(x, weight.T))
+
+    def call(self, x: Tensor) -> Tensor:
+        y: Tensor = self.module(x)
+        return y
+
+    def lowrank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return self._scaled(F.linear(F.embedding(x, a.T), b))
+
+    def probe(self, push: Push) -> tuple[Tensor, Tensor | None]:
+        rows_IO = push(self, torch.arange(self.in_features, device=self.device), None)
+        weight = rows_IO if self.scale is None else rows_IO / self.scale.to(rows_IO.dtype)
+        return weight.T, None
+
+    def write(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        if bias is not None:
+            raise AssertionError("an embedding has no bias")
+        new = type(self.module).__new__(type(self.module))
+        nn.Module.__init__(new)
+        new.__dict__.update({k: v for k, v in self.module.__dict__.items() if not k.startswith("_")})
+        new._buffers.update(self.module._buffers)
+        new.weight = nn.Parameter(weight.T.contiguous())
+        return new
+
+    def _scaled(self, y: Tensor) -> Tensor:
+        return y if self.scale is None else y * self.scale.to(y.dtype)

@@ -1,0 +1,128 @@
+"""The experts of a mixture-of-experts model, stored as three-dimensional parameters.
+
+transformers 5 keeps all experts of a block in one module with ``gate_up_proj`` (E, 2I, H) and
+``down_proj`` (E, H, I), or their transposes, and runs them through its experts interface. `run` is that
+computation with a hook around each expert's linear map, so that any layer-wise edit can act there;
+`ExpertLayer` shows one expert's slice as an ordinary linear layer.
+
+Shapes: N tokens, K chosen experts per token, E experts, H width, I inner width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trimtab.errors import TargetError
+from trimtab.frozen.layer import Layer, Push
+from trimtab.frozen.linear import push_identity
+
+_NAMES = ("gate_up_proj", "up_proj", "down_proj")
+
+
+class Experts(Protocol):
+    """The attributes that transformers' experts interface gives to such a module."""
+
+    num_experts: int
+    has_gate: bool
+    has_bias: bool
+    is_transposed: bool
+    is_concatenated: bool
+
+    def _apply_gate(self, gate_up_out: Tensor) -> Tensor: ...
+
+
+def expert_parameters(module: nn.Module) -> list[str]:
+    """Names of the 3-D expert parameters of a module that follows the experts interface; else none."""
+    if "has_gate" not in module.__dict__ or "is_transposed" not in module.__dict__:
+        return []
+    return [name for name in _NAMES if (p := module._parameters.get(name)) is not None and p.dim() == 3]
+
+
+class ExpertLayer(Layer):
+    """One expert's slice of a 3-D parameter."""
+
+    kind = "linear"
+
+    def __init__(self, module: nn.Module, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+        self.module = module
+        self._weight = weight_OI
+        self._bias = bias_O
+        self.out_features, self.in_features = weight_OI.shape
+
+    @classmethod
+    def view(cls, module: nn.Module) -> ExpertLayer | None:
+        return None
+
+    @classmethod
+    def of(cls, module: nn.Module, name: str, expert: int) -> ExpertLayer:
+        """Expert ``expert`` of the parameter ``name``."""
+        weight = cast(Tensor, module._parameters[name])[expert]
+        bias = module._parameters.get(f"{name}_bias")
+        transposed = cast(Experts, module).is_transposed
+        return cls(module, weight.T if transposed else weight, None if bias is None else bias[expert])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._weight.device
+
+    def dense(self) -> Tensor:
+        return self._weight
+
+    def bias(self) -> Tensor | None:
+        return self._bias
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+    def call(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._weight, self._bias)
+
+    def lowrank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return F.linear(F.linear(x, a), b)
+
+    def probe(self, push: Push) -> tuple[Tensor, Tensor | None]:
+        return push_identity(self, push)
+
+    def write(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        new = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
+        new.weight = nn.Parameter(weight)
+        if bias is not None:
+            new.bias = nn.Parameter(bias)
+        return new
+
+
+Around = Callable[[str, int, ExpertLayer, Tensor, Tensor], Tensor]
+"""``around(parameter, expert, layer, x, tokens)`` is the (edited) output of one expert's linear map."""
+
+
+def run(module: nn.Module, hidden_NH: Tensor, index_NK: Tensor, weights_NK: Tensor, around: Around) -> Tensor:
+    """The forward of an experts module, with ``around`` in place of each expert's linear maps."""
+    if vars(module).get("has_post_expert_norm") or vars(module).get("_is_expert_parallel"):
+        raise TargetError(
+            f"{type(module).__name__} normalises or distributes its experts' outputs, which adapters on expert "
+            "parameters do not follow yet; exclude them from the targets ('exclude': '**.experts.*')."
+        )
+    experts = cast(Experts, module)
+    first = "gate_up_proj" if experts.has_gate else "up_proj"
+    activation = cast(Any, module).act_fn if not experts.has_gate else None
+    out_NH = torch.zeros_like(hidden_NH)
+    for expert in index_NK.unique().tolist():
+        if expert >= experts.num_experts:
+            continue
+        tokens, chosen = (index_NK == expert).nonzero(as_tuple=True)
+        x = hidden_NH[tokens]
+        inner = around(first, expert, ExpertLayer.of(module, first, expert), x, tokens)
+        inner = experts._apply_gate(inner) if activation is None else activation(inner)
+        y = around("down_proj", expert, ExpertLayer.of(module, "down_proj", expert), inner, tokens)
+        y = y * weights_NK[tokens, chosen, None].to(y.dtype)
+        out_NH = out_NH.index_add(0, tokens, y.to(out_NH.dtype))
+    return out_NH

@@ -1,0 +1,157 @@
+"""What a method may know of a frozen layer, whatever its kind and however its weight is stored.
+
+A `Layer` is a read-only view of one module of the base. Its weight has one canonical orientation,
+``(out, in, *kernel)``, so that a method is written once:
+
+    Linear, Conv1D    y = x Wᵀ            x_..I, W_OI, y_..O
+    Embedding         y = one_hot(x) Wᵀ   x_.. (ids), I = vocabulary, O = width
+    ConvNd            y = conv(x, W)      x_BI.., W_OIK
+    Norm              y = norm(x) · W     elementwise: I = O, W_O
+    Expert            y = x Wᵀ            one expert's slice of a 3-D parameter
+
+A storage backend (dense here; NF4, INT8 … later) is one file with subclasses that answer the same
+questions; methods, sites and merging know only this class. ``view(module)`` finds the class through
+the registry ``layers`` (entry-point group ``trimtab.frozen``).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.errors import TargetError, UnsupportedError
+from trimtab.registry import Registry
+
+Push = Callable[["Layer", Tensor, Tensor | None], Tensor]
+"""Runs an edit around a layer: ``push(layer, x, y)`` is the edited output; ``y`` None = call the layer."""
+
+
+class Layer(ABC):
+    """View of one frozen layer. Abstract; every concrete kind is final."""
+
+    kind: ClassVar[str]
+    module: nn.Module
+    in_features: int
+    out_features: int
+
+    @classmethod
+    @abstractmethod
+    def view(cls, module: nn.Module) -> Layer | None:
+        """The view of ``module``, or None when this class does not describe it."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """dtype of the layer's computation."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device: ...
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The weight as a dense tensor in canonical orientation (a view where storage allows)."""
+
+    @abstractmethod
+    def bias(self) -> Tensor | None: ...
+
+    @abstractmethod
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The layer's own map with another canonical weight, and no bias."""
+
+    @abstractmethod
+    def call(self, x: Tensor) -> Tensor:
+        """The frozen layer itself."""
+
+    @abstractmethod
+    def probe(self, push: Push) -> tuple[Tensor, Tensor | None]:
+        """``(W', b')`` of an affine edit, found by pushing a basis of the inputs through it (fp32)."""
+
+    def orient(self, stored: Tensor) -> Tensor:
+        """A weight as the module stores it -> canonical orientation."""
+        return stored
+
+    @abstractmethod
+    def write(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """A new module of the same kind that holds ``weight`` and ``bias`` densely."""
+
+    # -- low-rank factors: ΔW = B A without building ΔW ------------------------------------------
+
+    def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A_RI and B_OR."""
+        return (rank, self.in_features), (self.out_features, rank)
+
+    @abstractmethod
+    def lowrank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """``apply(x, B A)`` at low-rank cost."""
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """ΔW = B A in canonical orientation."""
+        return b @ a
+
+    # -- channels --------------------------------------------------------------------------------
+
+    def over_in(self, v: Tensor) -> Tensor:
+        """A vector over the input channels, shaped to broadcast over the input."""
+        return v
+
+    def over_out(self, v: Tensor) -> Tensor:
+        """A vector over the output channels, shaped to broadcast over the output."""
+        return v
+
+    def row_norms(self, weight: Tensor) -> Tensor:
+        """L2 norm of each output channel's weights, fp32."""
+        return weight.float().flatten(1).norm(dim=1)
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        """dtype in which an edit of this layer computes: that of a floating input, else the layer's."""
+        return x.dtype if x.is_floating_point() else self.dtype
+
+
+layers: Registry[type[Layer]] = Registry(
+    "frozen layer",
+    "trimtab.frozen",
+    {
+        "linear": "trimtab.frozen.linear:LinearLayer",
+        "conv1d-hf": "trimtab.frozen.linear:Conv1DLayer",
+        "embedding": "trimtab.frozen.embedding:EmbeddingLayer",
+        "conv": "trimtab.frozen.conv:ConvLayer",
+        "norm": "trimtab.frozen.norm:NormLayer",
+        "opaque": "trimtab.frozen.opaque:OpaqueLinear",
+    },
+)
+"""All kinds. ``opaque`` (anything that says in_features and out_features) is asked last."""
+
+
+def view(module: nn.Module) -> Layer | None:
+    """The view of a module that is a weighted layer, or None."""
+    fallback: Layer | None = None
+    for name, kind in layers.items():
+        found = kind.view(module)
+        if found is None:
+            continue
+        if name != "opaque":
+            return found
+        fallback = found
+    return fallback
+
+
+def no_factors(kind: str) -> UnsupportedError:
+    """Why a low-rank edit cannot act on an elementwise layer."""
+    return UnsupportedError(
+        f"a {kind} layer multiplies channel by channel; its weight is a vector and has no low-rank factors. "
+        "Choose linear, embedding or convolution targets."
+    )
+
+
+def refuse_subclass(module: nn.Module, plain: type[nn.Module]) -> None:
+    """A subclass with its own forward computes something we cannot know: refuse rather than guess."""
+    if type(module).forward is not plain.forward:
+        raise TargetError(
+            f"{type(module).__name__} overrides {plain.__name__}.forward, so its map is unknown to Trimtab. "
+            "Register a view for it in the entry-point group 'trimtab.frozen'."
+        )

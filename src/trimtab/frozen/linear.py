@@ -1,0 +1,120 @@
+"""Dense linear layers: ``nn.Linear`` and the ``Conv1D`` of GPT-2, whose weight is stored (in, out)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from trimtab.frozen.layer import Layer, Push
+
+
+def push_identity(layer: Layer, push: Push) -> tuple[Tensor, Tensor]:
+    """``(W', b')`` of any affine edit of a map from R^I to R^O: outputs at 0 and at each unit vector."""
+    zero = torch.zeros(1, layer.in_features, dtype=layer.dtype, device=layer.device)
+    eye = torch.eye(layer.in_features, dtype=layer.dtype, device=layer.device)
+    bias_1O = push(layer, zero, None)
+    return (push(layer, eye, None) - bias_1O).T.contiguous(), bias_1O[0]
+
+
+class _Linear(Layer):
+    """What the two storages share."""
+
+    kind = "linear"
+    module: nn.Module
+
+    @property
+    @abstractmethod
+    def _weight(self) -> Tensor: ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._weight.device
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+    def call(self, x: Tensor) -> Tensor:
+        y: Tensor = self.module(x)
+        return y
+
+    def lowrank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return F.linear(F.linear(x, a), b)
+
+    def probe(self, push: Push) -> tuple[Tensor, Tensor | None]:
+        return push_identity(self, push)
+
+
+class LinearLayer(_Linear):
+    """``nn.Linear`` (subclasses that keep its forward included)."""
+
+    module: nn.Linear
+
+    def __init__(self, module: nn.Linear) -> None:
+        self.module = module
+        self.in_features = module.in_features
+        self.out_features = module.out_features
+
+    @classmethod
+    def view(cls, module: nn.Module) -> LinearLayer | None:
+        plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        return cls(module) if plain and isinstance(module, nn.Linear) else None
+
+    @property
+    def _weight(self) -> Tensor:
+        return self.module.weight
+
+    def dense(self) -> Tensor:
+        return self.module.weight
+
+    def bias(self) -> Tensor | None:
+        return self.module.bias
+
+    def write(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        new = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
+        new.weight = nn.Parameter(weight)
+        if bias is not None:
+            new.bias = nn.Parameter(bias)
+        return new
+
+
+class Conv1DLayer(_Linear):
+    """The ``Conv1D`` of transformers: a linear layer with a transposed weight."""
+
+    module: Conv1D
+
+    def __init__(self, module: Conv1D) -> None:
+        self.module = module
+        self.in_features, self.out_features = module.weight.shape
+
+    @classmethod
+    def view(cls, module: nn.Module) -> Conv1DLayer | None:
+        return cls(module) if isinstance(module, Conv1D) else None
+
+    @property
+    def _weight(self) -> Tensor:
+        weight: Tensor = self.module.weight
+        return weight
+
+    def dense(self) -> Tensor:
+        return self._weight.T
+
+    def orient(self, stored: Tensor) -> Tensor:
+        return stored.T
+
+    def bias(self) -> Tensor | None:
+        bias: Tensor = self.module.bias
+        return bias
+
+    def write(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        new = Conv1D(self.out_features, 0)
+        new.weight = nn.Parameter(weight.T.contiguous())
+        new.bias = nn.Parameter(weight.new_zeros(self.out_features) if bias is None else bias)
+        return new

@@ -1,0 +1,70 @@
+"""DoRA (Liu et al. 2024, arXiv 2402.09353): LoRA on the direction of each output channel, and its magnitude.
+
+    y = b + m / ‖W + s B A‖ · (W x + s B A x)
+
+The norm (per output channel) is a constant in backward, as in the paper; m starts at ‖W‖, so that the
+method is the identity at first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor
+
+from trimtab.adapt.contract import At, Method, Params, Place, Spec, copy_of
+from trimtab.adapt.lowrank import BIAS, LowRank
+from trimtab.errors import UnsupportedError
+from trimtab.frozen import Layer
+
+
+@final
+class DoRA(LowRank):
+    """``DoRA(rank=16, alpha=32)``; fields as LoRA's."""
+
+    kind: ClassVar[str] = "dora"
+    lr: ClassVar[float] = 1e-4
+    disk: ClassVar[Mapping[str, str]] = {**LowRank.disk, "lora_magnitude_vector.weight": "lora_magnitude_vector"}
+
+    def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
+        specs = super().tensors(layer, role)
+        if role == BIAS:
+            return specs
+        norms = layer.row_norms(layer.dense())
+        return {**specs, "m": Spec("lora_magnitude_vector.weight", (layer.out_features,), copy_of(norms))}
+
+    def leave(self, p: Params, y: Tensor, at: At) -> Tensor:
+        if at.role == BIAS:
+            return super().leave(p, y, at)
+        factor = at.layer.over_out(p["m"] / self._norms(p, at.layer).to(p["m"].dtype))
+        bias = at.layer.bias()
+        if bias is None:
+            return factor * y
+        shift = at.layer.over_out(bias.to(y.dtype))
+        return shift + factor * (y - shift)
+
+    def merged(self, p: Params, layer: Layer, role: str) -> tuple[Tensor, Tensor | None] | None:
+        if role == BIAS:
+            return super().merged(p, layer, role)
+        factor = p["m"] / self._norms(p, layer)
+        weight = layer.dense() + self.product(p, layer)
+        return weight * factor.reshape(-1, *(1,) * (weight.dim() - 1)), layer.bias()
+
+    def scaled(self, p: Params, weight: float, role: str) -> dict[str, Tensor]:
+        raise UnsupportedError("dora: its output is divided by a norm of its own factors, so it cannot be scaled.")
+
+    def sum(self, parts: Sequence[tuple[Method, Params]], role: str) -> tuple[Method, dict[str, Tensor]]:
+        raise UnsupportedError("dora: each adapter normalises the whole weight, so two of them have no sum.")
+
+    def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
+        return {**super().to_peft(places), "use_dora": True}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]) -> DoRA | None:
+        return cls(**cls.fields_from_peft(config)) if config.get("use_dora") else None
+
+    @torch.no_grad()
+    def _norms(self, p: Params, layer: Layer) -> Tensor:
+        return layer.row_norms(layer.dense().float() + self.product(p, layer).float())

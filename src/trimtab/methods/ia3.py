@@ -1,0 +1,93 @@
+"""(IA)³ (Liu et al. 2022, arXiv 2205.05638): rescale keys, values and the inner activations of the MLP.
+
+    k' = l_k ⊙ (W_k x),   v' = l_v ⊙ (W_v x),   y = W_2 (l_ff ⊙ h),   l starts at 1
+
+The MLP is rescaled where the paper does it: after the activation, which is the *input* of its last
+linear layer, gated or not. In a fused qkv layer (queries first) only keys and values are rescaled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor
+
+from trimtab.adapt.contract import At, Method, Params, Place, Spec, ones
+from trimtab.adapt.files import refuse_unknown
+from trimtab.errors import FileFormatError, UnsupportedError
+from trimtab.frozen import Layer
+from trimtab.models.anatomy import Anatomy
+
+OUT, IN, KEYS_VALUES = "out", "in", "keys-values"
+_PEFT_DEFAULTS = {"target_modules": None, "exclude_modules": None, "feedforward_modules": None,
+                  "fan_in_fan_out": False, "init_ia3_weights": True}  # fmt: skip
+
+
+@final
+class IA3(Method):
+    """``targets`` have their output rescaled, ``feedforward`` their input; by default as in the paper."""
+
+    kind: ClassVar[str] = "ia3"
+    lr: ClassVar[float] = 5e-3
+    peft_type: ClassVar[str | None] = "IA3"
+    disk: ClassVar[Mapping[str, str]] = {"ia3_l": "ia3_l"}
+    short_names: ClassVar[Mapping[str, str]] = {"ia3_l": "l"}
+
+    feedforward: str | tuple[str, ...] = "mlp_down"
+
+    def place(self, anatomy: Anatomy) -> Sequence[Place]:
+        inner = anatomy.select(self.feedforward, (), self.layers) if self.feedforward else []
+        if self.targets:
+            outer = [Place(path, OUT) for path in anatomy.select(self.targets, self.exclude, self.layers)]
+            return [*(place for place in outer if place.path not in inner), *(Place(path, IN) for path in inner)]
+        fused = anatomy.role("fused_qkv")
+        role, roles = (KEYS_VALUES, ("fused_qkv",)) if fused else (OUT, ("keys", "values"))
+        outer = [Place(path, role) for path in anatomy.select(roles, self.exclude, self.layers)]
+        return [*outer, *(Place(path, IN) for path in inner)]
+
+    def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
+        if role == IN:
+            if layer.kind == "embedding":
+                raise UnsupportedError("(IA)³ cannot rescale the input of an embedding: token ids have no size.")
+            return {"l": Spec("ia3_l", (1, layer.in_features), ones)}
+        if role == KEYS_VALUES:
+            return {"l": Spec("ia3_l", (layer.out_features - layer.in_features, 1), ones)}
+        return {"l": Spec("ia3_l", (layer.out_features, 1), ones)}
+
+    def enter(self, p: Params, x: Tensor, at: At) -> Tensor:
+        return x * at.layer.over_in(p["l"].flatten()) if at.role == IN else x
+
+    def leave(self, p: Params, y: Tensor, at: At) -> Tensor:
+        if at.role == IN:
+            return y
+        scale = p["l"].flatten()
+        if at.role == KEYS_VALUES:
+            scale = torch.cat([scale.new_ones(at.layer.out_features - scale.shape[0]), scale])
+        return y * at.layer.over_out(scale)
+
+    def scaled(self, p: Params, weight: float, role: str) -> dict[str, Tensor]:
+        return {"l": 1 + weight * (p["l"] - 1)}
+
+    def sum(self, parts: Sequence[tuple[Method, Params]], role: str) -> tuple[Method, dict[str, Tensor]]:
+        return self, {"l": 1 + torch.stack([p["l"] - 1 for _, p in parts]).sum(0)}
+
+    def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
+        return {
+            "target_modules": [place.path for place in places],
+            "feedforward_modules": [place.path for place in places if place.role == IN],
+        }
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]) -> IA3 | None:
+        refuse_unknown(config, _PEFT_DEFAULTS, set(_PEFT_DEFAULTS), "IA3")
+        inner = config.get("feedforward_modules") or ()
+        if isinstance(inner, str):
+            raise FileFormatError("adapter_config.json: feedforward_modules as a regular expression is not read.")
+        targets = config.get("target_modules") or ()
+        found = f"re:{targets}" if isinstance(targets, str) else tuple(sorted(targets))
+        return cls(targets=found, feedforward=tuple(sorted(inner)))
+
+    def roles_in_file(self, path: str, slots: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+        return (IN,) if slots["ia3_l"][0] == 1 else (OUT,)

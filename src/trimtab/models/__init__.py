@@ -1,0 +1,1 @@
+"""Knowledge of models: architecture families, and loading a frozen base."""
