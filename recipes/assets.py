@@ -254,7 +254,7 @@ def normal(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
-def write_sentiment(folder: Path, *, train: int = 960, held_out: int = 400) -> tuple[Path, Path]:
+def write_sentiment(folder: Path, *, train: int = 640, held_out: int = 400) -> tuple[Path, Path]:
     """Write the yes/no sentiment task as chat records; returns ``(train.jsonl, held_out.jsonl)``.
 
     Clear ratings only (above 0.5 or below -0.5), half of either answer in each file, no sentence
