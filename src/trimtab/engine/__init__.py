@@ -1,0 +1,14 @@
+"""The engine: four verbs for one base and any number of adapters on it.
+
+forward_backward(data, adapter)   gradients accumulate, as sums, in each datum's adapter
+optim_step(adapter, params)       one step of that adapter alone, normalised by its token weights
+sample(prompts, params)           completions, each prompt by its own adapter or the bare base
+save / load                       weights, optimiser, counts and RNG: exact resume
+"""
+
+from trimtab.engine.engine import Engine
+from trimtab.engine.memory import keep_memory
+from trimtab.engine.results import LossResult, StepResult
+from trimtab.engine.sampling import Completion, SamplingParams
+
+__all__ = ["Completion", "Engine", "LossResult", "SamplingParams", "StepResult", "keep_memory"]

@@ -1,0 +1,337 @@
+"""The four verbs, for one base."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trimtab.adapt.attach import attach
+from trimtab.adapt.bank import Bank, Plan, bank_of, find_bank
+from trimtab.adapt.route import Route
+from trimtab.adapt.tree import anatomy_of
+from trimtab.data import Datum
+from trimtab.engine import sampling, state
+from trimtab.engine.head import Head, Kept
+from trimtab.engine.micro import Layout, Micro, Who, layout_of
+from trimtab.engine.results import LossResult, StepResult
+from trimtab.engine.sampling import Completion, SamplingParams
+from trimtab.engine.tenant import Tenant, listed
+from trimtab.errors import (
+    DataError,
+    NonFiniteLossError,
+    RouteError,
+    UnknownNameError,
+    UnsupportedError,
+    suggest,
+)
+from trimtab.models.load import Base
+from trimtab.optim.params import AdamParams
+
+Owners = Who | Sequence[Who]
+"""One adapter (or None, the bare base) for all, or one for each datum or prompt."""
+
+LOSSES = ("cross_entropy",)
+
+
+class Engine:
+    """Trains and answers with the adapters attached to one base.
+
+    Args:
+        base: a loaded base, or a transformers model with ``tokenizer``.
+        micro_tokens: the most cells of a micro-batch, in training; what bounds its memory.
+        sample_tokens: the most cells (prompt and answer) of a batch that answers.
+        packed: force documents to share rows, or not to; None takes what costs less.
+    """
+
+    def __init__(
+        self,
+        base: Base | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        micro_tokens: int = 2048,
+        sample_tokens: int = 8192,
+        packed: bool | None = None,
+    ) -> None:
+        self.model: PreTrainedModel = base.model if isinstance(base, Base) else base
+        self.tokenizer = base.tokenizer if isinstance(base, Base) else tokenizer
+        self.micro_tokens = micro_tokens
+        self.sample_tokens = sample_tokens
+        self.packed = packed
+        self._tenants: dict[str, Tenant] = {}
+        anatomy = anatomy_of(self.model)
+        if anatomy.encoder_decoder:
+            raise UnsupportedError(
+                f"{type(self.model).__name__} is an encoder-decoder; the engine trains decoders and encoders "
+                "so far. Train it with its own loss: attach the adapter and use any loop."
+            )
+        self.causal = anatomy.causal
+        with self._scope(Route.everyone(())):
+            pad = 0 if self.tokenizer is None else int(self.tokenizer.pad_token_id or 0)
+            self._layout: Layout = layout_of(self.model, causal=self.causal, pad_id=pad)
+            self._head = Head.of(self.model)
+
+    # -- training ------------------------------------------------------------------------------------
+
+    def forward_backward(
+        self,
+        data: Sequence[Datum],
+        adapter: str | Sequence[str],
+        loss: Literal["cross_entropy"] = "cross_entropy",
+    ) -> LossResult:
+        """Add the gradient of Σ weight · nll over ``data`` to each datum's adapter.
+
+        Gradients are sums; `optim_step` divides them by the token weights, once. A method's auxiliary
+        losses are added once per forward, times the token weight of that forward.
+
+        Raises:
+            NonFiniteLossError: names the examples. The adapters' tensors and optimisers are as they were,
+                and the gradients of the step in progress are dropped.
+            DataError: a datum longer than the model's context, or than a micro-batch.
+        """
+        if loss not in LOSSES:
+            raise UnknownNameError(
+                f"unknown loss {loss!r}.{suggest(loss, LOSSES)} Known: {', '.join(LOSSES)}."
+            )
+        owners = self._each(data, adapter)
+        tenants = {owner: self._tenant(owner) for owner in dict.fromkeys(owners)}
+        try:
+            result = self._run(data, owners, train=True)
+        except BaseException:
+            for tenant in tenants.values():
+                tenant.discard()
+            raise
+        for owner, tenant in tenants.items():
+            own = [index for index, name in enumerate(owners) if name == owner]
+            tenant.add(sum(result.weights[i] for i in own), (data[i].origin for i in own))
+        return result
+
+    def optim_step(self, adapter: str, params: AdamParams) -> StepResult:
+        """One step of one adapter on the gradients accumulated since its last; see `Tenant.step`."""
+        return self._tenant(adapter).step(params)
+
+    def forward(self, data: Sequence[Datum], adapter: Owners = None) -> LossResult:
+        """The loss of ``data`` without gradients, in eval mode: what held-out evaluation uses."""
+        return self._run(data, self._each(data, adapter), train=False)
+
+    # -- answering -----------------------------------------------------------------------------------
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | None = None,
+        adapter: Owners = None,
+    ) -> list[Completion]:
+        """``params.n`` completions of each prompt (token ids), in the order of the prompts.
+
+        Raises:
+            DataError: a prompt that is empty, or too long to leave room for ``max_tokens`` in the context.
+        """
+        params = params or SamplingParams()
+        owners = self._each(prompts, adapter)
+        if self.tokenizer is None:
+            raise DataError("to sample, the engine needs a tokenizer: Engine(model, tokenizer).")
+        for number, (prompt, owner) in enumerate(zip(prompts, owners, strict=True)):
+            self._check_length(
+                len(prompt) + params.max_tokens, owner, f"prompt {number} with max_tokens"
+            )
+            if not prompt:
+                raise DataError(f"prompt {number} is empty; a model needs at least one token.")
+        repeated = [index for index in range(len(prompts)) for _ in range(params.n)]
+        found: dict[int, Completion] = {}
+        plan = (
+            sampling.batches([prompts[i] for i in repeated], params.max_tokens, self.sample_tokens)
+            if repeated
+            else []
+        )
+        for number, members in enumerate(plan):
+            chosen = [repeated[member] for member in members]
+            seed = None if params.seed is None else params.seed + number
+            names = tuple(_owner(owners[index]) for index in chosen)
+            route = Route.everyone(names[0]) if len(set(names)) == 1 else Route(names)
+            with self._mode(train=False), self._scope(route):
+                rows = sampling.generate(
+                    self.model, self.tokenizer, [prompts[i] for i in chosen], params, seed
+                )
+            for member, index, row in zip(members, chosen, rows, strict=True):
+                found[member] = Completion(index, *row)
+        return [found[member] for member in range(len(repeated))]
+
+    # -- state ---------------------------------------------------------------------------------------
+
+    def save(
+        self, adapter: str, folder: str | Path, extra: Mapping[str, Any] | None = None
+    ) -> Path:
+        """Write all that training of ``adapter`` needs to go on exactly; ``extra`` is the caller's JSON."""
+        state.write(self._tenant(adapter), Path(folder), extra or {})
+        return Path(folder)
+
+    def load(self, folder: str | Path, adapter: str | None = None) -> dict[str, Any]:
+        """Take up a saved state, attaching the adapter if no such is attached; returns ``extra``.
+
+        The process's random generators continue where they were. Raises `FileFormatError`, `AttachError`.
+        """
+        saved = state.read(Path(folder))
+        name = adapter or saved.adapter.name
+        bank = find_bank(self.model)
+        if bank is None or name not in bank.adapters:
+            attach(self.model, saved.adapter, name)
+        state.restore(self._tenant(name), saved)
+        return saved.extra
+
+    # -- one pass over data --------------------------------------------------------------------------
+
+    def _run(self, data: Sequence[Datum], owners: Sequence[Who], *, train: bool) -> LossResult:
+        if not data:
+            raise DataError("there are no examples to compute a loss of.")
+        for datum, owner in zip(data, owners, strict=True):
+            self._check_length(len(datum), owner, datum.origin or "an example")
+        sums, weights, hits = totals = [[0.0] * len(data) for _ in range(3)]
+        auxiliary: dict[str, float] = defaultdict(float)
+        with self._mode(train=train), torch.set_grad_enabled(train):
+            for micro in self._layout.plan(data, owners, self.micro_tokens, self.packed):
+                objective, found = self._forward(micro, data, auxiliary)
+                for place, member in enumerate(micro.members):
+                    for total, values in zip(totals, found, strict=True):
+                        total[member] = values[place]
+                if train and objective is not None:
+                    objective.backward()
+        return LossResult(sums, weights, hits, dict(auxiliary))
+
+    def _forward(
+        self, micro: Micro, data: Sequence[Datum], auxiliary: dict[str, float]
+    ) -> tuple[Tensor | None, list[list[float]]]:
+        """The objective of one micro-batch; and sums, weights and hits of its documents."""
+        kept = Kept.of(micro.batch)
+        documents = len(micro.members)
+        if not len(kept.index):
+            return None, [[0.0] * documents for _ in range(3)]
+        micro_batch, kept = self._placed(micro, kept)
+        per_document = self._gated(micro.owners)
+        route = micro.route(per_document=per_document)
+        with self._scope(
+            route, Plan(mask=micro_batch.attention_mask, prompt=micro.prompt.to(self.model.device))
+        ):
+            token = self._head.loss(_inputs(micro, micro_batch), kept, together=route.every)
+            bank = find_bank(self.model)
+            extras = [] if bank is None else bank.take_losses()
+        weights = kept.weights.double()
+        per_token = torch.stack(
+            [token.nll.double() * weights, weights, token.best.double() * weights]
+        )
+        zeros = torch.zeros(3, documents, dtype=torch.float64, device=per_token.device)
+        found: list[list[float]] = zeros.index_add(1, kept.document, per_token).tolist()
+        objective = token.loss
+        for adapter, name, value in extras:
+            weight = sum(
+                w for w, owner in zip(found[1], micro.owners, strict=True) if owner == adapter
+            )
+            objective = objective + value * weight
+            auxiliary[f"{adapter}.{name}"] += float(value.detach()) * weight
+        self._check_finite(found[0], float(objective.detach()), micro, data)
+        return objective, found
+
+    def _check_finite(
+        self, sums: list[float], objective: float, micro: Micro, data: Sequence[Datum]
+    ) -> None:
+        if math.isfinite(objective) and all(map(math.isfinite, sums)):
+            return
+        bad = [m for m, value in zip(micro.members, sums, strict=True) if not math.isfinite(value)]
+        origins = [data[member].origin or f"example {member}" for member in (bad or micro.members)]
+        raise NonFiniteLossError(
+            f"the loss is not finite for {listed(origins)} No tensor was changed."
+        )
+
+    def _placed(self, micro: Micro, kept: Kept) -> tuple[Any, Kept]:
+        device = self.model.device
+        if device.type == "cpu":
+            return micro.batch, kept
+        moved = Kept(
+            *(t.to(device) for t in (kept.index, kept.document, kept.targets, kept.weights))
+        )
+        return micro.batch.to(device), moved
+
+    # -- who acts, and how ---------------------------------------------------------------------------
+
+    def _each(self, items: Sequence[Any], adapter: Owners) -> list[Any]:
+        """One owner per item, each of them attached."""
+        owners: list[Who] = (
+            [adapter] * len(items) if adapter is None or isinstance(adapter, str) else list(adapter)
+        )
+        if len(owners) != len(items):
+            raise RouteError(
+                f"{len(owners)} adapters were named for {len(items)} items; name one, or one for each."
+            )
+        for name in dict.fromkeys(owners):
+            if name is not None:
+                bank_of(self.model).require(name)
+        return owners
+
+    def _tenant(self, name: str) -> Tenant:
+        adapter = bank_of(self.model).require(name)
+        tenant = self._tenants.get(name)
+        if tenant is None or tenant.adapter is not adapter:
+            tenant = self._tenants[name] = Tenant(adapter)
+        return tenant
+
+    def _gated(self, owners: Sequence[Who]) -> bool:
+        """Whether some acting method must tell documents apart."""
+        bank: Bank | None = find_bank(self.model)
+        names = {name for name in owners if name is not None}
+        return bank is not None and any(
+            m.needs_prompt for n in names for m in bank.require(n).methods
+        )
+
+    def context(self, owner: Who = None) -> int | None:
+        """The most tokens of one example: the model's positions, less those that a method takes."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is None:
+            return None
+        taken = (
+            0
+            if owner is None
+            else sum(m.virtual_tokens for m in bank_of(self.model).require(owner).methods)
+        )
+        return int(limit) - taken
+
+    def _check_length(self, length: int, owner: Who, what: str) -> None:
+        limit = self.context(owner)
+        if limit is not None and length > limit:
+            raise DataError(
+                f"{what}: {length} tokens, more than the model's context of {limit}. Shorten it."
+            )
+
+    @contextmanager
+    def _mode(self, *, train: bool) -> Iterator[None]:
+        before = self.model.training
+        if before != train:
+            self.model.train(train)
+        try:
+            yield
+        finally:
+            if before != train:
+                self.model.train(before)
+
+    def _scope(self, route: Route, plan: Plan | None = None) -> Any:
+        bank = find_bank(self.model)
+        return nullcontext() if bank is None else bank.scope(route, plan)
+
+
+def _owner(who: Who) -> tuple[str, ...]:
+    return () if who is None else (who,)
+
+
+def _inputs(micro: Micro, batch: Any) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {"input_ids": batch.input_ids}
+    if micro.packed:
+        found["position_ids"] = batch.position_ids
+    if micro.masked and batch.attention_mask is not None:
+        found["attention_mask"] = batch.attention_mask
+    return found

@@ -1,0 +1,122 @@
+"""From a forward to the loss: positions without weight are dropped before the output head.
+
+Three ways, the first that the model allows:
+
+1. run the backbone, pick the hidden states of weighted tokens, and go through the head in chunks
+   (`trimtab.losses.linear_cross_entropy`). Whether the head is only a linear layer on the backbone's
+   last hidden state is *verified* on a few tokens, because models scale or cap their logits in ways of
+   their own;
+2. where the head holds adapters, call it on the picked hidden states (one owner for all rows);
+3. full logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.data import Batch
+from trimtab.errors import UnsupportedError
+from trimtab.losses import TokenLoss, linear_cross_entropy, weighted_cross_entropy
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The K positions with a weight: ``index`` into the flattened (B·T) cells, ``document`` numbers, targets
+    and weights; each (K,)."""
+
+    index: Tensor
+    document: Tensor
+    targets: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch) -> Kept:
+        """Positions of ``batch`` whose weight is not 0."""
+        numbers = torch.full(batch.weights.shape, -1)
+        for number, document in enumerate(batch.documents):
+            numbers[document.row, document.start : document.stop] = number
+        index = batch.weights.flatten().nonzero()[:, 0]
+        return cls(
+            index,
+            numbers.flatten().to(index.device)[index],
+            batch.targets.flatten()[index],
+            batch.weights.flatten()[index],
+        )
+
+
+class Head:
+    """How one model's loss is computed. Made on the bare base, where the head can be verified."""
+
+    def __init__(self, model: nn.Module, head: nn.Linear | None) -> None:
+        self._model = model
+        self._plain = head
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Head:
+        """Look at a model, with no adapter acting."""
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        return cls(model, head if type(head) is nn.Linear and _is_plain(model, head) else None)
+
+    def loss(self, inputs: dict[str, Tensor], kept: Kept, *, together: bool) -> TokenLoss:
+        """Run the model and the loss. ``together``: one owner acts on all rows."""
+        if self._plain is not None:
+            head = self._model.get_output_embeddings()  # type: ignore[operator]
+            if head is self._plain and not self._plain.weight.requires_grad:
+                hidden = self._picked(inputs, kept)
+                return linear_cross_entropy(
+                    hidden, self._plain.weight, kept.targets, kept.weights, self._plain.bias
+                )
+            if together:
+                logits = head(self._picked(inputs, kept)[None])[0]
+                return weighted_cross_entropy(logits, kept.targets, kept.weights)
+        logits = self._model(**inputs, **_uncached(self._model)).logits
+        if logits.dim() != 3:
+            raise UnsupportedError(
+                f"{type(self._model).__name__} gives logits of shape {tuple(logits.shape)}; the loss over "
+                "tokens needs (rows, tokens, vocabulary)."
+            )
+        picked = logits.flatten(0, 1).index_select(0, kept.index)
+        return weighted_cross_entropy(picked, kept.targets, kept.weights)
+
+    def _picked(self, inputs: dict[str, Tensor], kept: Kept) -> Tensor:
+        backbone = _backbone(self._model)
+        hidden: Tensor = backbone(**inputs, **_uncached(self._model)).last_hidden_state
+        return hidden.flatten(0, 1).index_select(0, kept.index)
+
+
+def _backbone(model: nn.Module) -> nn.Module:
+    inner = model._modules.get(str(model.base_model_prefix))
+    if inner is None:
+        raise AssertionError("only verified models get here")
+    return inner
+
+
+def _uncached(model: nn.Module) -> dict[str, bool]:
+    """A decoder is told to keep no cache; an encoder does not know the word."""
+    return {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+
+
+@torch.no_grad()
+def _is_plain(model: nn.Module, head: nn.Linear) -> bool:
+    """Whether ``logits == head(last_hidden_state)`` exactly, and no option of the config touches logits."""
+    inner = model._modules.get(str(model.base_model_prefix))
+    if inner is None:
+        return False
+    options = model.config.get_text_config().to_dict()  # type: ignore[union-attr, operator]
+    if any("logit" in key and value not in (None, False, 1, 1.0) for key, value in options.items()):
+        return False  # a cap or scale that small logits would not show
+    device = head.weight.device
+    ids = (torch.arange(4, device=device)[None] * 7 + 5) % int(options["vocab_size"])
+    training = model.training
+    try:
+        model.eval()
+        logits = model(input_ids=ids, **_uncached(model)).logits
+        hidden = inner(input_ids=ids, **_uncached(model)).last_hidden_state
+        return bool(torch.equal(head(hidden), logits))
+    except (AttributeError, TypeError, ValueError):
+        return False
+    finally:
+        model.train(training)

@@ -1,0 +1,193 @@
+"""Micro-batches: which data are shown to the model together, and in what layout.
+
+A decoder may see documents as *rows* (one each, padded on the right; no mask is needed, since causal
+attention never looks right) or *packed* (several in a row, kept apart by their positions). Packing
+wastes no cell, but attention then runs under a dense mask over the row; which is cheaper depends on the
+lengths, so both are planned and the cheaper is taken:
+
+    cost = Σ cells · (1 + a · R / R0),   R the row's length, a = ½ where attention is plainly causal
+
+with R0 the row length at which masked attention costs as much as the layers (from the model's widths).
+Anything that is not a decoder gets padded rows with a mask.
+
+Legend: R cells of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.adapt.route import Route, Span
+from trimtab.data import Batch, Datum, collate, pack, plan_batches
+from trimtab.errors import DataError
+
+Who = str | None
+"""An adapter's name, or None: the bare base."""
+
+
+@dataclass(frozen=True)
+class Micro:
+    """One micro-batch. ``members[d]`` is the index in the data of the batch's document d, and ``owners[d]``
+    its adapter; ``prompt`` (B, T) is true where a gate may look; ``masked`` whether padding needs a mask."""
+
+    batch: Batch
+    members: tuple[int, ...]
+    owners: tuple[Who, ...]
+    prompt: Tensor
+    packed: bool
+    masked: bool
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Arguments of the model."""
+        found = {"input_ids": self.batch.input_ids}
+        if self.packed:
+            found["position_ids"] = self.batch.position_ids
+        if self.masked and self.batch.attention_mask is not None:
+            found["attention_mask"] = self.batch.attention_mask
+        return found
+
+    def route(self, *, per_document: bool) -> Route:
+        """Who acts where; one owner of everything unless ``per_document`` says that units matter."""
+        owners = tuple(() if owner is None else (owner,) for owner in self.owners)
+        if not per_document and len(set(owners)) == 1:
+            return Route.everyone(owners[0])
+        spans = tuple(Span(d.row, d.start, d.stop) for d in self.batch.documents)
+        return Route(owners, spans if self.packed else None)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How this model may be shown data.
+
+    Args:
+        packs: documents may share rows (verified, see `separates`).
+        causal: padding on the right needs no mask.
+        balance: R0 of the module's cost.
+    """
+
+    packs: bool
+    causal: bool
+    balance: float
+    pad_id: int
+
+    def plan(
+        self, data: Sequence[Datum], owners: Sequence[Who], budget: int, packed: bool | None = None
+    ) -> Iterator[Micro]:
+        """Micro-batches of at most ``budget`` cells, that together hold each datum once.
+
+        ``packed`` forces one of the two layouts. Raises `DataError` for a datum over the budget.
+        """
+        lengths = [len(datum) for datum in data]
+        if max(lengths) > budget:
+            longest = data[lengths.index(max(lengths))]
+            raise DataError(
+                f"{longest.origin or 'an example'} has {len(longest)} tokens, more than a micro-batch may "
+                f"have ({budget}); raise micro_tokens, or shorten the example."
+            )
+        if len(set(owners)) > 1 or packed is False or not self.packs:
+            return self._rows(data, owners, plan_batches(lengths, budget))
+        options = {} if packed else {0: plan_batches(lengths, budget)}
+        costs = {
+            0: sum(
+                self._cost(len(m) * max(lengths[i] for i in m), max(lengths[i] for i in m), 0.5)
+                for m in plan
+            )
+            for plan in options.values()
+        }
+        for width in sorted({min(max(lengths) * times, budget) for times in (1, 2, 4, budget)}):
+            costs[width] = self._cost(len(pack(lengths, width)) * width, width, 1.0)
+        best = min(costs, key=lambda width: costs[width])
+        if best == 0:
+            return self._rows(data, owners, options[0])
+        return self._packed(data, owners, lengths, best, budget)
+
+    def _cost(self, cells: int, width: int, share: float) -> float:
+        return cells * (1 + share * width / self.balance)
+
+    def _rows(
+        self, data: Sequence[Datum], owners: Sequence[Who], plan: list[list[int]]
+    ) -> Iterator[Micro]:
+        for indices in plan:
+            names = list(dict.fromkeys(owners[index] for index in indices))
+            together = sorted(indices, key=lambda index: names.index(owners[index]))
+            yield self._micro(data, owners, together, width=None)
+
+    def _packed(
+        self,
+        data: Sequence[Datum],
+        owners: Sequence[Who],
+        lengths: list[int],
+        width: int,
+        budget: int,
+    ) -> Iterator[Micro]:
+        rows = pack(lengths, width)
+        each = max(budget // width, 1)
+        for start in range(0, len(rows), each):
+            chosen = sorted(index for row in rows[start : start + each] for index in row)
+            yield self._micro(data, owners, chosen, width=width)
+
+    def _micro(
+        self, data: Sequence[Datum], owners: Sequence[Who], chosen: list[int], width: int | None
+    ) -> Micro:
+        members = [data[index] for index in chosen]
+        batch = collate(members, pad_id=self.pad_id, packed=width is not None, row_tokens=width)
+        prompt = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
+        for document in batch.documents:
+            prompt[
+                document.row, document.start : document.start + members[document.index].prompt
+            ] = True
+        return Micro(
+            batch=batch,
+            members=tuple(chosen[document.index] for document in batch.documents),
+            owners=tuple(owners[chosen[document.index]] for document in batch.documents),
+            prompt=prompt,
+            packed=width is not None,
+            masked=not self.causal,
+        )
+
+
+def layout_of(model: nn.Module, *, causal: bool, pad_id: int) -> Layout:
+    """The layout that suits a model; call it on the bare base."""
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    width = int(getattr(config, "hidden_size", 512))
+    inner = int(getattr(config, "intermediate_size", None) or 4 * width)
+    packs = causal and separates(model, int(config.vocab_size))
+    return Layout(packs=packs, causal=packs, balance=(2 * width + 1.5 * inner) / 4, pad_id=pad_id)
+
+
+@torch.no_grad()
+def separates(model: nn.Module, vocabulary: int) -> bool:
+    """Whether positions that restart keep packed documents apart in this model.
+
+    Change the first of two documents and see whether the second one's outputs change. Where nothing
+    leaks they are bitwise the same; where rounding depends on the batch (experts) the change is far
+    smaller than in one running text.
+    """
+    device = next(model.parameters()).device
+    ids = (torch.arange(3 * 6, device=device) * 7 + 5) % vocabulary
+    first, other, second = ids.split(6)
+    runs = torch.arange(6, device=device).repeat(2)[None]
+    joined = torch.arange(12, device=device)[None]
+
+    def change(positions: Tensor) -> float:
+        outputs = [
+            model(
+                input_ids=torch.cat([head, second])[None], position_ids=positions, use_cache=False
+            )[0][0, 6:]
+            for head in (first, other)
+        ]
+        return float((outputs[0] - outputs[1]).abs().max())
+
+    training = model.training
+    try:
+        model.eval()
+        apart = change(runs)
+        return apart == 0.0 or apart < 0.1 * change(joined)
+    except TypeError:  # it takes no position ids
+        return False
+    finally:
+        model.train(training)

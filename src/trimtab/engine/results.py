@@ -1,0 +1,46 @@
+"""What the verbs give back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """Per datum, in the order given: the weighted ``sums`` of nll (nats), the token ``weights``, and the
+    weight of tokens whose best guess is the target (``hits``). ``auxiliary`` sums a method's own losses,
+    by ``adapter.name``."""
+
+    sums: Sequence[float]
+    weights: Sequence[float]
+    hits: Sequence[float]
+    auxiliary: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def total(self) -> float:
+        return sum(self.sums)
+
+    @property
+    def weight(self) -> float:
+        return sum(self.weights)
+
+    @property
+    def mean(self) -> float:
+        """Loss per unit of token weight."""
+        return self.total / self.weight if self.weight else 0.0
+
+    @property
+    def accuracy(self) -> float:
+        """Weighted share of tokens guessed right."""
+        return sum(self.hits) / self.weight if self.weight else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One optimiser step: its number (from 1), the gradient's norm before clipping, and the token weight
+    that it was divided by."""
+
+    step: int
+    grad_norm: float
+    weight: float

@@ -1,0 +1,173 @@
+"""Completions, one batch at a time, each prompt by its own adapter.
+
+Greedy at temperature 0. Random draws come from a generator state of their own, so that sampling in the
+middle of training changes nothing of the training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+)
+
+from trimtab.config import Config
+from trimtab.data import plan_batches
+
+
+class SamplingParams(Config):
+    """How to answer. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep the whole vocabulary;
+    ``n`` completions of each prompt; a ``stop`` string ends a completion and is not part of its text."""
+
+    max_tokens: int = Field(default=128, ge=1)
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    n: int = Field(default=1, ge=1)
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stops(cls, value: Any) -> Any:
+        found = (value,) if isinstance(value, str) else tuple(value or ())
+        if "" in found:
+            raise ValueError("an empty stop string would stop everything")
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One answer: the ``prompt`` it is for (an index), its ``tokens`` (the end token included, if it came),
+    its ``text`` without control tokens, and why it ended."""
+
+    prompt: int
+    tokens: tuple[int, ...]
+    text: str
+    finish: Literal["stop", "length"]
+
+
+def batches(prompts: Sequence[Sequence[int]], max_tokens: int, budget: int) -> list[list[int]]:
+    """Indices of prompts by batch, so that prompts and answers fill at most ``budget`` cells (or one row)."""
+    lengths = [len(prompt) + max_tokens for prompt in prompts]
+    return plan_batches(lengths, max(budget, max(lengths)))
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    seed: int | None,
+) -> list[tuple[tuple[int, ...], str, Literal["stop", "length"]]]:
+    """(tokens, text, finish) of one batch; the caller has routed the rows and set eval mode."""
+    device = model.device
+    width = max(len(prompt) for prompt in prompts)
+    pad = int(tokenizer.pad_token_id)
+    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    ends = _ends(model, tokenizer)
+    stopping = [_StopStrings(tokenizer, params.stop, width, ends)] if params.stop else []
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        if params.temperature > 0:
+            torch.seed() if seed is None else torch.manual_seed(seed)
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=_config(params, ends, pad),
+            stopping_criteria=stopping,
+        )
+    return [_ended(row[width:].tolist(), tokenizer, params.stop, ends) for row in out]
+
+
+def _config(params: SamplingParams, ends: list[int], pad: int) -> GenerationConfig:
+    """Everything said, so that nothing comes from the model's own generation defaults."""
+    greedy = params.temperature == 0
+    return GenerationConfig(
+        max_new_tokens=params.max_tokens,
+        do_sample=not greedy,
+        temperature=1.0 if greedy else params.temperature,
+        top_p=1.0 if greedy else params.top_p,
+        top_k=50 if greedy else params.top_k,
+        typical_p=1.0,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        num_beams=1,
+        eos_token_id=ends or None,
+        pad_token_id=pad,
+        use_cache=True,
+    )
+
+
+def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids that end an answer: the model's own, and the tokenizer's."""
+    own = model.generation_config.eos_token_id if model.generation_config is not None else None
+    listed = own if isinstance(own, list) else [own]
+    return list(dict.fromkeys(int(e) for e in [*listed, tokenizer.eos_token_id] if e is not None))
+
+
+def _ended(
+    tokens: list[int], tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], ends: list[int]
+) -> tuple[tuple[int, ...], str, Literal["stop", "length"]]:
+    """Cut one row at its end token or stop string."""
+    finish: Literal["stop", "length"] = "length"
+    for place, token in enumerate(tokens):
+        if token in ends:
+            tokens, finish = tokens[: place + 1], "stop"
+            break
+    text = _text(tokenizer, tokens)
+    places = [text.index(stop) for stop in stops if stop in text]
+    if places:
+        text, finish = text[: min(places)], "stop"
+        tokens = _shortest(tokenizer, tokens, text, stops)
+    return tuple(tokens), text, finish
+
+
+def _shortest(
+    tokenizer: PreTrainedTokenizerBase, tokens: list[int], text: str, stops: Sequence[str]
+) -> list[int]:
+    """The tokens up to the one that completes the stop string (rows of a batch may run on)."""
+    for count in range(1, len(tokens)):
+        said = _text(tokenizer, tokens[:count])
+        if any(stop in said for stop in stops):
+            return tokens[:count]
+    return tokens
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    return str(
+        tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    )
+
+
+class _StopStrings(StoppingCriteria):  # type: ignore[misc]
+    """Ends a row when its text has a stop string."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stops: Sequence[str],
+        start: int,
+        ends: Sequence[int],
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.stops = stops
+        self.start = start
+        # A stop string may lie across tokens; no token is shorter than a byte.
+        self.tail = max(len(stop.encode()) for stop in stops) + 4
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        rows = input_ids[:, self.start :][:, -self.tail :].tolist()
+        said = [_text(self.tokenizer, row) for row in rows]
+        hits = [any(stop in text for stop in self.stops) for text in said]
+        return torch.tensor(hits, device=input_ids.device)

@@ -1,0 +1,131 @@
+"""The state of one adapter's training as a folder, so that it resumes exactly.
+
+    adapter/            the adapter folder itself
+    state.safetensors   optimiser moments and counts, gradients accumulated so far, RNG states
+    state.json          schema, counts, token weight of the gradients, and what the caller adds
+
+Nothing is pickled. Writing is atomic (`trimtab.adapt.files.replacing`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trimtab.adapt.adapter import Adapter
+from trimtab.adapt.files import read_json, read_tensors, replacing, write_json
+from trimtab.engine.tenant import Tenant
+from trimtab.errors import FileFormatError
+
+SCHEMA = 1
+ADAPTER, TENSORS, STATE = "adapter", "state.safetensors", "state.json"
+_GRADIENT, _RNG = "grad::", "rng::"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A state that was read: the adapter, the optimiser's and gradients' tensors, counts, and extra."""
+
+    adapter: Adapter
+    optimiser: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    rng: dict[str, Tensor]
+    steps: int
+    weight: float
+    origins: list[str]
+    extra: dict[str, Any]
+
+
+def write(tenant: Tenant, folder: Path, extra: Mapping[str, Any]) -> None:
+    """Write the state of ``tenant``. Raises `StorageError`; what was in ``folder`` is then intact."""
+    tensors = dict(tenant.adam.state())
+    for key, parameter in tenant.adam.named.items():
+        if parameter.grad is not None:
+            tensors[f"{_GRADIENT}{key}"] = parameter.grad.detach().cpu().contiguous()
+    tensors |= {f"{_RNG}{name}": value for name, value in rng_state().items()}
+    counts = {
+        "schema": SCHEMA,
+        "steps": tenant.steps,
+        "weight": tenant.weight,
+        "origins": tenant.origins,
+    }
+    with replacing(folder) as temporary:
+        tenant.adapter.save(temporary / ADAPTER)
+        save_file(tensors, temporary / TENSORS)
+        write_json(temporary / STATE, {**counts, "extra": dict(extra)})
+
+
+def read(folder: Path) -> Saved:
+    """Read a state. Raises `FileFormatError` for a folder that is not a whole one."""
+    for needed in (STATE, TENSORS):
+        if not (folder / needed).is_file():
+            raise FileFormatError(
+                f"{folder} has no {needed}: it is not a training state, or an incomplete one."
+            )
+    counts = read_json(folder / STATE)
+    if counts.get("schema") != SCHEMA:
+        raise FileFormatError(
+            f"{folder / STATE}: schema {counts.get('schema')!r}; this version reads {SCHEMA}."
+        )
+    tensors = read_tensors(folder / TENSORS)
+    try:
+        return Saved(
+            adapter=Adapter.load(folder / ADAPTER),
+            optimiser={k: v for k, v in tensors.items() if not k.startswith((_GRADIENT, _RNG))},
+            gradients=_below(tensors, _GRADIENT),
+            rng=_below(tensors, _RNG),
+            steps=int(counts["steps"]),
+            weight=float(counts["weight"]),
+            origins=list(counts["origins"]),
+            extra=dict(counts["extra"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, FileFormatError):
+            raise
+        raise FileFormatError(f"{folder / STATE} is incomplete: {error!r}.") from error
+
+
+def restore(tenant: Tenant, saved: Saved) -> None:
+    """Put a state into a tenant whose adapter has the same tensors; and the RNG of the process."""
+    values = saved.adapter.tensors
+    if values.keys() != tenant.adam.named.keys():
+        raise FileFormatError(
+            f"the state was saved for another adapter than {tenant.adapter.name!r}: other tensors."
+        )
+    with torch.no_grad():
+        for key, parameter in tenant.adam.named.items():
+            parameter.copy_(values[key])
+    tenant.adam.clear()
+    tenant.adam.restore(saved.optimiser)
+    for key, value in saved.gradients.items():
+        parameter = tenant.adam.named[key]
+        parameter.grad = value.to(parameter.device).clone()
+    tenant.steps, tenant.weight, tenant.origins = saved.steps, saved.weight, list(saved.origins)
+    set_rng_state(saved.rng)
+
+
+def rng_state() -> dict[str, Tensor]:
+    """The generators that training draws from (dropout, gates): the CPU's and each CUDA device's."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states |= {f"cuda:{n}": state for n, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def set_rng_state(states: Mapping[str, Tensor]) -> None:
+    """Restore what `rng_state` gave; devices that this machine lacks are passed over."""
+    for name, state in states.items():
+        if name == "cpu":
+            torch.set_rng_state(state)
+        elif torch.cuda.is_available() and int(name.partition(":")[2]) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, name)
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

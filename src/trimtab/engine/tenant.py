@@ -1,0 +1,77 @@
+"""What the engine keeps for one adapter between calls: its optimiser, and what its gradients are sums of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from trimtab.adapt.adapter import Adapter
+from trimtab.engine.results import StepResult
+from trimtab.errors import NonFiniteLossError, TrainingError
+from trimtab.optim.adam import Adam
+from trimtab.optim.params import AdamParams
+
+SHOWN = 8
+
+
+class Tenant:
+    """An attached adapter. ``weight`` is the token weight that its gradients hold, ``origins`` their examples."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+        named = {
+            k: p
+            for k, p in adapter.tensors.items()
+            if isinstance(p, nn.Parameter) and p.requires_grad
+        }
+        if not named:
+            raise TrainingError(
+                f"adapter {adapter.name!r} has no tensor that requires a gradient; "
+                "attach it with trainable=True."
+            )
+        self.adam = Adam(named)
+        self.steps = 0
+        self.weight = 0.0
+        self.origins: list[str] = []
+
+    def add(self, weight: float, origins: Iterable[str]) -> None:
+        """Note that the gradients now hold these examples too."""
+        self.weight += weight
+        self.origins += [origin for origin in origins if origin]
+
+    def discard(self) -> None:
+        """Drop the gradients of the step in progress."""
+        self.adam.clear()
+        self.weight = 0.0
+        self.origins = []
+
+    def step(self, params: AdamParams) -> StepResult:
+        """One optimiser step, normalised by the weight of all tokens since the last one.
+
+        Raises:
+            TrainingError: no example with a weight has been seen since the last step.
+            NonFiniteLossError: the gradient is not finite; names the examples, changes no tensor.
+        """
+        name, weight = self.adapter.name, self.weight
+        if not self.adam.gradients or weight <= 0:
+            raise TrainingError(
+                f"adapter {name!r} has no gradients; call forward_backward before optim_step."
+            )
+        try:
+            norm = self.adam.step(params, weight)
+        except NonFiniteLossError as error:
+            raise NonFiniteLossError(
+                f"adapter {name!r}: {error} Examples: {listed(self.origins)}"
+            ) from None
+        finally:
+            self.discard()
+        self.steps += 1
+        return StepResult(self.steps, norm, weight)
+
+
+def listed(origins: Iterable[str]) -> str:
+    """The first few origins, and how many more."""
+    found = list(origins)
+    text = ", ".join(found[:SHOWN]) or "without origin"
+    return text + (f" and {len(found) - SHOWN} more." if len(found) > SHOWN else ".")

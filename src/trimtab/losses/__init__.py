@@ -1,0 +1,5 @@
+"""Losses: functions from what the model says to a weighted sum over tokens."""
+
+from trimtab.losses.cross_entropy import TokenLoss, linear_cross_entropy, weighted_cross_entropy
+
+__all__ = ["TokenLoss", "linear_cross_entropy", "weighted_cross_entropy"]

@@ -1,0 +1,235 @@
+"""Load a frozen base: a Hugging Face folder, a hub id, or a GGUF file.
+
+The dtype is bfloat16 where the machine multiplies it natively (CUDA that says so; x86 with AVX512-BF16
+or AMX) and float32 elsewhere, where bfloat16 would be emulated and slower. Only safetensors and GGUF
+are read, never a pickle. Weights that lack a tensor are an error: transformers would fill it with noise.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from trimtab.errors import ModelError, UnknownNameError, suggest
+
+Task = Literal[
+    "causal-lm", "masked-lm", "seq2seq-lm", "sequence-classification", "token-classification"
+]
+AUTO: dict[str, str] = {
+    "causal-lm": "AutoModelForCausalLM",
+    "masked-lm": "AutoModelForMaskedLM",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+}
+NEW_HEADS = ("sequence-classification", "token-classification")
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A frozen model in eval mode, its tokenizer, and the path or id that it was loaded from."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    task: Task = "causal-lm",
+) -> Base:
+    """Load a base.
+
+    Args:
+        source: a folder, a hub id (``org/name``), or a ``.gguf`` file, which is unpacked to ``dtype``.
+        dtype: of the weights; None follows the rule of this module.
+        device: None is the first CUDA device, else the CPU.
+        task: which head; a classification head that the weights lack starts at random.
+
+    Raises:
+        ModelError: no such model, no weights, torn weights, no tokenizer; says what to do.
+        UnknownNameError: a task or dtype that does not exist.
+    """
+    if task not in AUTO:
+        raise UnknownNameError(
+            f"unknown task {task!r}.{suggest(task, AUTO) or ' Known: ' + ', '.join(AUTO)}"
+        )
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = _dtype(dtype, place)
+    path = Path(source)
+    where, options = _located(path, str(source))
+    with _explained(str(source)):
+        auto = getattr(transformers, AUTO[task])
+        with _quiet():
+            model, facts = auto.from_pretrained(
+                where, dtype=kind, output_loading_info=True, **_weights(options)
+            )
+        _check_whole(facts, str(source), str(model.base_model_prefix), new_head=task in NEW_HEADS)
+        tokenizer = _tokenizer(where, options, str(source))
+    model.requires_grad_(False)
+    return Base(model.to(place).eval(), tokenizer, str(source))
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where ``device`` multiplies it natively, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    native = device.type == "cpu" and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
+    return torch.bfloat16 if native else torch.float32
+
+
+def _dtype(value: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    if value is None:
+        return default_dtype(device)
+    if isinstance(value, torch.dtype):
+        return value
+    names = {
+        "bfloat16": torch.bfloat16,
+        "float32": torch.float32,
+        "float16": torch.float16,
+        "float64": torch.float64,
+    }
+    names |= {
+        "bf16": torch.bfloat16,
+        "fp32": torch.float32,
+        "fp16": torch.float16,
+        "fp64": torch.float64,
+    }
+    if value not in names:
+        raise UnknownNameError(
+            f"unknown dtype {value!r}.{suggest(value, names) or ' Known: ' + ', '.join(names)}"
+        )
+    return names[value]
+
+
+# -- where it lies --------------------------------------------------------------------------------
+
+
+def _located(path: Path, source: str) -> tuple[str, dict[str, Any]]:
+    """What transformers is to be given: a folder or id, and the GGUF file in it."""
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"there is no file {source!r}.")
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ModelError(f"{source!r} is not a GGUF file (it does not begin with 'GGUF').")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        _check_folder(path)
+        return str(path), {}
+    if (
+        path.exists()
+        or path.is_absolute()
+        or source.startswith((".", "~"))
+        or source.count("/") > 1
+    ):
+        raise ModelError(f"{source!r} is not a model folder, a .gguf file or a hub id (org/name).")
+    return source, {}
+
+
+def _check_folder(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        adapter = (
+            " It is an adapter: load its base, then attach it."
+            if (path / "adapter_config.json").exists()
+            else ""
+        )
+        raise ModelError(f"{str(path)!r} has no config.json, so it is not a model folder.{adapter}")
+    if not any(path.glob("*.safetensors")):
+        pickled = any(path.glob("pytorch_model*.bin"))
+        advice = (
+            "convert pytorch_model.bin to safetensors" if pickled else "download the model again"
+        )
+        raise ModelError(f"{str(path)!r} has no weights (no *.safetensors file); {advice}.")
+
+
+def _weights(options: dict[str, Any]) -> dict[str, Any]:
+    """Options for reading weights: GGUF blocks are unpacked; nothing is unpickled."""
+    if not options:
+        return {"use_safetensors": True}
+    config = getattr(transformers, "GgufConfig", None)  # older releases always unpack
+    return {
+        **options,
+        **({} if config is None else {"quantization_config": config(dequantize=True)}),
+    }
+
+
+# -- what came of it -------------------------------------------------------------------------------
+
+
+def _check_whole(facts: Any, source: str, prefix: str, *, new_head: bool) -> None:
+    missing = sorted(key for key in facts["missing_keys"])
+    if new_head:
+        missing = [key for key in missing if key.startswith(f"{prefix}.")]
+    if missing:
+        raise ModelError(
+            f"the weights of {source!r} lack {len(missing)} tensors of the model, e.g. {missing[0]!r}; "
+            "they are incomplete or belong to another architecture. Download the model again."
+        )
+    wrong = sorted(str(key[0]) for key in facts["mismatched_keys"])
+    if wrong:
+        raise ModelError(
+            f"{source!r}: {len(wrong)} tensors have other shapes than config.json says, e.g. {wrong[0]!r}."
+        )
+
+
+def _tokenizer(where: str, options: dict[str, Any], source: str) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError(
+                f"the tokenizer of {source!r} has neither a padding nor an end token; set one."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """transformers' many exceptions as one `ModelError` that says what to do."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ModelError(
+            f"the weights of {source!r} are torn or are not safetensors ({error}); download the model again."
+        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        if isinstance(error, ModelError):
+            raise
+        if not Path(source).exists() and isinstance(error, OSError):
+            raise ModelError(
+                f"{source!r} is neither a folder here nor a model that the hub gives us now. Check the "
+                "name and the network, log in if it is gated, or give a local folder."
+            ) from error
+        text = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(f"{source!r} cannot be loaded: {text[0]}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' report of missing keys: what matters of it becomes an error."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
