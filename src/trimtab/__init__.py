@@ -8,6 +8,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+# These two packages share their name with a function of the public interface. A package binds itself
+# in its parent once, when it is first imported; imported (empty) and unbound here, it leaves the name free.
+for _package in ("methods", "train"):
+    import_module(f"{__name__}.{_package}")
+    del globals()[_package]
+
 __version__ = "0.1.0"
 
 _PLACES = {

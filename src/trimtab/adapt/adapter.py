@@ -42,11 +42,17 @@ class TensorName:
 
 @dataclass
 class Origin:
-    """Where an adapter comes from: written into its folder, never needed to use it."""
+    """Where an adapter comes from: written into its folder, never needed to use it.
+
+    The last but one are what PEFT's config says of the base: target modules by the ends of their names,
+    weights stored (in, out), and whether PEFT can read the adapter at all.
+    """
 
     base_name: str | None = None
     task_type: str | None = None
     suffixes: tuple[str, ...] | None = None
+    transposed: bool = False
+    in_peft: bool = True
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
@@ -133,7 +139,9 @@ class Adapter:
     def detached(self, *, name: str | None = None) -> Adapter:
         """An independent copy, not attached to anything."""
         copied = {n: t.detach().clone() for n, t in self.named().items()}
-        return Adapter(name or self.name, self.methods, self.sites, copied, base=self.base, origin=self.origin)
+        return Adapter(
+            name or self.name, self.methods, self.sites, copied, base=self.base, origin=self.origin
+        )
 
     def __eq__(self, other: object) -> bool:
         """Same methods, sites and bitwise equal tensors; names and provenance do not matter."""
@@ -151,7 +159,9 @@ class Adapter:
 
     def __repr__(self) -> str:
         methods = " + ".join(method.kind for method in self.methods)
-        return f"Adapter({self.name!r}, {methods}, {len(self.sites)} sites, {self.count:,} parameters)"
+        return (
+            f"Adapter({self.name!r}, {methods}, {len(self.sites)} sites, {self.count:,} parameters)"
+        )
 
     # -- used by attach --------------------------------------------------------------------------------
 

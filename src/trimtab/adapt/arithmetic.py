@@ -25,14 +25,24 @@ def scaled(adapter: Adapter, weight: float, *, name: str | None = None) -> Adapt
         method = adapter.methods[site.method].at(site.path)
         params, slots = _params(adapter, site)
         new = method.scaled(params, weight, site.role)
-        tensors |= {TensorName(site.path, slots[short]): tensor.detach().clone() for short, tensor in new.items()}
+        tensors |= {
+            TensorName(site.path, slots[short]): tensor.detach().clone()
+            for short, tensor in new.items()
+        }
     _no_shared(adapter)
     return Adapter(
-        name or adapter.name, adapter.methods, adapter.sites, tensors, base=adapter.base, origin=adapter.origin
+        name or adapter.name,
+        adapter.methods,
+        adapter.sites,
+        tensors,
+        base=adapter.base,
+        origin=adapter.origin,
     )
 
 
-def add(adapters: Sequence[Adapter], *, name: str, weights: Sequence[float] | None = None) -> Adapter:
+def add(
+    adapters: Sequence[Adapter], *, name: str, weights: Sequence[float] | None = None
+) -> Adapter:
     """An adapter whose edits are the weighted sum of theirs.
 
     Raises:
@@ -41,8 +51,14 @@ def add(adapters: Sequence[Adapter], *, name: str, weights: Sequence[float] | No
         UnsupportedError: the methods have no exact sum.
     """
     if not adapters or (weights is not None and len(weights) != len(adapters)):
-        raise ConfigError(f"add needs adapters and one weight each; got {len(adapters)} and {weights}.")
-    parts = list(adapters) if weights is None else [scaled(a, w) for a, w in zip(adapters, weights, strict=True)]
+        raise ConfigError(
+            f"add needs adapters and one weight each; got {len(adapters)} and {weights}."
+        )
+    parts = (
+        list(adapters)
+        if weights is None
+        else [scaled(a, w) for a, w in zip(adapters, weights, strict=True)]
+    )
     first = parts[0]
     for other in parts[1:]:
         _compatible(first, other)
@@ -61,9 +77,14 @@ def add(adapters: Sequence[Adapter], *, name: str, weights: Sequence[float] | No
         slots = _params(*holders[0])[1]
         method, params = given[0][0].sum(given, role)
         methods_at[path] = method
-        tensors |= {TensorName(path, slots[short]): tensor.detach().clone() for short, tensor in params.items()}
+        tensors |= {
+            TensorName(path, slots[short]): tensor.detach().clone()
+            for short, tensor in params.items()
+        }
     specs = [SiteSpec(path, role, 0) for path, role in sites]
-    return Adapter(name, [_one_method(methods_at)], specs, tensors, base=first.base, origin=first.origin)
+    return Adapter(
+        name, [_one_method(methods_at)], specs, tensors, base=first.base, origin=first.origin
+    )
 
 
 def interpolate(a: Adapter, b: Adapter, t: float, *, name: str) -> Adapter:
@@ -81,9 +102,12 @@ def _one_method(methods_at: Mapping[str, Method]) -> Method:
     fields = {name for m in different.values() for name, value in m if value != dict(common)[name]}
     patterned = {"rank": "rank_pattern", "alpha": "alpha_pattern"}
     if not fields <= patterned.keys():
-        raise UnsupportedError(f"{common.kind}: the parts differ in {', '.join(sorted(fields))} from site to site.")
+        raise UnsupportedError(
+            f"{common.kind}: the parts differ in {', '.join(sorted(fields))} from site to site."
+        )
     changes = {
-        patterned[field]: {path: dict(method)[field] for path, method in different.items()} for field in fields
+        patterned[field]: {path: dict(method)[field] for path, method in different.items()}
+        for field in fields
     }
     return common.replace(**changes)
 
@@ -99,9 +123,13 @@ def _params(adapter: Adapter, site: SiteSpec) -> tuple[Params, dict[str, str]]:
 def _compatible(a: Adapter, b: Adapter) -> None:
     kinds = [method.kind for method in a.methods], [method.kind for method in b.methods]
     if kinds[0] != kinds[1] or len(a.methods) > 1:
-        raise ConfigError(f"only adapters of one and the same method can be added, not {kinds[0]} and {kinds[1]}.")
+        raise ConfigError(
+            f"only adapters of one and the same method can be added, not {kinds[0]} and {kinds[1]}."
+        )
     if a.base is not None and b.base is not None and (reason := a.base.mismatch(b.base)):
-        raise BaseMismatchError(f"{a.name!r} and {b.name!r} were made for different bases: {reason}.")
+        raise BaseMismatchError(
+            f"{a.name!r} and {b.name!r} were made for different bases: {reason}."
+        )
 
 
 def _no_shared(adapter: Adapter) -> None:

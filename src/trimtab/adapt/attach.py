@@ -13,16 +13,23 @@ from torch import Tensor, nn
 from trimtab.adapt import attention, checkpoint, slots
 from trimtab.adapt.adapter import Adapter, Origin, SiteSpec, TensorName
 from trimtab.adapt.bank import CHILD, Bank, bank_of, find_bank
-from trimtab.adapt.contract import Method, Spec
+from trimtab.adapt.contract import Method, Place, Spec
 from trimtab.adapt.edit import Edit
 from trimtab.adapt.fingerprint import fingerprint
 from trimtab.adapt.parse import method_from, methods
 from trimtab.adapt.route import Route
 from trimtab.adapt.site import ExpertsSite, Site, SiteBase
 from trimtab.adapt.tree import anatomy_of, bare_modules, replace, sites_of
-from trimtab.errors import AttachError, BaseMismatchError, ConfigError, DuplicateNameError, RouteError, TargetError, suggest
+from trimtab.errors import (
+    AttachError,
+    BaseMismatchError,
+    ConfigError,
+    DuplicateNameError,
+    RouteError,
+    TargetError,
+    suggest,
+)
 from trimtab.frozen import Layer, view
-from trimtab.frozen.experts import ExpertLayer
 from trimtab.frozen.sublayer import SubLayer
 from trimtab.models.anatomy import Anatomy
 
@@ -56,7 +63,7 @@ def attach(
     anatomy = anatomy_of(model)
     base = fingerprint(model, anatomy.modules)
     if isinstance(method, Adapter):
-        adapter = _checked(method, name, base, any_base)
+        adapter = _placed(_checked(method, name, base, any_base), anatomy)
     else:
         adapter = _planned(model, method_from(method), name or "default", anatomy)
         adapter.base = base
@@ -64,7 +71,9 @@ def attach(
         raise DuplicateNameError(
             f"an adapter {adapter.name!r} is attached already; detach it first, or choose another name."
         )
-    layers = {path: _layer(anatomy, path) for path in dict.fromkeys(site.path for site in adapter.sites)}
+    layers = {
+        path: _layer(anatomy, path) for path in dict.fromkeys(site.path for site in adapter.sites)
+    }
     specs = _specs(adapter, anatomy, layers)
     tensors = _tensors(adapter, specs, layers, seed, new=not isinstance(method, Adapter))
     attention.check(model, adapter, anatomy)
@@ -85,7 +94,11 @@ def detach(model: nn.Module, name: str) -> Adapter:
         slots.remove(holder, tensor_name.slot, name)
     for site in list(sites_of(model).values()):
         site.edits.pop(name, None)
-        for child in [key for key, sub in site._modules.items() if isinstance(sub, slots.Slot) and _hollow(sub)]:
+        for child in [
+            key
+            for key, sub in site._modules.items()
+            if isinstance(sub, slots.Slot) and _hollow(sub)
+        ]:
             del site._modules[child]
         if site.bare():
             replace(model, site, site.base_layer)
@@ -112,7 +125,9 @@ def rows(model: nn.Module, owners: Sequence[str | Sequence[str] | None]) -> Iter
     """One adapter (or stack, or None) per row of the batch, in any mix of methods."""
     bank = bank_of(model)
     if isinstance(owners, str):
-        raise RouteError(f"rows takes one name per row, not the text {owners!r}; use using() for one adapter.")
+        raise RouteError(
+            f"rows takes one name per row, not the text {owners!r}; use using() for one adapter."
+        )
     with bank.scope(Route(tuple(bank.owner(who) for who in owners))):
         yield
 
@@ -138,7 +153,9 @@ def scale(model: nn.Module, name: str, factor: float) -> None:
     if not isinstance(factor, int | float) or factor != factor:
         raise ConfigError(f"scale of {name!r} must be a number, not {factor!r}.")
     if factor != 1.0 and any(method.overrides("keys_values") for method in adapter.methods):
-        raise TargetError(f"adapter {name!r} adds keys and values inside attention; there is no scaled form of that.")
+        raise TargetError(
+            f"adapter {name!r} adds keys and values inside attention; there is no scaled form of that."
+        )
     bank.scales[name] = float(factor)
 
 
@@ -166,21 +183,43 @@ def _planned(model: nn.Module, method: Method, name: str, anatomy: Anatomy) -> A
         trained = [place.path for place in full.place(anatomy)]
         both = sorted(set(trained) & {place.path for place in places})
         if both:
-            raise TargetError(f"{both[0]!r} is both adapted and trained in full; exclude it from the targets.")
+            raise TargetError(
+                f"{both[0]!r} is both adapted and trained in full; exclude it from the targets."
+            )
         sites += [SiteSpec(path, "", 1) for path in trained]
-    suffixes = _suffixes([place.path for place in places], anatomy)
-    task = _TASKS.get(type(model).__name__.partition("For")[2])
-    name_or_path = getattr(anatomy.config, "_name_or_path", None) or None
-    return Adapter(name, found, sites, {}, origin=Origin(name_or_path, task, suffixes))
+    return Adapter(name, found, sites, {}, origin=_origin(model, method, sites, anatomy))
+
+
+def _origin(
+    model: nn.Module, method: Method, sites: Sequence[SiteSpec], anatomy: Anatomy
+) -> Origin:
+    """What an adapter's folder is to say of this base."""
+    places = [Place(site.path, site.role) for site in sites if site.method == 0]
+    paths = method.wrapped(places)
+    layers = [_layer(anatomy, path) for path in paths]
+    kind = type(model).__name__
+    task = next((task for ending, task in _TASKS.items() if kind.endswith(ending)), None)
+    headless = not any(site.method and site.path in anatomy.head for site in sites)
+    return Origin(
+        base_name=getattr(anatomy.config, "_name_or_path", None) or None,
+        task_type=None if headless and task in _HEADS_TOO else task,
+        suffixes=_suffixes(paths, anatomy),
+        transposed=any(layer.transposed for layer in layers),
+        in_peft=method.in_peft(anatomy, places) and all(layer.in_peft for layer in layers),
+    )
 
 
 _TASKS = {
-    "CausalLM": "CAUSAL_LM",
-    "SequenceClassification": "SEQ_CLS",
-    "ConditionalGeneration": "SEQ_2_SEQ_LM",
-    "TokenClassification": "TOKEN_CLS",
-    "QuestionAnswering": "QUESTION_ANS",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
 }
+"""PEFT's task by the end of a model class's name; without one, PEFT ignores a prefix."""
+_HEADS_TOO = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+"""Tasks for which PEFT expects the trained head in the file."""
 
 
 def _suffixes(paths: Sequence[str], anatomy: Anatomy) -> tuple[str, ...] | None:
@@ -188,7 +227,10 @@ def _suffixes(paths: Sequence[str], anatomy: Anatomy) -> tuple[str, ...] | None:
     wanted = set(paths)
     leaves = tuple(sorted({path.rpartition(".")[2] for path in paths}))
     reached = {
-        path for path in anatomy.modules for leaf in leaves if path == leaf or path.endswith(f".{leaf}")
+        path
+        for path in anatomy.modules
+        for leaf in leaves
+        if path == leaf or path.endswith(f".{leaf}")
     }
     return leaves if reached == wanted else None
 
@@ -200,19 +242,31 @@ def _checked(adapter: Adapter, name: str | None, base: Any, any_base: bool) -> A
         same_shape = adapter.base.architecture == base.architecture
         if reason and not (any_base and same_shape):
             advice = " Pass any_base=True to attach it all the same." if same_shape else ""
-            raise BaseMismatchError(f"adapter {adapter.name!r} was made for another base: {reason}.{advice}")
+            raise BaseMismatchError(
+                f"adapter {adapter.name!r} was made for another base: {reason}.{advice}"
+            )
     return adapter.detached(name=name)
+
+
+def _placed(adapter: Adapter, anatomy: Anatomy) -> Adapter:
+    """A file whose tensors belong to the whole adapter (PEFT's prefix) names no sites: find them here."""
+    if all(site.method for site in adapter.sites):
+        found = [SiteSpec(p.path, p.role, 0) for p in adapter.method.place(anatomy)]
+        adapter.sites = (*found, *adapter.sites)
+    return adapter
 
 
 def _layer(anatomy: Anatomy, path: str) -> Layer:
     """The view of the layer at a path (expert 0 of an expert parameter)."""
     if path in anatomy.experts:
-        return ExpertLayer.of(anatomy.modules[anatomy.experts[path]], path.rpartition(".")[2], 0)
+        return anatomy.expert_layers(path)[0]
     if path not in anatomy.modules:
         hint = suggest(path, [*anatomy.modules, *anatomy.experts])
         raise AttachError(f"this model has no module {path!r}.{hint}")
     if path == "":
-        raise TargetError("the model itself is the target; put it into a container module and attach to that.")
+        raise TargetError(
+            "the model itself is the target; put it into a container module and attach to that."
+        )
     module = anatomy.modules[path]
     return view(module) or SubLayer(module, anatomy.width)
 
@@ -224,23 +278,29 @@ def _specs(
     found: dict[tuple[int, str], dict[str, Spec]] = {}
     for number, site in enumerate(adapter.sites):
         method = adapter.methods[site.method].at(site.path)
-        specs = method.tensors(layers[site.path], site.role)
         if site.path in anatomy.experts:
-            count = anatomy.modules[anatomy.experts[site.path]].num_experts
-            specs = {short: _stacked(spec, int(count)) for short, spec in specs.items()}  # type: ignore[arg-type]
+            each = anatomy.expert_layers(site.path)
+            specs = _stacked([method.tensors(layer, site.role) for layer in each])
+        else:
+            specs = method.tensors(layers[site.path], site.role)
         found[number, site.path] = specs
     for number, method in enumerate(adapter.methods):
         found[-1 - number, ""] = method.shared(anatomy, adapter.places(number))
     return found
 
 
-def _stacked(spec: Spec, count: int) -> Spec:
-    """The same tensor for each of ``count`` experts, stacked."""
+def _stacked(each: Sequence[Mapping[str, Spec]]) -> dict[str, Spec]:
+    """The same tensors for every expert, stacked; each starts as it would alone."""
 
-    def init(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return torch.stack([spec.init(spec.shape, generator) for _ in range(count)])
+    def stacked(short: str) -> Spec:
+        specs = [of_expert[short] for of_expert in each]
 
-    return Spec(spec.name, (count, *spec.shape), init, spec.cast)
+        def init(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+            return torch.stack([spec.init(spec.shape, generator) for spec in specs])
+
+        return Spec(specs[0].name, (len(specs), *specs[0].shape), init, specs[0].cast)
+
+    return {short: stacked(short) for short in each[0]}
 
 
 def _tensors(
@@ -257,7 +317,9 @@ def _tensors(
         for spec in of_site.values():
             tensor_name = TensorName(path, spec.name)
             if tensor_name in expected:
-                raise TargetError(f"two methods of {adapter.name!r} want the slot {tensor_name.key!r}.")
+                raise TargetError(
+                    f"two methods of {adapter.name!r} want the slot {tensor_name.key!r}."
+                )
             expected[tensor_name] = spec
     devices = [layer.device for layer in layers.values()]
     default = devices[0] if devices else torch.device("cpu")
@@ -270,7 +332,8 @@ def _tensors(
         device = default if layer is None else layer.device
         if not new:
             value = given[tensor_name]
-            value = value.float() if value.is_floating_point() else value
+            if value.is_floating_point():
+                value = value.to(torch.promote_types(value.dtype, torch.float32))
         elif device.type == "meta":
             value = torch.empty(spec.shape, device="meta")
         else:
@@ -279,17 +342,26 @@ def _tensors(
     return made
 
 
-def _same_tensors(adapter: Adapter, expected: Mapping[TensorName, Spec], given: Mapping[TensorName, Tensor]) -> None:
+def _same_tensors(
+    adapter: Adapter, expected: Mapping[TensorName, Spec], given: Mapping[TensorName, Tensor]
+) -> None:
     missing = sorted(name.key for name in expected if name not in given)
     extra = sorted(name.key for name in given if name not in expected)
     if missing or extra:
         parts = [f"it lacks {len(missing)}, e.g. {missing[0]!r}"] if missing else []
-        parts += [f"it has {len(extra)} that its method does not use here, e.g. {extra[0]!r}"] if extra else []
-        raise AttachError(f"adapter {adapter.name!r} has other tensors than this model needs: {'; '.join(parts)}.")
+        parts += (
+            [f"it has {len(extra)} that its method does not use here, e.g. {extra[0]!r}"]
+            if extra
+            else []
+        )
+        raise AttachError(
+            f"adapter {adapter.name!r} has other tensors than this model needs: {'; '.join(parts)}."
+        )
     for name, spec in expected.items():
         if tuple(given[name].shape) != spec.shape:
             raise AttachError(
-                f"adapter {adapter.name!r}: {name.key!r} has shape {tuple(given[name].shape)}, this model needs {spec.shape}."
+                f"adapter {adapter.name!r}: {name.key!r} has shape {tuple(given[name].shape)}, "
+                f"this model needs {spec.shape}."
             )
 
 
@@ -312,7 +384,7 @@ def _insert(
 ) -> None:
     existing = sites_of(model)
     holders: dict[TensorName, nn.Module] = {}
-    for number, method in enumerate(adapter.methods):
+    for number in range(len(adapter.methods)):
         for spec in specs[-1 - number, ""].values():
             holders[TensorName("", spec.name)] = bank
     for number, spec_site in enumerate(adapter.sites):
@@ -320,7 +392,11 @@ def _insert(
         holder: nn.Module = bank
         if spec_site.role != attention.ROLE:
             site = _site(model, bank, spec_site.path, anatomy, existing)
-            holder = site.holder(spec_site.path.rpartition(".")[2]) if isinstance(site, ExpertsSite) else site
+            holder = (
+                site.holder(spec_site.path.rpartition(".")[2])
+                if isinstance(site, ExpertsSite)
+                else site
+            )
         edit = Edit(
             adapter=adapter.name,
             method=method,
@@ -336,7 +412,7 @@ def _insert(
             attention.insert(model, bank, edit, anatomy)
         else:
             site.edits.setdefault(adapter.name, []).append(edit)
-        holders |= {TensorName(spec_site.path, spec.name): holder for spec in edit.specs.values()}
+        holders |= {TensorName(spec_site.path, spec.name): holder for spec in edit.tensors.values()}
     for name, value in tensors.items():
         parameter = nn.Parameter(value, requires_grad=trainable and value.is_floating_point())
         slots.add(holders[name], name.slot, adapter.name, parameter)
@@ -348,7 +424,9 @@ def _insert(
 def _order(adapter: Adapter, number: int) -> tuple[int, int]:
     """The number of a site among those of its method and role, and how many there are."""
     site = adapter.sites[number]
-    alike = [other for other in adapter.sites if (other.method, other.role) == (site.method, site.role)]
+    alike = [
+        other for other in adapter.sites if (other.method, other.role) == (site.method, site.role)
+    ]
     return alike.index(site), len(alike)
 
 
@@ -359,7 +437,11 @@ def _site(
     where = anatomy.experts.get(path, path)
     if where not in existing:
         module = anatomy.modules[where]
-        site = ExpertsSite(module, where, bank) if path in anatomy.experts else Site(module, where, bank, anatomy.width)
+        site = (
+            ExpertsSite(module, where, bank)
+            if path in anatomy.experts
+            else Site(module, where, bank, anatomy.width)
+        )
         replace(model, module, site)
         existing[where] = site
     return existing[where]
@@ -377,16 +459,24 @@ def _existing_bank(model: nn.Module) -> Bank | None:
 def _new_bank(model: nn.Module) -> Bank:
     """Freeze the base and put the bank and its entry hooks in place."""
     if CHILD in dir(model):
-        raise AttachError(f"the model has an attribute {CHILD!r}, the name of Trimtab's own child module.")
+        raise AttachError(
+            f"the model has an attribute {CHILD!r}, the name of Trimtab's own child module."
+        )
     bank = Bank()
     for name, parameter in model.named_parameters():
         bank.frozen_before[name] = parameter.requires_grad
         parameter.requires_grad_(False)
-    bank.norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    bank.norms = [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+    ]
     for entry in _entries(model):
         bank.handles.append(entry.register_forward_pre_hook(bank.before, with_kwargs=True))
         bank.handles.append(entry.register_forward_hook(bank.after, always_call=True))
-    bank.blocks = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    bank.blocks = [
+        module for module in model.modules() if hasattr(module, "gradient_checkpointing")
+    ]
     model.add_module(CHILD, bank)
     return bank
 
@@ -394,7 +484,9 @@ def _new_bank(model: nn.Module) -> Bank:
 def _entries(model: nn.Module) -> list[nn.Module]:
     """The root, and the parts of a transformers model that its own code calls alone."""
     found = [model]
-    backbone = model.__dict__.get("base_model_prefix") or getattr(type(model), "base_model_prefix", "")
+    backbone = model.__dict__.get("base_model_prefix") or getattr(
+        type(model), "base_model_prefix", ""
+    )
     for name in (str(backbone), "encoder", "decoder", "model.encoder", "model.decoder"):
         node: nn.Module | None = model
         for segment in name.split(".") if name else ["?"]:
@@ -450,10 +542,15 @@ def _tiny_inputs(model: nn.Module) -> dict[str, Tensor]:
     config = model.__dict__.get("config")
     size = getattr(config, "vocab_size", None)
     if size is None:
-        raise AttachError(f"probe needs example inputs for {type(model).__name__}: probe(model, x).")
+        raise AttachError(
+            f"probe needs example inputs for {type(model).__name__}: probe(model, x)."
+        )
     device = next(model.parameters()).device
     ids = torch.arange(4, 8, device=device)[None] % int(size)
-    return {"input_ids": ids, **({"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {})}
+    return {
+        "input_ids": ids,
+        **({"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}),
+    }
 
 
 def bare_state(model: nn.Module) -> dict[str, Tensor]:

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from trimtab.adapt.at import At
 from trimtab.adapt.context import Context
-from trimtab.adapt.edit import Call, Edit
+from trimtab.adapt.edit import Edit
 from trimtab.adapt.route import Owner, Part, Route
 from trimtab.errors import RouteError, UnsupportedError
 from trimtab.frozen.sublayer import SubLayer
@@ -66,13 +67,17 @@ def insert(model: nn.Module, bank: Bank, edit: Edit, anatomy: Anatomy) -> None:
         module = anatomy.modules[edit.path]
         source = _bias_source(anatomy, edit.path)
         layer = SubLayer(module, anatomy.width)
-        injection = Injection(bank, edit.path, layer, None if source is None else anatomy.modules[source])
+        injection = Injection(
+            bank, edit.path, layer, None if source is None else anatomy.modules[source]
+        )
         injection.handle = module.register_forward_pre_hook(injection, with_kwargs=True)
         bank.injections[edit.path] = injection
     injection.edits.setdefault(edit.adapter, []).append(edit)
     if bank.attention_before is None:
-        bank.attention_before = str(anatomy.config._attn_implementation)
-        cast(PreTrainedModel, model).set_attn_implementation(_NAMES.get(bank.attention_before, bank.attention_before))
+        bank.attention_before = str(cast(PreTrainedModel, model).config._attn_implementation)
+        cast(PreTrainedModel, model).set_attn_implementation(
+            _NAMES.get(bank.attention_before, bank.attention_before)
+        )
         if anatomy.family.shifts_positions:
             backbone = _backbone(model)
             bank.shift = backbone.register_forward_pre_hook(Shift(bank, backbone), with_kwargs=True)
@@ -147,7 +152,9 @@ class Prefixes:
 class Injection:
     """Pre-hook of one attention module."""
 
-    def __init__(self, bank: Bank, path: str, layer: SubLayer, bias_source: nn.Module | None) -> None:
+    def __init__(
+        self, bank: Bank, path: str, layer: SubLayer, bias_source: nn.Module | None
+    ) -> None:
         self.bank = bank
         self.path = path
         self.layer = layer
@@ -155,14 +162,20 @@ class Injection:
         self.edits: dict[str, list[Edit]] = {}
         self.handle: Any = None
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def __call__(
+        self, module: nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
         bank = self.bank
         bank.fire(self.path)
         context = bank.context(module.training)
         x = args[0] if args else kwargs["hidden_states"]
         keys, values, columns, width = [], [], {}, 0
         for owner in dict.fromkeys(context.route.owners):
-            pairs = [pair for edit in self._acting(owner) if (pair := self._pair(edit, context, owner, x)) is not None]
+            pairs = [
+                pair
+                for edit in self._acting(owner)
+                if (pair := self._pair(edit, context, owner, x)) is not None
+            ]
             if not pairs:
                 continue
             keys += [pair[0] for pair in pairs]
@@ -177,9 +190,11 @@ class Injection:
     def _acting(self, owner: Owner) -> list[Edit]:
         return [edit for name in owner for edit in self.edits.get(name, ())]
 
-    def _pair(self, edit: Edit, context: Context, owner: Owner, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _pair(
+        self, edit: Edit, context: Context, owner: Owner, x: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
         part = Part(owner, None, None, False, len(context.route.owners))
-        call = Call(edit, self.layer, context, part, self.bank, x.dtype, self.bank.training)
+        call = At(edit, self.layer, context, part, self.bank, x.dtype, self.bank.training)
         call.x = x
         return edit.method.keys_values(edit.params(self.bank, x.dtype), call)
 
@@ -191,7 +206,9 @@ class Shift:
         self.bank = bank
         self.takes = "position_ids" in inspect.signature(backbone.forward).parameters
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def __call__(
+        self, module: nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
         context = self.bank.context(module.training)
         route = context.route
         lengths = {owner: self._length(owner) for owner in dict.fromkeys(route.owners)}
@@ -216,7 +233,9 @@ class Shift:
         return args, {**kwargs, "position_ids": positions + shift}
 
     def _length(self, owner: Owner) -> int:
-        return sum(method.virtual_tokens for name in owner for method in self.bank.adapters[name].methods)
+        return sum(
+            method.virtual_tokens for name in owner for method in self.bank.adapters[name].methods
+        )
 
 
 def position_owners(route: Route, owners: list[Owner], rows: int, length: int) -> Tensor:
@@ -224,7 +243,9 @@ def position_owners(route: Route, owners: list[Owner], rows: int, length: int) -
     if route.spans is None:
         numbers = torch.tensor([owners.index(owner) for owner in route.owners])
         if len(numbers) != rows:
-            raise RouteError(f"attention was given {rows} rows, the route names {len(numbers)} owners.")
+            raise RouteError(
+                f"attention was given {rows} rows, the route names {len(numbers)} owners."
+            )
         return numbers[:, None].expand(rows, length)
     found = torch.full((rows, length), -1)
     for owner, span in zip(route.owners, route.spans, strict=True):
@@ -235,7 +256,10 @@ def position_owners(route: Route, owners: list[Owner], rows: int, length: int) -
 def _separable(positions: Tensor, route: Route) -> None:
     """transformers tells packed documents apart by jumps of the positions; a shift must leave a jump."""
     for span in route.spans or ():
-        if span.start and int(positions[span.row, span.start] - positions[span.row, span.start - 1]) == 1:
+        if (
+            span.start
+            and int(positions[span.row, span.start] - positions[span.row, span.start - 1]) == 1
+        ):
             raise RouteError(
                 "two documents packed side by side have prefixes whose lengths differ by exactly the length of the "
                 "first document, which hides the boundary between them; pack them in another order or pad."
@@ -256,13 +280,12 @@ def _attend(inner: Callable[..., Any], module: nn.Module, query: Tensor, key: Te
     if mask.dtype != torch.bool:
         least = torch.finfo(mask.dtype).min
         visible = torch.zeros_like(visible, dtype=mask.dtype).masked_fill(~visible, least)
-    width = prefixes.keys.shape[0]
     mask = torch.cat([visible, mask.expand(rows, 1, length, mask.shape[-1])], dim=-1)
     key = torch.cat([_as_heads(prefixes.keys, key), key], dim=2)
     value = torch.cat([_as_heads(prefixes.values, value), value], dim=2)
     bias = kwargs.get("position_bias")
     if bias is not None:
-        kwargs["position_bias"] = _widened(bias, prefixes.bias, width)
+        kwargs["position_bias"] = _widened(bias, prefixes)
     return inner(module, query, key, value, mask, *args, **kwargs)
 
 
@@ -288,14 +311,21 @@ def _own_mask(module: nn.Module, mask: Tensor | None, query: Tensor, key: Tensor
     return full.tril()[None, None], key, value
 
 
-def _widened(bias: Tensor, source: nn.Module | None, width: int) -> Tensor:
-    """A bias by distance, with the columns of the prefix that lies before position 0."""
-    if source is None or source.__dict__.get("relative_attention_num_buckets") is None:
-        return torch.cat([bias.new_zeros(*bias.shape[:-1], width), bias], dim=-1)
+def _widened(bias: Tensor, prefixes: Prefixes) -> Tensor:
+    """A bias by distance, with columns for the prefixes: each lies right before position 0 for its owner."""
     length, keys = bias.shape[-2:]
+    source = prefixes.bias
+    if source is None:
+        return torch.cat([bias.new_zeros(*bias.shape[:-1], prefixes.keys.shape[0]), bias], dim=-1)
     compute = cast(Callable[..., Tensor], source.compute_bias)
-    whole = compute(length, keys + width, device=bias.device, past_seen_tokens=keys - length + width)
-    return torch.cat([whole[..., :width].to(bias.dtype).expand(*bias.shape[:-1], width), bias], dim=-1)
+    columns = []
+    for start, stop in prefixes.columns.values():
+        width = stop - start
+        whole = compute(
+            length, keys + width, device=bias.device, past_seen_tokens=keys - length + width
+        )
+        columns.append(whole[..., :width].to(bias.dtype).expand(*bias.shape[:-1], width))
+    return torch.cat([*columns, bias], dim=-1)
 
 
 def _sdpa(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -25,7 +25,15 @@ if TYPE_CHECKING:
     from trimtab.adapt.attention import Injection
 
 CHILD = "trimtab"
-_BATCH_KEYS = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "x", "input")
+_BATCH_KEYS = (
+    "input_ids",
+    "inputs_embeds",
+    "decoder_input_ids",
+    "pixel_values",
+    "input_features",
+    "x",
+    "input",
+)
 
 
 class Bank(nn.Module):
@@ -33,6 +41,7 @@ class Bank(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.register_load_state_dict_pre_hook(_keep_own)  # type: ignore[no-untyped-call]
         self.adapters: dict[str, Adapter] = {}
         self.active: list[str] = []
         self.scales: dict[str, float] = {}
@@ -50,8 +59,8 @@ class Bank(nn.Module):
         self._context: Context | None = None
         self._depth = 0
         self._last: Context | None = None
-        self._encoded: tuple[Tensor, dict[str, Any]] | None = None
-        self._memories: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
+        self._encoded: tuple[Tensor, dict[Any, Any]] | None = None
+        self._memories: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 
     # -- who acts --------------------------------------------------------------------------------------
 
@@ -62,7 +71,14 @@ class Bank(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A saved or copied bank forgets generations in progress."""
-        return {**self.__dict__, "_memories": None, "_encoded": None, "_last": None, "_context": None, "_depth": 0}
+        return {
+            **self.__dict__,
+            "_memories": None,
+            "_encoded": None,
+            "_last": None,
+            "_context": None,
+            "_depth": 0,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -80,7 +96,9 @@ class Bank(nn.Module):
     def require(self, name: str) -> Adapter:
         """The adapter of that name, or an error with near names."""
         if name not in self.adapters:
-            hint = suggest(name, self.adapters) or f" Attached: {', '.join(self.adapters) or 'none'}."
+            hint = (
+                suggest(name, self.adapters) or f" Attached: {', '.join(self.adapters) or 'none'}."
+            )
             raise UnknownNameError(f"no adapter {name!r} is attached.{hint}")
         return self.adapters[name]
 
@@ -105,16 +123,17 @@ class Bank(nn.Module):
     def recall(self, context: Context, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function`` run under ``context`` again, if it is not in force (a checkpoint's recomputation)."""
 
+        runs = 0
+
         def recalled(*args: Any, **kwargs: Any) -> Any:
-            before = self._context
-            if before is context:
-                return function(*args, **kwargs)
-            self._context = context
-            context.recomputing = True
+            nonlocal runs
+            before = self._context, self._scope
+            self._context, self._scope = context, context.route
+            context.recomputing, runs = runs > 0, runs + 1
             try:
                 return function(*args, **kwargs)
             finally:
-                self._context = before
+                self._context, self._scope = before
                 context.recomputing = False
 
         return recalled
@@ -153,7 +172,9 @@ class Bank(nn.Module):
         route = self._scope or self.default
         rows = None if batch is None else batch.shape[0]
         if rows is not None:
-            generating = not module.training and (past is not None or kwargs.get("use_cache") is True)
+            generating = not module.training and (
+                past is not None or kwargs.get("use_cache") is True
+            )
             route = route.expanded(rows, generating=generating)
         length = batch.shape[1] if batch is not None and batch.dim() > 1 else None
         plan = self.plan
@@ -169,7 +190,7 @@ class Bank(nn.Module):
             past=past,
         )
 
-    def _memory(self, past: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _memory(self, past: Any, kwargs: dict[str, Any]) -> dict[Any, Any]:
         """What gates remember lives as long as the cache of the generation it belongs to."""
         if past is None:
             return self._from_encoder(kwargs)
@@ -177,7 +198,7 @@ class Bank(nn.Module):
             self._memories[past] = self._from_encoder(kwargs)
         return self._memories[past]
 
-    def _from_encoder(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _from_encoder(self, kwargs: dict[str, Any]) -> dict[Any, Any]:
         """What was decided when the encoder ran by itself on these very states (beams repeat each row)."""
         given = kwargs.get("encoder_outputs")
         if given is None or self._encoded is None:
@@ -185,7 +206,9 @@ class Bank(nn.Module):
         states, memory = self._encoded
         new = given[0]
         times = new.shape[0] // states.shape[0]
-        same = new is states or (new.shape[0] == times * states.shape[0] and torch.equal(new[::times], states))
+        same = new is states or (
+            new.shape[0] == times * states.shape[0] and torch.equal(new[::times], states)
+        )
         return dict(memory) if same else {}
 
     # -- losses and probes -----------------------------------------------------------------------------
@@ -201,6 +224,13 @@ class Bank(nn.Module):
         """Note that a site was reached, while a probe is listening."""
         if self.fired is not None:
             self.fired.add(path)
+
+
+def _keep_own(bank: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """A state dict of the bare base: the adapters' model-level tensors keep what they hold."""
+    own = {f"{prefix}{name}": parameter.detach() for name, parameter in bank.named_parameters()}
+    if not any(key in state for key in own):
+        state.update(own)
 
 
 class Plan:
@@ -226,11 +256,14 @@ def bank_of(model: nn.Module) -> Bank:
     """The bank of a model with adapters (also behind DDP, ``torch.compile`` or another wrapper)."""
     found = find_bank(model)
     if found is None:
-        raise AttachError(f"{type(model).__name__} has no adapters; attach one first: trimtab.attach(model, method, name).")
+        raise AttachError(
+            f"{type(model).__name__} has no adapters; attach one first: trimtab.attach(model, method, name)."
+        )
     return found
 
 
 def find_bank(model: nn.Module) -> Bank | None:
+    """The bank of a model, or None where nothing is attached."""
     own = model._modules.get(CHILD)
     if isinstance(own, Bank):
         return own

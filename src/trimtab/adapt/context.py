@@ -40,7 +40,7 @@ class Context:
         labels: Tensor | None = None,
         decoding: bool = False,
         training: bool = False,
-        memory: dict[str, Any] | None = None,
+        memory: dict[Any, Any] | None = None,
         past: Any = None,
     ) -> None:
         self.route = route
@@ -50,7 +50,7 @@ class Context:
         self.labels = labels
         self.training = training
         self.decoding = decoding
-        self.memory: dict[str, Any] = {} if memory is None else memory
+        self.memory: dict[Any, Any] = {} if memory is None else memory
         self.past = past
         self.losses: list[tuple[str, str, Tensor]] = []
         self.recomputing = False
@@ -78,7 +78,9 @@ class Context:
             return torch.ones(y[..., 0].numel(), dtype=torch.bool, device=y.device)
         chosen = part.take(mask.to(y.device)).flatten()
         if chosen.numel() != y[..., 0].numel():
-            raise RouteError(f"the masks of this batch do not fit the embeddings of shape {tuple(y.shape)}.")
+            raise RouteError(
+                f"the masks of this batch do not fit the embeddings of shape {tuple(y.shape)}."
+            )
         return chosen
 
     def _given(self, causal: bool) -> Tensor | None:

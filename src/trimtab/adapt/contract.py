@@ -18,20 +18,20 @@ from __future__ import annotations
 
 import re
 from abc import ABC
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import field_validator
 from torch import Tensor
 
+from trimtab.adapt.at import At as At
 from trimtab.config import Config
 from trimtab.errors import ConfigError, UnsupportedError
-from trimtab.frozen import Layer
+from trimtab.frozen import Layer as Layer
 
 if TYPE_CHECKING:
-    from trimtab.adapt.route import Part
     from trimtab.models.anatomy import Anatomy
 
 Init = Callable[[tuple[int, ...], torch.Generator], Tensor]
@@ -61,37 +61,6 @@ class Place:
 
     path: str
     role: str = ""
-
-
-class At(Protocol):
-    """What a hook may know beside x: the site, and the context of this call.
-
-    ``index`` of ``count``: this site's number among those of its method; ``block``: the number of its
-    transformer block. ``memory`` lasts for a forward, and for a whole generation where there is a cache.
-    """
-
-    path: str
-    role: str
-    block: int | None
-    index: int
-    count: int
-    layer: Layer
-    name: str
-    x: Tensor
-    training: bool
-    causal: bool
-    part: Part
-    shared: Params
-    memory: dict[str, Any]
-
-    def pool(self, y: Tensor) -> Tensor:
-        """(U, C) mean of y_BTC over what a gate may look at, for this owner's units (others get zeros)."""
-
-    def require_prompt(self) -> None:
-        """Raise `RouteError` where a generation goes on whose prompt this adapter has not seen."""
-
-    def add_loss(self, name: str, value: Tensor) -> None:
-        """Add an auxiliary loss of this adapter; the engine adds it to the objective once."""
 
 
 class Method(Config, ABC):
@@ -176,20 +145,36 @@ class Method(Config, ABC):
 
     def scaled(self, p: Params, weight: float, role: str) -> dict[str, Tensor]:
         """The tensors whose edit is ``weight`` times this one's."""
-        raise UnsupportedError(f"{self.kind}: its edit is not linear in any of its tensors, so it cannot be scaled.")
+        raise UnsupportedError(
+            f"{self.kind}: its edit is not linear in any of its tensors, so it cannot be scaled."
+        )
 
-    def sum(self, parts: Sequence[tuple[Method, Params]], role: str) -> tuple[Method, dict[str, Tensor]]:
+    def sum(
+        self, parts: Sequence[tuple[Method, Params]], role: str
+    ) -> tuple[Method, dict[str, Tensor]]:
         """One method and its tensors at this site, whose edit is the sum of the parts' edits."""
-        raise UnsupportedError(f"{self.kind}: the sum of two such edits is not an edit of the same kind.")
+        raise UnsupportedError(
+            f"{self.kind}: the sum of two such edits is not an edit of the same kind."
+        )
 
     # -- PEFT's configuration file ---------------------------------------------------------------------
+
+    def wrapped(self, places: Sequence[Place]) -> list[str]:
+        """The paths among these that PEFT wraps, and so calls target modules."""
+        return list(dict.fromkeys(place.path for place in places))
+
+    def in_peft(self, anatomy: Anatomy, places: Sequence[Place]) -> bool:
+        """Whether PEFT has this method, and the same function for it in these places."""
+        return self.peft_type is not None
 
     def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
         """The fields that PEFT's ``adapter_config.json`` needs beside the common ones."""
         return {}
 
     @classmethod
-    def from_peft(cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]) -> Method | None:
+    def from_peft(
+        cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]
+    ) -> Method | None:
         """The method that a PEFT config means, or None when this class does not read it.
 
         ``slots`` are the names and shapes in the weights file. Raise `FileFormatError` for an option
@@ -205,7 +190,8 @@ class Method(Config, ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, with its kind: what `trimtab.adapt.parse.method_from` reads back."""
-        return {"kind": self.kind, **self.model_dump(mode="json")}
+        nested = {name: value.to_dict() for name, value in self if isinstance(value, Method)}
+        return {"kind": self.kind, **self.model_dump(mode="json", exclude=set(nested)), **nested}
 
     def overrides(self, hook: str) -> bool:
         """Whether this class makes that edit at all."""
@@ -227,18 +213,22 @@ def pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
 
 
 def zeros(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """All zeros."""
     return torch.zeros(shape)
 
 
 def ones(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """All ones."""
     return torch.ones(shape)
 
 
 def constant(value: float) -> Init:
+    """All one value."""
     return lambda shape, generator: torch.full(shape, value)
 
 
 def normal(std: float) -> Init:
+    """N(0, std²)."""
     return lambda shape, generator: torch.randn(shape, generator=generator) * std
 
 
@@ -246,7 +236,9 @@ def truncated_normal(std: float) -> Init:
     """N(0, std²) cut at two standard deviations."""
 
     def init(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return torch.nn.init.trunc_normal_(torch.empty(shape), std=std, a=-2 * std, b=2 * std, generator=generator)
+        return torch.nn.init.trunc_normal_(
+            torch.empty(shape), std=std, a=-2 * std, b=2 * std, generator=generator
+        )
 
     return init
 

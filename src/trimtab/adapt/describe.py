@@ -18,7 +18,9 @@ from trimtab.adapt.tree import anatomy_of
 def describe(model: nn.Module) -> str:
     """Sites, methods, parameters, and what acts now."""
     bank = find_bank(model)
-    total = sum(p.numel() for n, p in model.named_parameters()) if bank is None else _base_count(model)
+    total = (
+        sum(p.numel() for n, p in model.named_parameters()) if bank is None else _base_count(model)
+    )
     lines = [f"{type(model).__name__}: {total:,} parameters in the base"]
     if bank is None:
         return lines[0] + "; no adapters attached"
@@ -56,7 +58,9 @@ def grouped(adapter: Adapter) -> list[str]:
     """One line per kind of site: block numbers folded, with how many there are."""
     counts: dict[str, int] = {}
     for site in adapter.sites:
-        folded = re.sub(r"\.\d+(?=\.|$)", ".*", site.path) + (f" [{site.role}]" if site.role else "")
+        folded = re.sub(r"\.\d+(?=\.|$)", ".*", site.path) + (
+            f" [{site.role}]" if site.role else ""
+        )
         counts[folded] = counts.get(folded, 0) + 1
     return [f"{count:>4} × {path}" for path, count in counts.items()]
 

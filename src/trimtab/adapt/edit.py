@@ -10,110 +10,16 @@ and where an edit is scaled: each of the three edits is moved that far from doin
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.adapt import slots
-from trimtab.adapt.context import Context
+from trimtab.adapt.at import At, Held, cast_all
 from trimtab.adapt.contract import Method, Spec
-from trimtab.adapt.route import Part
-from trimtab.errors import RouteError
-from trimtab.frozen import Layer
-
-
-class Call:
-    """One call of one edit: what its hooks may know (`trimtab.adapt.contract.At`)."""
-
-    __slots__ = ("context", "dtype", "edit", "layer", "part", "root", "training", "x")
-
-    def __init__(
-        self,
-        edit: Edit,
-        layer: Layer,
-        context: Context,
-        part: Part,
-        root: nn.Module | None,
-        dtype: torch.dtype,
-        training: bool,
-    ) -> None:
-        self.edit = edit
-        self.layer = layer
-        self.context = context
-        self.part = part
-        self.root = root
-        self.dtype = dtype
-        self.training = training
-        self.x = torch.empty(0)
-
-    @property
-    def shared(self) -> dict[str, Tensor]:
-        """The adapter's model-level tensors, cast for computation."""
-        if self.root is None:
-            return {}
-        return cast_all(self.edit.shared, self.root, self.edit.adapter, self.dtype)
-
-    @property
-    def path(self) -> str:
-        return self.edit.path
-
-    @property
-    def role(self) -> str:
-        return self.edit.role
-
-    @property
-    def block(self) -> int | None:
-        return self.edit.block
-
-    @property
-    def index(self) -> int:
-        return self.edit.index
-
-    @property
-    def count(self) -> int:
-        return self.edit.count
-
-    @property
-    def causal(self) -> bool:
-        return self.edit.causal
-
-    @property
-    def name(self) -> str:
-        return self.edit.adapter
-
-    @property
-    def memory(self) -> dict[str, Any]:
-        return self.context.memory
-
-    def pool(self, y: Tensor) -> Tensor:
-        """Mean of y_BTC over the visible positions of each unit of this part -> (U, C)."""
-        part, context = self.part, self.context
-        flat = y.flatten(0, -2)
-        weights = context.visible(part, y, causal=self.causal).to(y.dtype)
-        units = part.units if part.units is not None else torch.arange(y.shape[0], device=y.device)
-        if units.shape[0] != flat.shape[0]:
-            units = units.repeat_interleave(flat.shape[0] // units.shape[0])
-        units = units.to(y.device)
-        total = y.new_zeros(part.unit_count, y.shape[-1]).index_add(0, units, flat * weights[:, None])
-        seen = y.new_zeros(part.unit_count).index_add(0, units, weights)
-        return total / seen.clamp_min(1)[:, None]
-
-    def require_prompt(self) -> None:
-        past = self.context.past
-        if past is not None and int(past.get_seq_length()) > 0:
-            raise RouteError(
-                f"adapter {self.name!r} decides from the prompt, and this generation's prompt was read without it; "
-                "route the whole generation to one choice of adapters."
-            )
-
-    def add_loss(self, name: str, value: Tensor) -> None:
-        if not self.context.recomputing:
-            self.context.losses.append((self.edit.adapter, name, value))
 
 
 class Edit:
-    """One adapter's method at one site. ``tensors`` maps short names to slots below ``holder``."""
+    """One adapter's method at one site; its tensors lie in slots below the module that holds the site."""
 
     def __init__(
         self,
@@ -135,24 +41,15 @@ class Edit:
         self.block = block
         self.index, self.count = order
         self.causal = causal
-        self.specs = dict(specs)
-        self.shared = dict(shared)
+        self.tensors = {short: Held(spec.name, spec.cast) for short, spec in specs.items()}
+        self.shared = {short: Held(spec.name, spec.cast) for short, spec in shared.items()}
         self.enters = method.overrides("enter")
         self.adds = method.overrides("delta")
         self.leaves = method.overrides("leave")
 
     def params(self, holder: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
         """This site's tensors, cast for computation."""
-        return cast_all(self.specs, holder, self.adapter, dtype)
-
-
-def cast_all(specs: Mapping[str, Spec], holder: nn.Module, adapter: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The casting rule: masters are cast to the computation's dtype, unless their spec keeps them."""
-    found = {}
-    for short, spec in specs.items():
-        tensor = slots.get(holder, spec.name, adapter)
-        found[short] = tensor.to(dtype) if spec.cast else tensor
-    return found
+        return cast_all(self.tensors, holder, self.adapter, dtype)
 
 
 def enter(stack: Sequence[Bound], x: Tensor) -> Tensor:
@@ -181,14 +78,18 @@ class Bound:
 
     __slots__ = ("call", "edit", "params", "scale")
 
-    def __init__(self, edit: Edit, params: Mapping[str, Tensor], scale: float, call: Call) -> None:
+    def __init__(self, edit: Edit, params: Mapping[str, Tensor], scale: float, call: At) -> None:
         self.edit = edit
         self.params = params
         self.scale = scale
         self.call = call
 
     def scaled(self, before: Tensor, after: Tensor) -> Tensor:
-        return after if self.scale == 1.0 else before + self.scale * (after - before)
+        return (
+            after
+            if self.scale == 1.0 or after is before
+            else before + self.scale * (after - before)
+        )
 
 
 def around(stack: Sequence[Bound], x: Tensor, layer: Callable[[Tensor], Tensor]) -> Tensor:

@@ -34,6 +34,8 @@ from trimtab.errors import FileFormatError, StorageError, UnsupportedError, sugg
 SCHEMA = 1
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "trimtab.json"
 PREFIX = "base_model.model."
+OWN_TYPE = "TRIMTAB_"
+"""What ``peft_type`` begins with where PEFT lacks the method: it then refuses the folder, as it should."""
 
 
 def save(adapter: Adapter, folder: Path) -> Path:
@@ -47,7 +49,9 @@ def save(adapter: Adapter, folder: Path) -> Path:
     for name, tensor in adapter.named().items():
         key = disk_key(adapter, name)
         if key in tensors:
-            raise FileFormatError(f"two tensors of adapter {adapter.name!r} would share the key {key!r} on disk.")
+            raise FileFormatError(
+                f"two tensors of adapter {adapter.name!r} would share the key {key!r} on disk."
+            )
         tensors[key] = tensor.detach().cpu().contiguous()
         index[key] = {"path": name.path, "slot": name.slot, "sha256": checksum(tensors[key])}
     ours = {
@@ -79,10 +83,13 @@ def load(folder: Path, *, name: str | None = None) -> Adapter:
         if not (folder / needed).is_file():
             pickled = " Only safetensors are read; convert adapter_model.bin with PEFT first."
             extra = pickled if needed == WEIGHTS and (folder / "adapter_model.bin").exists() else ""
-            raise FileFormatError(f"{folder} has no {needed}: not an adapter folder, or an incomplete one.{extra}")
+            raise FileFormatError(
+                f"{folder} has no {needed}: not an adapter folder, or an incomplete one.{extra}"
+            )
     tensors = read_tensors(folder / WEIGHTS)
     if (folder / OURS).is_file():
-        return _from_ours(folder, read_json(folder / OURS), tensors, name)
+        config = read_json(folder / CONFIG)
+        return _from_ours(folder, read_json(folder / OURS), config, tensors, name)
     return _from_peft(folder, read_json(folder / CONFIG), tensors, name)
 
 
@@ -104,16 +111,33 @@ def disk_key(adapter: Adapter, name: TensorName) -> str:
 # -- reading ------------------------------------------------------------------------------------------
 
 
-def _from_ours(folder: Path, ours: Mapping[str, Any], tensors: dict[str, Tensor], name: str | None) -> Adapter:
+def _from_ours(
+    folder: Path,
+    ours: Mapping[str, Any],
+    config: Mapping[str, Any],
+    tensors: dict[str, Tensor],
+    name: str | None,
+) -> Adapter:
     schema = ours.get("schema")
     if schema != SCHEMA:
-        raise FileFormatError(f"{folder / OURS}: schema {schema!r}; this version of Trimtab reads schema {SCHEMA}.")
+        raise FileFormatError(
+            f"{folder / OURS}: schema {schema!r}; this version of Trimtab reads schema {SCHEMA}."
+        )
     try:
         index: Mapping[str, Mapping[str, str]] = ours["tensors"]
         found_methods = [method_from(item) for item in ours["methods"]]
-        sites = [SiteSpec(str(path), str(role), int(number)) for path, role, number in ours["sites"]]
+        sites = [
+            SiteSpec(str(path), str(role), int(number)) for path, role, number in ours["sites"]
+        ]
         base = Fingerprint.from_dict(ours["base"]) if ours["base"] else None
-        origin = Origin(base_name=ours["base_name"], provenance=dict(ours["provenance"]))
+        origin = Origin(
+            base_name=ours["base_name"],
+            task_type=config.get("task_type"),
+            suffixes=tuple(config.get("target_modules") or ()),
+            transposed=bool(config.get("fan_in_fan_out")),
+            in_peft=not str(config["peft_type"]).startswith(OWN_TYPE),
+            provenance=dict(ours["provenance"]),
+        )
         own_name = name or str(ours["name"])
     except (KeyError, TypeError, AttributeError) as error:
         raise FileFormatError(f"{folder / OURS} is incomplete: {error!r}.") from None
@@ -121,17 +145,26 @@ def _from_ours(folder: Path, ours: Mapping[str, Any], tensors: dict[str, Tensor]
     named = {}
     for key, entry in index.items():
         if checksum(tensors[key]) != entry["sha256"]:
-            raise FileFormatError(f"{folder / WEIGHTS}: tensor {key!r} does not match its checksum; the file is damaged.")
+            raise FileFormatError(
+                f"{folder / WEIGHTS}: tensor {key!r} does not match its checksum; the file is damaged."
+            )
         named[TensorName(entry["path"], entry["slot"])] = tensors[key]
     return Adapter(own_name, found_methods, sites, named, base=base, origin=origin)
 
 
-def _from_peft(folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor], name: str | None) -> Adapter:
+def _from_peft(
+    folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor], name: str | None
+) -> Adapter:
     kind = config.get("peft_type")
     known = {cls.peft_type for _, cls in methods.items() if cls.peft_type}
     if kind not in known:
-        hint = suggest(str(kind), [k for k in known if k]) or f" Known: {', '.join(sorted(k for k in known if k))}."
-        raise FileFormatError(f"{folder / CONFIG}: peft_type {kind!r} is not a method that Trimtab reads.{hint}")
+        hint = (
+            suggest(str(kind), [k for k in known if k])
+            or f" Known: {', '.join(sorted(k for k in known if k))}."
+        )
+        raise FileFormatError(
+            f"{folder / CONFIG}: peft_type {kind!r} is not a method that Trimtab reads.{hint}"
+        )
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     method = next(
         found
@@ -143,14 +176,20 @@ def _from_peft(folder: Path, config: Mapping[str, Any], tensors: dict[str, Tenso
 
 
 def _parsed(
-    folder: Path, method: Method, tensors: dict[str, Tensor], name: str | None, config: Mapping[str, Any]
+    folder: Path,
+    method: Method,
+    tensors: dict[str, Tensor],
+    name: str | None,
+    config: Mapping[str, Any],
 ) -> Adapter:
     by_disk = {disk: slot for slot, disk in method.disk.items()}
     full = methods.get("full").parse({"targets": method.train}) if method.train else None
     named: dict[TensorName, Tensor] = {}
     slots_at: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {}
     for key, tensor in tensors.items():
-        path, slot, number = _place_key(folder, key, by_disk, method.train)
+        if _copied(key, tensors):
+            continue
+        path, slot, number = _place_key(folder, key, by_disk, full)
         named[TensorName(path, slot)] = tensor
         if path:
             slots_at.setdefault((path, number), {})[slot] = tuple(tensor.shape)
@@ -160,25 +199,42 @@ def _parsed(
         for role in ([""] if number else method.roles_in_file(path, slots))
     ]
     own_name = name or (folder.name if folder.name.isidentifier() else "default")
-    origin = Origin(base_name=config.get("base_model_name_or_path"), task_type=config.get("task_type"))
+    origin = Origin(
+        base_name=config.get("base_model_name_or_path"),
+        task_type=config.get("task_type"),
+        transposed=bool(config.get("fan_in_fan_out")),
+    )
     return Adapter(own_name, [method, *([full] if full else [])], sites, named, origin=origin)
 
 
+def _copied(key: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a key is the copy of a frozen embedding that PEFT adds to the factors beside it."""
+    path, copied, _ = key.partition(".base_layer.weight")
+    return bool(copied) and (
+        f"{path}.lora_embedding_A" in tensors or f"{path}.lora_A.weight" in tensors
+    )
+
+
 def _place_key(
-    folder: Path, key: str, by_disk: Mapping[str, str], train: tuple[str, ...]
+    folder: Path, key: str, by_disk: Mapping[str, str], full: Method | None
 ) -> tuple[str, str, int]:
     """(path, slot, number of the method) of a key in a PEFT file."""
     if key in by_disk:
         return "", by_disk[key], 0
     if key.startswith(PREFIX):
         rest = key[len(PREFIX) :]
+        path, _, leaf = rest.rpartition(".")
+        trained = () if full is None else full.targets
+        if any(f".{module}." in f".{path}." for module in trained):
+            leaves = {disk: slot for slot, disk in full.disk.items()} if full else {}
+            if leaf in leaves:
+                return path, leaves[leaf], 1
         for disk in sorted(by_disk, key=len, reverse=True):
             if rest.endswith(f".{disk}"):
                 return rest[: -len(disk) - 1], by_disk[disk], 0
-        path, _, leaf = rest.rpartition(".")
-        if any(path == module or path.endswith(f".{module}") for module in train):
-            return path, f"modules_to_save.{leaf}", 1
-    raise FileFormatError(f"{folder / WEIGHTS}: key {key!r} belongs to no tensor of the method in {CONFIG}.")
+    raise FileFormatError(
+        f"{folder / WEIGHTS}: key {key!r} belongs to no tensor of the method in {CONFIG}."
+    )
 
 
 def _same_keys(file: Path, expected: set[str], found: set[str]) -> None:
@@ -195,10 +251,13 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         with safe_open(file, framework="pt") as opened:
             return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
-        raise FileFormatError(f"{file} is not a whole safetensors file ({error}); it is torn or foreign.") from None
+        raise FileFormatError(
+            f"{file} is not a whole safetensors file ({error}); it is torn or foreign."
+        ) from None
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -220,15 +279,21 @@ def checksum(tensor: Tensor) -> str:
 
 def _peft_config(adapter: Adapter) -> dict[str, Any]:
     method = adapter.method
-    paths = list(dict.fromkeys(site.path for site in adapter.sites if site.method == 0))
+    paths = method.wrapped(adapter.places())
     base = {
-        "peft_type": method.peft_type or f"TRIMTAB_{method.kind.upper()}",
+        "peft_type": method.peft_type
+        if adapter.origin.in_peft
+        else f"{OWN_TYPE}{method.kind.upper()}",
         "task_type": adapter.origin.task_type,
         "base_model_name_or_path": adapter.origin.base_name,
         "inference_mode": True,
     }
-    targets = {"target_modules": list(adapter.origin.suffixes or paths)} if paths else {}
-    full = {"modules_to_save": list(method.train)} if method.train else {}
+    targets: dict[str, Any] = (
+        {"target_modules": list(adapter.origin.suffixes or paths)} if paths else {}
+    )
+    if adapter.origin.transposed:
+        targets["fan_in_fan_out"] = True
+    full: dict[str, Any] = {"modules_to_save": list(method.train)} if method.train else {}
     return {**base, **targets, **full, **method.to_peft(adapter.places())}
 
 
@@ -266,8 +331,12 @@ def _swap(temporary: Path, folder: Path) -> None:
     if not folder.exists():
         os.rename(temporary, folder)
         return
-    if folder.is_file() or not ({CONFIG, OURS, "state.json"} & {p.name for p in folder.iterdir()} or _empty(folder)):
-        raise StorageError(f"{folder} exists and is not an adapter folder; it is not overwritten. Choose another.")
+    if folder.is_file() or not (
+        {CONFIG, OURS, "state.json"} & {p.name for p in folder.iterdir()} or _empty(folder)
+    ):
+        raise StorageError(
+            f"{folder} exists and is not an adapter folder; it is not overwritten. Choose another."
+        )
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent)) / folder.name
     os.rename(folder, aside)
     try:
@@ -291,10 +360,13 @@ def _flush(path: Path) -> None:
 
 
 def write_json(file: Path, data: Mapping[str, Any]) -> None:
+    """Write an object with sorted keys, so that equal values are equal files."""
     file.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def refuse_unknown(config: Mapping[str, Any], defaults: Mapping[str, Any], read: set[str], kind: str) -> None:
+def refuse_unknown(
+    config: Mapping[str, Any], defaults: Mapping[str, Any], read: set[str], kind: str
+) -> None:
     """Raise for a PEFT option that is set away from its default and that nobody reads."""
     common = {
         "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
@@ -304,6 +376,10 @@ def refuse_unknown(config: Mapping[str, Any], defaults: Mapping[str, Any], read:
         if key in common | read:
             continue
         if key not in defaults:
-            raise FileFormatError(f"{CONFIG}: unknown option {key!r} of {kind}; a newer PEFT wrote it.")
+            raise FileFormatError(
+                f"{CONFIG}: unknown option {key!r} of {kind}; a newer PEFT wrote it."
+            )
         if value not in (defaults[key], None, [], {}, ""):
-            raise UnsupportedError(f"{CONFIG}: option {key}={value!r} of {kind} changes the adapter; Trimtab lacks it.")
+            raise UnsupportedError(
+                f"{CONFIG}: option {key}={value!r} of {kind} changes the adapter; Trimtab lacks it."
+            )

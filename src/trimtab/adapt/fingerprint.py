@@ -31,7 +31,11 @@ class Fingerprint:
     weights: Mapping[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        return {"model_class": self.model_class, "architecture": self.architecture, "weights": dict(self.weights)}
+        return {
+            "model_class": self.model_class,
+            "architecture": self.architecture,
+            "weights": dict(self.weights),
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Fingerprint:
@@ -71,6 +75,7 @@ def fingerprint(root: nn.Module, modules: Mapping[str, nn.Module]) -> Fingerprin
 
 
 def dense(tensor: Tensor) -> bool:
+    """Whether a tensor holds plain values, not codes of a few bits."""
     return tensor.is_floating_point() and tensor.element_size() >= 2
 
 

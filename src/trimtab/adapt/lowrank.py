@@ -44,8 +44,9 @@ PEFT_DEFAULTS: Mapping[str, Any] = {
 }  # fmt: skip
 """Options of PEFT's LoRA and their defaults: one that is set otherwise and that we lack is an error."""
 
-BIAS = "bias"
-"""Role of a site where only the bias is trained."""
+INNER, OWN = "bias-of-target", "bias"
+BIASES = (INNER, OWN)
+"""Roles of a site where a bias is trained: of a layer that has factors too, or of another."""
 
 
 class LowRank(Method):
@@ -90,21 +91,28 @@ class LowRank(Method):
         for patterns in (self.rank_pattern, self.alpha_pattern):
             for pattern in patterns:
                 if not any(pattern_value({pattern: True}, path, False) for path in paths):
-                    raise TargetError(f"pattern {pattern!r} matches none of the {len(paths)} targets.")
+                    raise TargetError(
+                        f"pattern {pattern!r} matches none of the {len(paths)} targets."
+                    )
         adapted = [Place(path) for path in paths]
-        return [*adapted, *(Place(path, BIAS) for path in self._biased(anatomy, set(paths)))]
+        biased = self._biased(anatomy, set(paths))
+        return [*adapted, *(Place(path, INNER if path in paths else OWN) for path in biased)]
 
     def at(self, path: str) -> Self:
         rank = pattern_value(self.rank_pattern, path, self.rank)
         alpha = pattern_value(self.alpha_pattern, path, self.alpha)
-        return self if (rank, alpha) == (self.rank, self.alpha) else self.replace(rank=rank, alpha=alpha)
+        return (
+            self
+            if (rank, alpha) == (self.rank, self.alpha)
+            else self.replace(rank=rank, alpha=alpha)
+        )
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
-        if role == BIAS:
+        if role in BIASES:
             bias = layer.bias()
             if bias is None:
                 raise TargetError("a bias was asked for on a layer that has none.")
-            slot = "lora_bias.own" if self.bias == "all" else "lora_bias.inner"
+            slot = "lora_bias.inner" if role == INNER else "lora_bias.own"
             return {"bias": Spec(slot, tuple(bias.shape), copy_of(bias))}
         shape_a, shape_b = layer.factor_shapes(self.rank)
         if layer.kind == "embedding":
@@ -112,19 +120,24 @@ class LowRank(Method):
                 "A": Spec("lora_embedding_A", shape_a, zeros),
                 "B": Spec("lora_embedding_B", shape_b, normal(1.0)),
             }
-        return {"A": Spec("lora_A.weight", shape_a, kaiming_uniform), "B": Spec("lora_B.weight", shape_b, zeros)}
+        return {
+            "A": Spec("lora_A.weight", shape_a, kaiming_uniform),
+            "B": Spec("lora_B.weight", shape_b, zeros),
+        }
 
     def delta(self, p: Params, x: Tensor, at: At) -> Tensor | None:
-        if at.role == BIAS:
+        if at.role in BIASES:
             return None
         if self.dropout and at.training:
             if not x.is_floating_point():
-                raise UnsupportedError("dropout before an embedding would drop token ids; set dropout=0 for it.")
+                raise UnsupportedError(
+                    "dropout before an embedding would drop token ids; set dropout=0 for it."
+                )
             x = F.dropout(x, self.dropout)
         return at.layer.lowrank(x, p["A"], p["B"] * self.scaling)
 
     def leave(self, p: Params, y: Tensor, at: At) -> Tensor:
-        if at.role != BIAS:
+        if at.role not in BIASES:
             return y
         base = at.layer.bias()
         change = p["bias"] if base is None else p["bias"] - base.to(p["bias"].dtype)
@@ -135,25 +148,30 @@ class LowRank(Method):
         return self.scaling * layer.product(p["A"], p["B"])
 
     def merged(self, p: Params, layer: Layer, role: str) -> tuple[Tensor, Tensor | None] | None:
-        if role == BIAS:
+        if role in BIASES:
             return layer.dense(), p["bias"]
         return layer.dense() + self.product(p, layer), layer.bias()
 
     def scaled(self, p: Params, weight: float, role: str) -> dict[str, Tensor]:
-        if role == BIAS:
+        if role in BIASES:
             return super().scaled(p, weight, role)
         return {"A": p["A"], "B": p["B"] * weight}
 
-    def sum(self, parts: Sequence[tuple[Method, Params]], role: str) -> tuple[Method, dict[str, Tensor]]:
+    def sum(
+        self, parts: Sequence[tuple[Method, Params]], role: str
+    ) -> tuple[Method, dict[str, Tensor]]:
         """Concatenation of ranks: exact, with every scaling folded into B."""
-        if role == BIAS:
+        if role in BIASES:
             return super().sum(parts, role)
         methods = [method for method, _ in parts if isinstance(method, LowRank)]
         a = torch.cat([p["A"] for _, p in parts], dim=0)
         b = torch.cat([p["B"] * m.scaling for m, (_, p) in zip(methods, parts, strict=True)], dim=1)
         rank = sum(method.rank for method in methods)
         # Dropout acts on each x before its A; one shared dropout would act on all of them at once.
-        return self.replace(rank=rank, alpha=float(rank), rslora=False, dropout=0.0), {"A": a, "B": b}
+        return self.replace(rank=rank, alpha=float(rank), rslora=False, dropout=0.0), {
+            "A": a,
+            "B": b,
+        }
 
     def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
         return {
@@ -178,7 +196,9 @@ class LowRank(Method):
         }  # fmt: skip
         refuse_unknown(config, PEFT_DEFAULTS, read, "LoRA")
         init = config.get("init_lora_weights", True)
-        if isinstance(init, str) and init.lower().startswith(("pissa", "olora", "corda", "lora_ga")):
+        if isinstance(init, str) and init.lower().startswith(
+            ("pissa", "olora", "corda", "lora_ga")
+        ):
             raise UnsupportedError(
                 f"this adapter was initialised by {init!r}, which changed its base; save it from PEFT in converted "
                 "form (path_initial_model_for_weight_conversion), and load that."
@@ -198,11 +218,18 @@ class LowRank(Method):
 
     def roles_in_file(self, path: str, slots: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
         factors = [""] if any(not slot.startswith("lora_bias") for slot in slots) else []
-        return (*factors, *([BIAS] if any(slot.startswith("lora_bias") for slot in slots) else []))
+        inner = [INNER] if "lora_bias.inner" in slots else []
+        return (*factors, *inner, *([OWN] if "lora_bias.own" in slots else []))
+
+    def wrapped(self, places: Sequence[Place]) -> list[str]:
+        return [place.path for place in places if place.role not in BIASES]
 
     def _biased(self, anatomy: Anatomy, adapted: set[str]) -> list[str]:
-        """Where biases are trained beside the factors."""
+        """Where biases are trained beside the factors: of the targets, or of all layers (as PEFT's)."""
         if self.bias == "none":
             return []
-        pool = anatomy.biased
-        return [path for path in pool if self.bias == "all" or path in adapted]
+        if self.bias == "lora_only":
+            return [path for path in anatomy.biased if path in adapted]
+        whole = anatomy.select(self.train) if self.train else []
+        inside = tuple(f"{path}." for path in whole)
+        return [p for p in anatomy.biased if p not in whole and not p.startswith(inside)]

@@ -1,8 +1,9 @@
 """Merging: a theorem about forward.
 
 An edit that is affine in its layer's input equals one weight and bias. They are found by pushing a basis
-of the inputs through the edited layer, in fp32 on a dense copy of that layer, or by the method's closed
-form, for which the push is the test. The base is never written: `merge` returns a new model.
+of the inputs through the edited layer, in fp32 (fp64 where the base is) on a dense copy of that layer, or
+by the method's closed form, for which the push is the test. The base is never written: `merge` returns a
+new model.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from trimtab.adapt.at import At
 from trimtab.adapt.bank import CHILD, Bank, bank_of
 from trimtab.adapt.context import Context
-from trimtab.adapt.edit import Bound, Call, Edit, around, leave
+from trimtab.adapt.edit import Bound, Edit, around, enter, leave
 from trimtab.adapt.route import Owner, Part, Route
 from trimtab.adapt.site import ExpertsSite, Site, SiteBase
 from trimtab.adapt.tree import replace, sites_of
@@ -39,9 +41,13 @@ def merge(model: nn.Module, names: str | Sequence[str]) -> nn.Module:
     owner = bank.owner(names)
     check_mergeable(bank, owner)
     if model._modules.get(CHILD) is not bank:
-        raise TargetError("merge the model that the adapters were attached to, not a wrapper around it.")
+        raise TargetError(
+            "merge the model that the adapters were attached to, not a wrapper around it."
+        )
     if bank._scope is not None:
-        raise RouteError("leave using() or rows() before merging: the adapters to merge are named in the call.")
+        raise RouteError(
+            "leave using() or rows() before merging: the adapters to merge are named in the call."
+        )
     new = copy.deepcopy(model)
     return fold(new, names)
 
@@ -59,7 +65,7 @@ def fold(model: nn.Module, names: str | Sequence[str]) -> nn.Module:
         if isinstance(site, ExpertsSite):
             _merge_experts(site, owner)
             replace(model, site, site.base_layer)
-        elif site.acting(owner):
+        elif isinstance(site, Site) and site.acting(owner):
             _untie(model, site)
             replace(model, site, merged_layer(site, owner))
         else:
@@ -75,7 +81,9 @@ def check_mergeable(bank: Bank, owner: Owner) -> None:
     for name in owner:
         for method in bank.require(name).methods:
             if not method.affine:
-                raise NotMergeableError(f"adapter {name!r} ({method.kind}) cannot be merged: {method.why_not_affine}.")
+                raise NotMergeableError(
+                    f"adapter {name!r} ({method.kind}) cannot be merged: {method.why_not_affine}."
+                )
 
 
 def merged_layer(site: Site, owner: Owner) -> nn.Module:
@@ -83,14 +91,22 @@ def merged_layer(site: Site, owner: Owner) -> nn.Module:
     layer = site.layer
     weight, bias = merged_weights(site, owner, layer, site.acting(owner), site)
     dtype = layer.dtype
-    return layer.write(weight.to(dtype).contiguous().clone(), _bias(layer, bias, dtype)).train(site.training)
+    return layer.write(weight.to(dtype).contiguous().clone(), _bias(layer, bias, dtype)).train(
+        site.training
+    )
 
 
 def merged_weights(
-    site: SiteBase, owner: Owner, layer: Layer, edits: Sequence[Edit], holder: nn.Module, expert: int | None = None
+    site: SiteBase,
+    owner: Owner,
+    layer: Layer,
+    edits: Sequence[Edit],
+    holder: nn.Module,
+    expert: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``(W', b')`` in fp32."""
-    dense = view(layer.write(layer.dense().float(), None if (b := layer.bias()) is None else b.float()))
+    """``(W', b')`` in fp32 (fp64 where the base is)."""
+    bias = layer.bias()
+    dense = view(layer.write(layer.wide(layer.dense()), None if bias is None else layer.wide(bias)))
     if dense is None:
         raise AssertionError("a layer writes a layer")
     context = Context(Route.everyone(owner))
@@ -103,7 +119,12 @@ def merged_weights(
 
 
 def pushed(
-    site: SiteBase, owner: Owner, dense: Layer, edits: Sequence[Edit], holder: nn.Module, expert: int | None = None
+    site: SiteBase,
+    owner: Owner,
+    dense: Layer,
+    edits: Sequence[Edit],
+    holder: nn.Module,
+    expert: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``(W', b')`` of a dense layer by the universal rule."""
     context = Context(Route.everyone(owner))
@@ -112,10 +133,9 @@ def pushed(
         stack = _stack(site, edits, bare, context, holder, expert, owner)
         if y is None:
             return around(stack, x, bare.call)
-        for bound in stack:
-            if bound.edit.enters or bound.edit.adds:
-                raise NotMergeableError(f"{bound.edit.method.kind} edits the input of a norm, which is not linear.")
-            bound.call.x = x
+        if enter(stack, x) is not x:
+            kind = edits[0].method.kind
+            raise NotMergeableError(f"{kind} edits the input of a norm, which is not linear in it.")
         return leave(stack, y)
 
     return dense.probe(push)
@@ -123,9 +143,11 @@ def pushed(
 
 def _stack(site: SiteBase, edits: Sequence[Edit], layer: Layer, context: Context, holder: nn.Module,
            expert: int | None, owner: Owner) -> list[Bound]:  # fmt: skip
-    stack = site.bind(edits, layer, context, Part(owner, None, None, False, 1), torch.float32, holder, expert)
+    stack = site.bind(
+        edits, layer, context, Part(owner, None, None, False, 1), layer.dtype, holder, expert
+    )
     for bound in stack:
-        bound.call = Call(bound.edit, layer, context, bound.call.part, site.bank, torch.float32, False)
+        bound.call = At(bound.edit, layer, context, bound.call.part, site.bank, layer.dtype, False)
     return stack
 
 
@@ -142,20 +164,30 @@ def _merge_experts(site: ExpertsSite, owner: Owner) -> None:
         slices, biases = [], []
         for expert in range(old.shape[0]):
             layer = ExpertLayer.of(module, name, expert)
-            weight, bias = merged_weights(site, owner, layer, here, site.get_submodule(name), expert)
+            weight, bias = merged_weights(
+                site, owner, layer, here, site.get_submodule(name), expert
+            )
             slices.append(weight.T if module.is_transposed else weight)
             biases.append(bias)
-        module._parameters[name] = nn.Parameter(torch.stack(slices).to(old.dtype), requires_grad=False)
+        module._parameters[name] = nn.Parameter(
+            torch.stack(slices).to(old.dtype), requires_grad=False
+        )
         _write_expert_bias(module, name, biases, old.dtype)
 
 
-def _write_expert_bias(module: nn.Module, name: str, biases: Sequence[Tensor | None], dtype: torch.dtype) -> None:
+def _write_expert_bias(
+    module: nn.Module, name: str, biases: Sequence[Tensor | None], dtype: torch.dtype
+) -> None:
     found = [bias for bias in biases if bias is not None and bool(bias.any())]
     if module._parameters.get(f"{name}_bias") is not None:
         full = [bias for bias in biases if bias is not None]
-        module._parameters[f"{name}_bias"] = nn.Parameter(torch.stack(full).to(dtype), requires_grad=False)
+        module._parameters[f"{name}_bias"] = nn.Parameter(
+            torch.stack(full).to(dtype), requires_grad=False
+        )
     elif found:
-        raise NotMergeableError(f"the experts' {name} has no bias, and the merged layer would need one.")
+        raise NotMergeableError(
+            f"the experts' {name} has no bias, and the merged layer would need one."
+        )
 
 
 def _bias(layer: Layer, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -171,7 +203,8 @@ def _untie(model: nn.Module, site: Site) -> None:
     sharing = [
         module
         for module in model.modules()
-        if module is not site.base_layer and any(p is weight for p in module._parameters.values() if p is not None)
+        if module is not site.base_layer
+        and any(p is weight for p in module._parameters.values() if p is not None)
     ]
     config = model.__dict__.get("config")
     if sharing and getattr(config, "tie_word_embeddings", False):

@@ -1,6 +1,6 @@
 """The registry of methods, and the three ways to write one: a value, a mapping, a string.
 
-    LoRA(rank=8)      {"kind": "lora", "rank": 8}      "lora(rank=8)"
+LoRA(rank=8)      {"kind": "lora", "rank": 8}      "lora(rank=8)"
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def method_from(value: Method | Mapping[str, Any] | str) -> Method:
 def _from_string(text: str) -> Method:
     form = _FORM.fullmatch(text)
     if form is None:
-        raise ConfigError(f"method {text!r}: write a name and options, for example 'lora(rank=16)'.")
+        raise ConfigError(
+            f"method {text!r}: write a name and options, for example 'lora(rank=16)'."
+        )
     name, arguments = form.group(1), form.group(2) or ""
     kind = methods.get(name)
     try:

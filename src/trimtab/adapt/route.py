@@ -77,7 +77,12 @@ class Part:
     __slots__ = ("flat", "index", "owner", "unit_count", "units")
 
     def __init__(
-        self, owner: Owner, index: slice | Tensor | None, units: Tensor | None, flat: bool, unit_count: int
+        self,
+        owner: Owner,
+        index: slice | Tensor | None,
+        units: Tensor | None,
+        flat: bool,
+        unit_count: int,
     ) -> None:
         self.owner = owner
         self.index = index
@@ -93,14 +98,20 @@ class Part:
 
     def members(self, device: torch.device) -> Tensor:
         """The units of this part."""
-        return torch.arange(self.unit_count, device=device) if self.units is None else self.units.unique().to(device)
+        return (
+            torch.arange(self.unit_count, device=device)
+            if self.units is None
+            else self.units.unique().to(device)
+        )
 
     def spread(self, values: Tensor, like: Tensor) -> Tensor:
         """Values per unit (U, or U by channels), shaped to broadcast over this part of a tensor."""
         chosen = values if self.units is None else values[self.units.to(values.device)]
         if chosen.shape[0] != like.shape[0]:
             if like.shape[0] % chosen.shape[0]:
-                raise RouteError(f"{chosen.shape[0]} values cannot be spread over {like.shape[0]} positions.")
+                raise RouteError(
+                    f"{chosen.shape[0]} values cannot be spread over {like.shape[0]} positions."
+                )
             chosen = chosen.repeat_interleave(like.shape[0] // chosen.shape[0], dim=0)
         middle = (1,) * (like.dim() - chosen.dim()) if chosen.dim() > 1 else (1,) * (like.dim() - 1)
         return chosen.reshape(chosen.shape[0], *middle, *chosen.shape[1:])
@@ -111,7 +122,9 @@ class Layout:
 
     __slots__ = ("inverse", "parts", "shape")
 
-    def __init__(self, parts: Sequence[Part], shape: tuple[int, ...], inverse: Tensor | None) -> None:
+    def __init__(
+        self, parts: Sequence[Part], shape: tuple[int, ...], inverse: Tensor | None
+    ) -> None:
         self.parts = parts
         self.shape = shape
         self.inverse = inverse

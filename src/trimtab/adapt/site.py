@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.adapt.at import At
 from trimtab.adapt.context import Context
-from trimtab.adapt.edit import Bound, Call, Edit, enter, leave
+from trimtab.adapt.edit import Bound, Edit, enter, leave
 from trimtab.adapt.route import Layout, Owner, Part
 from trimtab.adapt.slots import Slot
 from trimtab.errors import TargetError
@@ -41,8 +42,8 @@ class SiteBase(nn.Module):
         self._bank = (bank,)
         self.edits: dict[str, list[Edit]] = {}
         self.train(base_layer.training)
-        self.register_state_dict_post_hook(_hide_base)
-        self.register_load_state_dict_pre_hook(_show_base)
+        self.register_state_dict_post_hook(_hide_base)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_show_base)  # type: ignore[no-untyped-call]
 
     @property
     def bank(self) -> Bank:
@@ -65,7 +66,7 @@ class SiteBase(nn.Module):
             params = edit.params(holder or self, dtype)
             if expert is not None:
                 params = {short: tensor[expert] for short, tensor in params.items()}
-            call = Call(edit, layer, context, part, bank, dtype, self.training)
+            call = At(edit, layer, context, part, bank, dtype, self.training)
             bound.append(Bound(edit, params, bank.scales.get(edit.adapter, 1.0), call))
         return bound
 
@@ -104,7 +105,8 @@ class Site(SiteBase):
         layer = self.layer
         dtype = layer.compute_dtype(x)
         stacks = [
-            self.bind(edits, layer, context, part, dtype) for edits, part in zip(acting, split.parts, strict=True)
+            self.bind(edits, layer, context, part, dtype)
+            for edits, part in zip(acting, split.parts, strict=True)
         ]
         pieces = [part.take(x) for part in split.parts]
         entered = [enter(stack, piece) for stack, piece in zip(stacks, pieces, strict=True)]
@@ -149,7 +151,9 @@ class ExpertsSite(SiteBase):
                 pieces.append(y)
         return split.join(pieces)
 
-    def _edited(self, part: Part, context: Context, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    def _edited(
+        self, part: Part, context: Context, hidden: Tensor, index: Tensor, weights: Tensor
+    ) -> Tensor:
         edits = self.acting(part.owner)
 
         def around(name: str, expert: int, layer: ExpertLayer, x: Tensor, tokens: Tensor) -> Tensor:
@@ -175,14 +179,20 @@ class ExpertsSite(SiteBase):
 
 def _hide_base(site: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     inner = f"{prefix}{BASE}."
-    own = list(takewhile(lambda key: key.startswith(prefix), reversed(state)))  # the site's are the newest keys
+    own = list(
+        takewhile(lambda key: key.startswith(prefix), reversed(state))
+    )  # the site's are the newest keys
     for key in own[::-1]:
         value = state.pop(key)  # popped and put back, so that the order stays the model's own
         state[prefix + key[len(inner) :] if key.startswith(inner) else key] = value
 
 
 def _show_base(site: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    slots = {f"{prefix}{name}": p for name, p in site.named_parameters() if not name.startswith(f"{BASE}.")}
+    slots = {
+        f"{prefix}{name}": p
+        for name, p in site.named_parameters()
+        if not name.startswith(f"{BASE}.")
+    }
     nested = {key for key in slots if key in state}
     for key in [key for key in state if key.startswith(prefix) and key not in slots]:
         state[f"{prefix}{BASE}.{key[len(prefix) :]}"] = state.pop(key)

@@ -24,7 +24,9 @@ _VALID = re.compile(r"[A-Za-z0-9_\-]+")
 def check_name(name: str) -> None:
     """An adapter name becomes a segment of parameter names; refuse what cannot be one."""
     if not _VALID.fullmatch(name):
-        raise AttachError(f"adapter name {name!r}: use letters, digits, '_' and '-' only (it becomes part of keys).")
+        raise AttachError(
+            f"adapter name {name!r}: use letters, digits, '_' and '-' only (it becomes part of keys)."
+        )
     if name in dir(Slot):
         raise AttachError(
             f"adapter name {name!r} is an attribute of every torch module and cannot name a parameter; "
@@ -46,7 +48,9 @@ def add(root: nn.Module, slot: str, adapter: str, tensor: Tensor) -> None:
         if segment not in node._modules:
             node.add_module(segment, Slot())
         node = node.get_submodule(segment)
-    node.register_parameter(tail or adapter, tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor))
+    node.register_parameter(
+        tail or adapter, tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+    )
 
 
 def get(root: nn.Module, slot: str, adapter: str) -> nn.Parameter:

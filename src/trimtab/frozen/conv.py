@@ -21,11 +21,17 @@ class ConvLayer(Layer):
 
     kind = "conv"
 
+    module: Conv
+
     def __init__(self, module: Conv) -> None:
         self.module = module
         self.in_features = module.in_channels
         self.out_features = module.out_channels
         self.dims = len(module.kernel_size)
+        # PEFT's factors of a convolution have neither its groups (so they cannot merge), nor its
+        # dilation, nor its way of padding.
+        plain = module.groups == 1 and set(module.dilation) == {1}
+        self.in_peft = plain and module.padding_mode == "zeros"
 
     @classmethod
     def view(cls, module: nn.Module) -> ConvLayer | None:
@@ -62,7 +68,11 @@ class ConvLayer(Layer):
         """A is a convolution to ``rank`` channels with the layer's kernel, B one of size 1 (as PEFT's)."""
         ones = (1,) * self.dims
         per_group = self.in_features // self.module.groups
-        return (rank, per_group, *self.module.kernel_size), (self.out_features, rank // self._groups(rank), *ones)
+        return (rank, per_group, *self.module.kernel_size), (
+            self.out_features,
+            rank // self._groups(rank),
+            *ones,
+        )
 
     def lowrank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         y: Tensor = _FUNCTIONS[self.dims](self.apply(x, a), b, groups=self._groups(a.shape[0]))
@@ -83,26 +93,35 @@ class ConvLayer(Layer):
     def probe(self, push: Push) -> tuple[Tensor, Tensor | None]:
         """Push unit impulses through the same kernel without stride, padding or dilation."""
         bare = copy.copy(self.module)
-        bare.__dict__.update(stride=(1,) * self.dims, padding=(0,) * self.dims, dilation=(1,) * self.dims)
-        bare.__dict__.update(padding_mode="zeros", _reversed_padding_repeated_twice=(0, 0) * self.dims)
+        bare.__dict__.update(
+            stride=(1,) * self.dims, padding=(0,) * self.dims, dilation=(1,) * self.dims
+        )
+        bare.__dict__.update(
+            padding_mode="zeros", _reversed_padding_repeated_twice=(0, 0) * self.dims
+        )
         layer = ConvLayer(bare)
         size = self.in_features * int(torch.tensor(self.module.kernel_size).prod())
         shape = (self.in_features, *self.module.kernel_size)
         eye = torch.eye(size, dtype=self.dtype, device=self.device).reshape(size, *shape)
         bias_O = push(layer, eye.new_zeros(1, *shape), None).reshape(self.out_features)
         w_OIK = (push(layer, eye, None).reshape(size, self.out_features) - bias_O).T
-        per_group = w_OIK.reshape(self.module.groups, -1, self.module.groups, size // self.module.groups)
+        per_group = w_OIK.reshape(
+            self.module.groups, -1, self.module.groups, size // self.module.groups
+        )
         weight = torch.stack([per_group[g, :, g] for g in range(self.module.groups)])
         return weight.reshape(self.module.weight.shape).contiguous(), bias_O
 
     def write(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         new = copy.copy(self.module)
-        new._parameters = {"weight": nn.Parameter(weight), "bias": None if bias is None else nn.Parameter(bias)}
+        new._parameters = {
+            "weight": nn.Parameter(weight),
+            "bias": None if bias is None else nn.Parameter(bias),
+        }
         return new
 
     def _groups(self, rank: int) -> int:
         """A grouped layer stays grouped where the rank allows it; each group then has its own factors."""
-        groups = self.module.groups
+        groups = int(self.module.groups)
         if rank % groups:
             raise ValueError(f"rank {rank} is not a multiple of the convolution's {groups} groups")
         return groups

@@ -13,6 +13,7 @@ class EmbeddingLayer(Layer):
     """``nn.Embedding``; a subclass that scales its output (Gemma) says so in ``embed_scale``."""
 
     kind = "embedding"
+    module: nn.Embedding
 
     def __init__(self, module: nn.Embedding) -> None:
         self.module = module
@@ -65,7 +66,9 @@ class EmbeddingLayer(Layer):
             raise AssertionError("an embedding has no bias")
         new = type(self.module).__new__(type(self.module))
         nn.Module.__init__(new)
-        new.__dict__.update({k: v for k, v in self.module.__dict__.items() if not k.startswith("_")})
+        new.__dict__.update(
+            {k: v for k, v in self.module.__dict__.items() if not k.startswith("_")}
+        )
         new._buffers.update(self.module._buffers)
         new.weight = nn.Parameter(weight.T.contiguous())
         return new

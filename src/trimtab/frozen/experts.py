@@ -40,13 +40,16 @@ def expert_parameters(module: nn.Module) -> list[str]:
     """Names of the 3-D expert parameters of a module that follows the experts interface; else none."""
     if "has_gate" not in module.__dict__ or "is_transposed" not in module.__dict__:
         return []
-    return [name for name in _NAMES if (p := module._parameters.get(name)) is not None and p.dim() == 3]
+    return [
+        name for name in _NAMES if (p := module._parameters.get(name)) is not None and p.dim() == 3
+    ]
 
 
 class ExpertLayer(Layer):
     """One expert's slice of a 3-D parameter."""
 
     kind = "linear"
+    in_peft = False  # PEFT numbers such tensors by the nesting of its wrappers
 
     def __init__(self, module: nn.Module, weight_OI: Tensor, bias_O: Tensor | None) -> None:
         self.module = module
@@ -64,7 +67,9 @@ class ExpertLayer(Layer):
         weight = cast(Tensor, module._parameters[name])[expert]
         bias = module._parameters.get(f"{name}_bias")
         transposed = cast(Experts, module).is_transposed
-        return cls(module, weight.T if transposed else weight, None if bias is None else bias[expert])
+        return cls(
+            module, weight.T if transposed else weight, None if bias is None else bias[expert]
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,6 +84,9 @@ class ExpertLayer(Layer):
 
     def bias(self) -> Tensor | None:
         return self._bias
+
+    def stored(self) -> dict[str, Tensor]:
+        return {"weight": self._weight} | ({} if self._bias is None else {"bias": self._bias})
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
@@ -104,7 +112,9 @@ Around = Callable[[str, int, ExpertLayer, Tensor, Tensor], Tensor]
 """``around(parameter, expert, layer, x, tokens)`` is the (edited) output of one expert's linear map."""
 
 
-def run(module: nn.Module, hidden_NH: Tensor, index_NK: Tensor, weights_NK: Tensor, around: Around) -> Tensor:
+def run(
+    module: nn.Module, hidden_NH: Tensor, index_NK: Tensor, weights_NK: Tensor, around: Around
+) -> Tensor:
     """The forward of an experts module, with ``around`` in place of each expert's linear maps."""
     if vars(module).get("has_post_expert_norm") or vars(module).get("_is_expert_parallel"):
         raise TargetError(

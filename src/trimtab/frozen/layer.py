@@ -34,6 +34,10 @@ class Layer(ABC):
     """View of one frozen layer. Abstract; every concrete kind is final."""
 
     kind: ClassVar[str]
+    transposed: ClassVar[bool] = False
+    """Whether a linear layer stores its weight as (in, out), which PEFT calls ``fan_in_fan_out``."""
+    in_peft: bool = True
+    """Whether PEFT has such a layer, and the same function for it."""
     module: nn.Module
     in_features: int
     out_features: int
@@ -71,6 +75,11 @@ class Layer(ABC):
     def probe(self, push: Push) -> tuple[Tensor, Tensor | None]:
         """``(W', b')`` of an affine edit, found by pushing a basis of the inputs through it (fp32)."""
 
+    def stored(self) -> dict[str, Tensor]:
+        """The layer's own ``weight`` and ``bias`` as the module stores them."""
+        own = self.module._parameters
+        return {name: value for name in ("weight", "bias") if (value := own.get(name)) is not None}
+
     def orient(self, stored: Tensor) -> Tensor:
         """A weight as the module stores it -> canonical orientation."""
         return stored
@@ -104,8 +113,12 @@ class Layer(ABC):
         return v
 
     def row_norms(self, weight: Tensor) -> Tensor:
-        """L2 norm of each output channel's weights, fp32."""
-        return weight.float().flatten(1).norm(dim=1)
+        """L2 norm of each output channel's weights, in fp32 or wider."""
+        return self.wide(weight).flatten(1).norm(dim=1)
+
+    def wide(self, value: Tensor) -> Tensor:
+        """A tensor as merging and norms compute with it: in fp32, or in fp64 where it is already."""
+        return value.to(torch.promote_types(value.dtype, torch.float32))
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """dtype in which an edit of this layer computes: that of a floating input, else the layer's."""

@@ -88,6 +88,7 @@ class LinearLayer(_Linear):
 class Conv1DLayer(_Linear):
     """The ``Conv1D`` of transformers: a linear layer with a transposed weight."""
 
+    transposed = True
     module: Conv1D
 
     def __init__(self, module: Conv1D) -> None:

@@ -14,9 +14,8 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from trimtab.adapt.contract import At, Method, Params, Place, Spec, zeros
+from trimtab.adapt.contract import At, Layer, Method, Params, Place, Spec, zeros
 from trimtab.errors import UnsupportedError
-from trimtab.frozen import Layer
 from trimtab.models.anatomy import Anatomy
 
 
@@ -31,14 +30,18 @@ class BitFit(Method):
     def place(self, anatomy: Anatomy) -> Sequence[Place]:
         if self.targets:
             return super().place(anatomy)
-        if anatomy.biased:
-            narrowed = anatomy.select(tuple(anatomy.biased), self.exclude, self.layers)
+        biased = tuple(path for path in anatomy.biased if path not in anatomy.head)
+        if biased:
+            narrowed = anatomy.select(biased, self.exclude, self.layers)
             return [Place(path) for path in narrowed]
-        return [Place(path) for path in anatomy.select("all-linear", self.exclude, self.layers)]
+        linears = tuple(path for path in anatomy.linears if path not in anatomy.experts)
+        return [Place(path) for path in anatomy.select(linears, self.exclude, self.layers)]
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         if layer.kind == "sublayer":
-            raise UnsupportedError("BitFit adds to a layer's bias; a sub-layer without a weight has none.")
+            raise UnsupportedError(
+                "BitFit adds to a layer's bias; a sub-layer without a weight has none."
+            )
         return {"b": Spec("bitfit_bias", (layer.out_features,), zeros)}
 
     def leave(self, p: Params, y: Tensor, at: At) -> Tensor:
@@ -47,5 +50,7 @@ class BitFit(Method):
     def scaled(self, p: Params, weight: float, role: str) -> dict[str, Tensor]:
         return {"b": p["b"] * weight}
 
-    def sum(self, parts: Sequence[tuple[Method, Params]], role: str) -> tuple[Method, dict[str, Tensor]]:
+    def sum(
+        self, parts: Sequence[tuple[Method, Params]], role: str
+    ) -> tuple[Method, dict[str, Tensor]]:
         return self, {"b": torch.stack([p["b"] for _, p in parts]).sum(0)}

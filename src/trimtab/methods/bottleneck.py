@@ -9,7 +9,7 @@ that it is nearly the identity. Set ``train=("norms",)`` to train the norms too,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal, final
 
 import torch
@@ -17,11 +17,15 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from trimtab.adapt.contract import At, Method, Params, Spec, truncated_normal, zeros
+from trimtab.adapt.contract import At, Layer, Method, Params, Spec, truncated_normal, zeros
 from trimtab.errors import UnsupportedError
-from trimtab.frozen import Layer
 
-_ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
 
 
 @final
@@ -30,10 +34,13 @@ class Bottleneck(Method):
 
     kind: ClassVar[str] = "bottleneck"
     affine: ClassVar[bool] = False
-    why_not_affine: ClassVar[str] = "it passes the sub-layer's output through a non-linear activation"
+    why_not_affine: ClassVar[str] = (
+        "it passes the sub-layer's output through a non-linear activation"
+    )
     lr: ClassVar[float] = 3e-4
     short_names: ClassVar[Mapping[str, str]] = {
-        "adapter_down.weight": "down", "adapter_down.bias": "b_down", "adapter_up.weight": "up", "adapter_up.bias": "b_up",
+        "adapter_down.weight": "down", "adapter_down.bias": "b_down",
+        "adapter_up.weight": "up", "adapter_up.bias": "b_up",
     }  # fmt: skip
 
     targets: str | tuple[str, ...] = ("attention_output", "mlp_output")
@@ -43,7 +50,9 @@ class Bottleneck(Method):
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         width = layer.out_features
         if layer.kind in ("conv", "norm") or width == 0:
-            raise UnsupportedError("a bottleneck acts on hidden states (…, width) whose width is known from a config.")
+            raise UnsupportedError(
+                "a bottleneck acts on hidden states (…, width) whose width is known from a config."
+            )
         near_zero = truncated_normal(1e-3)
         return {
             "down": Spec("adapter_down.weight", (self.size, width), near_zero),
@@ -59,7 +68,9 @@ class Bottleneck(Method):
     def scaled(self, p: Params, weight: float, role: str) -> dict[str, Tensor]:
         return {**p, "up": p["up"] * weight, "b_up": p["b_up"] * weight}
 
-    def sum(self, parts: Sequence[tuple[Method, Params]], role: str) -> tuple[Method, dict[str, Tensor]]:
+    def sum(
+        self, parts: Sequence[tuple[Method, Params]], role: str
+    ) -> tuple[Method, dict[str, Tensor]]:
         tensors = [p for _, p in parts]
         joined = {
             "down": torch.cat([p["down"] for p in tensors]),

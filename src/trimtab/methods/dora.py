@@ -14,10 +14,9 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from trimtab.adapt.contract import At, Method, Params, Place, Spec, copy_of
-from trimtab.adapt.lowrank import BIAS, LowRank
+from trimtab.adapt.contract import At, Layer, Method, Params, Place, Spec, copy_of
+from trimtab.adapt.lowrank import BIASES, LowRank
 from trimtab.errors import UnsupportedError
-from trimtab.frozen import Layer
 
 
 @final
@@ -26,17 +25,23 @@ class DoRA(LowRank):
 
     kind: ClassVar[str] = "dora"
     lr: ClassVar[float] = 1e-4
-    disk: ClassVar[Mapping[str, str]] = {**LowRank.disk, "lora_magnitude_vector.weight": "lora_magnitude_vector"}
+    disk: ClassVar[Mapping[str, str]] = {
+        **LowRank.disk,
+        "lora_magnitude_vector.weight": "lora_magnitude_vector",
+    }
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         specs = super().tensors(layer, role)
-        if role == BIAS:
+        if role in BIASES:
             return specs
         norms = layer.row_norms(layer.dense())
-        return {**specs, "m": Spec("lora_magnitude_vector.weight", (layer.out_features,), copy_of(norms))}
+        return {
+            **specs,
+            "m": Spec("lora_magnitude_vector.weight", (layer.out_features,), copy_of(norms)),
+        }
 
     def leave(self, p: Params, y: Tensor, at: At) -> Tensor:
-        if at.role == BIAS:
+        if at.role in BIASES:
             return super().leave(p, y, at)
         factor = at.layer.over_out(p["m"] / self._norms(p, at.layer).to(p["m"].dtype))
         bias = at.layer.bias()
@@ -46,25 +51,33 @@ class DoRA(LowRank):
         return shift + factor * (y - shift)
 
     def merged(self, p: Params, layer: Layer, role: str) -> tuple[Tensor, Tensor | None] | None:
-        if role == BIAS:
+        if role in BIASES:
             return super().merged(p, layer, role)
         factor = p["m"] / self._norms(p, layer)
         weight = layer.dense() + self.product(p, layer)
         return weight * factor.reshape(-1, *(1,) * (weight.dim() - 1)), layer.bias()
 
     def scaled(self, p: Params, weight: float, role: str) -> dict[str, Tensor]:
-        raise UnsupportedError("dora: its output is divided by a norm of its own factors, so it cannot be scaled.")
+        raise UnsupportedError(
+            "dora: its output is divided by a norm of its own factors, so it cannot be scaled."
+        )
 
-    def sum(self, parts: Sequence[tuple[Method, Params]], role: str) -> tuple[Method, dict[str, Tensor]]:
-        raise UnsupportedError("dora: each adapter normalises the whole weight, so two of them have no sum.")
+    def sum(
+        self, parts: Sequence[tuple[Method, Params]], role: str
+    ) -> tuple[Method, dict[str, Tensor]]:
+        raise UnsupportedError(
+            "dora: each adapter normalises the whole weight, so two of them have no sum."
+        )
 
     def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
         return {**super().to_peft(places), "use_dora": True}
 
     @classmethod
-    def from_peft(cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]) -> DoRA | None:
+    def from_peft(
+        cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]
+    ) -> DoRA | None:
         return cls(**cls.fields_from_peft(config)) if config.get("use_dora") else None
 
     @torch.no_grad()
     def _norms(self, p: Params, layer: Layer) -> Tensor:
-        return layer.row_norms(layer.dense().float() + self.product(p, layer).float())
+        return layer.row_norms(layer.wide(layer.dense()) + layer.wide(self.product(p, layer)))

@@ -8,15 +8,14 @@ same routes; the frozen module stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, final
 
 from torch import Tensor
 from torch.func import functional_call
 
-from trimtab.adapt.contract import At, Method, Params, Place, Spec, copy_of
+from trimtab.adapt.contract import At, Layer, Method, Params, Place, Spec, copy_of
 from trimtab.errors import UnsupportedError
-from trimtab.frozen import Layer, view
 from trimtab.models.anatomy import Anatomy
 
 
@@ -26,26 +25,38 @@ class Full(Method):
 
     kind: ClassVar[str] = "full"
     lr: ClassVar[float] = 5e-5
+    disk: ClassVar[Mapping[str, str]] = {
+        "modules_to_save.weight": "weight",
+        "modules_to_save.bias": "bias",
+    }
 
     def place(self, anatomy: Anatomy) -> Sequence[Place]:
         chosen: list[str] = []
         for path in anatomy.select(self.targets, self.exclude, self.layers):
             inside = [p for p in anatomy.modules if p == path or p.startswith(f"{path}.")]
-            chosen += [p for p in inside if view(anatomy.modules[p]) is not None and p not in chosen]
+            layers = (
+                [path] if path in anatomy.experts else [p for p in inside if anatomy.weighted(p)]
+            )
+            chosen += [p for p in layers if p not in chosen]
         return [Place(path) for path in chosen]
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
-        if layer.kind == "sublayer" or not layer.module._parameters:
+        stored = layer.stored()
+        if layer.kind == "sublayer" or not all(
+            value.is_floating_point() for value in stored.values()
+        ):
             raise UnsupportedError("full training needs a layer that holds its weight densely.")
         return {
             name: Spec(f"modules_to_save.{name}", tuple(value.shape), copy_of(value))
-            for name, value in layer.module._parameters.items()
-            if value is not None and name in ("weight", "bias")
+            for name, value in stored.items()
         }
 
     def leave(self, p: Params, y: Tensor, at: At) -> Tensor:
-        own: Tensor = functional_call(at.layer.module, dict(p), (at.x,))
-        return own
+        if at.layer.kind == "norm":
+            own: Tensor = functional_call(at.layer.module, dict(p), (at.x,))
+            return own
+        own = at.layer.apply(at.x, at.layer.orient(p["weight"]))
+        return own if "bias" not in p else own + at.layer.over_out(p["bias"])
 
     def merged(self, p: Params, layer: Layer, role: str) -> tuple[Tensor, Tensor | None] | None:
         return layer.orient(p["weight"]), p.get("bias")

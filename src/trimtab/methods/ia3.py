@@ -14,10 +14,9 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from trimtab.adapt.contract import At, Method, Params, Place, Spec, ones
+from trimtab.adapt.contract import At, Layer, Method, Params, Place, Spec, ones
 from trimtab.adapt.files import refuse_unknown
 from trimtab.errors import FileFormatError, UnsupportedError
-from trimtab.frozen import Layer
 from trimtab.models.anatomy import Anatomy
 
 OUT, IN, KEYS_VALUES = "out", "in", "keys-values"
@@ -40,8 +39,13 @@ class IA3(Method):
     def place(self, anatomy: Anatomy) -> Sequence[Place]:
         inner = anatomy.select(self.feedforward, (), self.layers) if self.feedforward else []
         if self.targets:
-            outer = [Place(path, OUT) for path in anatomy.select(self.targets, self.exclude, self.layers)]
-            return [*(place for place in outer if place.path not in inner), *(Place(path, IN) for path in inner)]
+            outer = [
+                Place(path, OUT) for path in anatomy.select(self.targets, self.exclude, self.layers)
+            ]
+            return [
+                *(place for place in outer if place.path not in inner),
+                *(Place(path, IN) for path in inner),
+            ]
         fused = anatomy.role("fused_qkv")
         role, roles = (KEYS_VALUES, ("fused_qkv",)) if fused else (OUT, ("keys", "values"))
         outer = [Place(path, role) for path in anatomy.select(roles, self.exclude, self.layers)]
@@ -50,7 +54,9 @@ class IA3(Method):
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         if role == IN:
             if layer.kind == "embedding":
-                raise UnsupportedError("(IA)³ cannot rescale the input of an embedding: token ids have no size.")
+                raise UnsupportedError(
+                    "(IA)³ cannot rescale the input of an embedding: token ids have no size."
+                )
             return {"l": Spec("ia3_l", (1, layer.in_features), ones)}
         if role == KEYS_VALUES:
             return {"l": Spec("ia3_l", (layer.out_features - layer.in_features, 1), ones)}
@@ -70,8 +76,13 @@ class IA3(Method):
     def scaled(self, p: Params, weight: float, role: str) -> dict[str, Tensor]:
         return {"l": 1 + weight * (p["l"] - 1)}
 
-    def sum(self, parts: Sequence[tuple[Method, Params]], role: str) -> tuple[Method, dict[str, Tensor]]:
+    def sum(
+        self, parts: Sequence[tuple[Method, Params]], role: str
+    ) -> tuple[Method, dict[str, Tensor]]:
         return self, {"l": 1 + torch.stack([p["l"] - 1 for _, p in parts]).sum(0)}
+
+    def in_peft(self, anatomy: Anatomy, places: Sequence[Place]) -> bool:
+        return all(place.role != KEYS_VALUES for place in places)  # PEFT's rescales the queries too
 
     def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
         return {
@@ -80,11 +91,15 @@ class IA3(Method):
         }
 
     @classmethod
-    def from_peft(cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]) -> IA3 | None:
+    def from_peft(
+        cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]
+    ) -> IA3 | None:
         refuse_unknown(config, _PEFT_DEFAULTS, set(_PEFT_DEFAULTS), "IA3")
         inner = config.get("feedforward_modules") or ()
         if isinstance(inner, str):
-            raise FileFormatError("adapter_config.json: feedforward_modules as a regular expression is not read.")
+            raise FileFormatError(
+                "adapter_config.json: feedforward_modules as a regular expression is not read."
+            )
         targets = config.get("target_modules") or ()
         found = f"re:{targets}" if isinstance(targets, str) else tuple(sorted(targets))
         return cls(targets=found, feedforward=tuple(sorted(inner)))

@@ -21,5 +21,7 @@ class LoRA(LowRank):
     lr: ClassVar[float] = 2e-4
 
     @classmethod
-    def from_peft(cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]) -> LoRA | None:
+    def from_peft(
+        cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]
+    ) -> LoRA | None:
         return None if config.get("use_dora") else cls(**cls.fields_from_peft(config))

@@ -33,7 +33,9 @@ class Prefix(Method):
 
     kind: ClassVar[str] = "prefix"
     affine: ClassVar[bool] = False
-    why_not_affine: ClassVar[str] = "it adds keys and values to the softmax of attention, which no weight can do"
+    why_not_affine: ClassVar[str] = (
+        "it adds keys and values to the softmax of attention, which no weight can do"
+    )
     lr: ClassVar[float] = 5e-3
     peft_type: ClassVar[str | None] = "PREFIX_TUNING"
     disk: ClassVar[Mapping[str, str]] = {"prompt_encoder.embedding.weight": "prompt_embeddings"}
@@ -55,16 +57,34 @@ class Prefix(Method):
         return {"table": Spec("prompt_encoder.embedding.weight", shape, normal(self.init_std))}
 
     def keys_values(self, p: Params, at: At) -> tuple[Tensor, Tensor] | None:
-        table = at.shared["table"].view(self.length, -1, 2, at.shared["table"].shape[1] // (2 * at.count))
+        table = at.shared["table"].view(
+            self.length, -1, 2, at.shared["table"].shape[1] // (2 * at.count)
+        )
         keys_TC, values_TC = table[:, at.index].unbind(1)
         return keys_TC, values_TC
 
+    def wrapped(self, places: Sequence[Place]) -> list[str]:
+        return []
+
+    def in_peft(self, anatomy: Anatomy, places: Sequence[Place]) -> bool:
+        return (
+            not anatomy.encoder_decoder
+        )  # PEFT's has none in the encoder, and one in cross-attention
+
     def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
-        return {"num_virtual_tokens": self.length, "num_layers": len(places), "prefix_projection": False}
+        return {
+            "num_virtual_tokens": self.length,
+            "num_layers": len(places),
+            "prefix_projection": False,
+        }
 
     @classmethod
-    def from_peft(cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]) -> Prefix | None:
+    def from_peft(
+        cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]
+    ) -> Prefix | None:
         refuse_unknown(config, _PEFT_DEFAULTS, set(_PEFT_DEFAULTS), "prefix tuning")
         if "prompt_embeddings" not in slots:
-            raise UnsupportedError("this prefix adapter has no 'prompt_embeddings'; save it again with PEFT ≥ 0.10.")
+            raise UnsupportedError(
+                "this prefix adapter has no 'prompt_embeddings'; save it again with PEFT ≥ 0.10."
+            )
         return cls(length=slots["prompt_embeddings"][0])

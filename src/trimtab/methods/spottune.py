@@ -22,10 +22,9 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from trimtab.adapt.contract import At, Method, Params, Place, Spec, normal, ones, zeros
+from trimtab.adapt.contract import At, Layer, Method, Params, Place, Spec, normal, ones, zeros
 from trimtab.adapt.parse import method_from
 from trimtab.errors import RouteError, UnsupportedError
-from trimtab.frozen import Layer
 from trimtab.models.anatomy import Anatomy
 
 POLICY = "policy"
@@ -37,7 +36,9 @@ class SpotTune(Method):
 
     kind: ClassVar[str] = "spottune"
     affine: ClassVar[bool] = False
-    why_not_affine: ClassVar[str] = "each example chooses its own blocks, so no one weight serves all"
+    why_not_affine: ClassVar[str] = (
+        "each example chooses its own blocks, so no one weight serves all"
+    )
     needs_prompt: ClassVar[bool] = True
     lr: ClassVar[float] = 5e-4
 
@@ -52,7 +53,9 @@ class SpotTune(Method):
     def _inner(cls, value: Any) -> Method:
         inner = method_from(value)
         if inner.needs_prompt or inner.overrides("keys_values"):
-            raise ValueError(f"{inner.kind} does not edit layers on its own; choose a layer-wise method")
+            raise ValueError(
+                f"{inner.kind} does not edit layers on its own; choose a layer-wise method"
+            )
         return inner
 
     def place(self, anatomy: Anatomy) -> Sequence[Place]:
@@ -84,7 +87,9 @@ class SpotTune(Method):
     def enter(self, p: Params, x: Tensor, at: At) -> Tensor:
         if at.role == POLICY or not self.inner.overrides("enter"):
             return x
-        return self._gated(x, lambda part: cast(Tensor, self.inner.enter(p, part, at) - part), at, x)
+        return self._gated(
+            x, lambda part: cast(Tensor, self.inner.enter(p, part, at) - part), at, x
+        )
 
     def delta(self, p: Params, x: Tensor, at: At) -> Tensor | None:
         if at.role == POLICY or not self.inner.overrides("delta"):
@@ -126,7 +131,9 @@ class SpotTune(Method):
         at.add_loss("blocks", self.budget_weight * (z_L.sum() - self.blocks) ** 2)
         at.add_loss("entropy", -self.budget_weight * (z_L * z_L.clamp_min(1e-6).log()).sum())
 
-    def _gated(self, x: Tensor, edit: Callable[[Tensor], Tensor | None], at: At, base: Tensor | None) -> Tensor:
+    def _gated(
+        self, x: Tensor, edit: Callable[[Tensor], Tensor | None], at: At, base: Tensor | None
+    ) -> Tensor:
         """``base + gate · edit(x)``; at evaluation the edit is computed for the open positions only."""
         if (at.name, POLICY) not in at.memory:
             raise RouteError(
@@ -154,4 +161,3 @@ class SpotTune(Method):
 def _open(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Logits (0, 2) for every block: P(adapt) = 0.88."""
     return torch.tensor([0.0, 2.0]).repeat(shape[0] // 2)
-

@@ -19,8 +19,8 @@ from typing import Any
 from torch import nn
 
 from trimtab.errors import TargetError, suggest
-from trimtab.frozen import view
-from trimtab.frozen.experts import expert_parameters
+from trimtab.frozen import Layer, view
+from trimtab.frozen.experts import ExpertLayer, expert_parameters
 from trimtab.models.families import FAMILIES, GENERIC, ROLES, Family
 
 
@@ -44,10 +44,9 @@ class Anatomy:
 
     @property
     def causal(self) -> bool:
-        """Whether later tokens are hidden from earlier ones everywhere (a decoder)."""
-        if self.config is None:
-            return False
-        return not self.encoder_decoder and self.model_type not in ("bert", "roberta", "electra", "vit")
+        """Whether the model continues its own input: later tokens are then not for a gate to see."""
+        generates = getattr(self.root, "can_generate", None)
+        return generates is not None and bool(generates()) and not self.encoder_decoder
 
     @property
     def encoder_decoder(self) -> bool:
@@ -69,24 +68,36 @@ class Anatomy:
         config = self._text_config
         heads = getattr(config, "num_attention_heads", None)
         if heads is None:
-            raise TargetError(f"{type(self.root).__name__} has no config that tells its attention heads.")
+            raise TargetError(
+                f"{type(self.root).__name__} has no config that tells its attention heads."
+            )
         keys = getattr(config, "num_key_value_heads", None) or heads
-        width = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or self.width // int(heads)
+        width = (
+            getattr(config, "head_dim", None)
+            or getattr(config, "d_kv", None)
+            or self.width // int(heads)
+        )
         return int(keys), int(width)
+
+    def weighted(self, path: str) -> bool:
+        """Whether the module at a path is a layer with a weight that Trimtab knows."""
+        return view(self.modules[path]) is not None
 
     @cached_property
     def biased(self) -> list[str]:
-        """Layers outside the head that have a bias."""
+        """Layers that have a bias, those of the head included."""
         return [
             path
             for path, module in self.modules.items()
-            if path not in self.head and (layer := view(module)) is not None and layer.bias() is not None
+            if (layer := view(module)) is not None and layer.bias() is not None
         ]
 
     @cached_property
     def blocks(self) -> list[str]:
         """Paths of the transformer blocks, in order; outermost matches only."""
-        found = [path for path in self.modules if any(glob_match(g, path) for g in self.family.blocks)]
+        found = [
+            path for path in self.modules if any(glob_match(g, path) for g in self.family.blocks)
+        ]
         return [p for p in found if not any(p.startswith(f"{q}.") for q in found)]
 
     def block_of(self, path: str) -> int | None:
@@ -100,16 +111,32 @@ class Anatomy:
     def experts(self) -> dict[str, str]:
         """Path of each 3-D expert parameter -> path of the experts module that holds it."""
         return {
-            f"{path}.{name}": path for path, module in self.modules.items() for name in expert_parameters(module)
+            f"{path}.{name}": path
+            for path, module in self.modules.items()
+            for name in expert_parameters(module)
         }
+
+    def expert_layers(self, path: str) -> list[Layer]:
+        """Each expert's slice of the expert parameter at a path."""
+        module, name = self.modules[self.experts[path]], path.rpartition(".")[2]
+        return [
+            ExpertLayer.of(module, name, expert)
+            for expert in range(module._parameters[name].shape[0])
+        ]  # type: ignore[union-attr]
 
     @cached_property
     def linears(self) -> list[str]:
         """Every linear layer and expert parameter but the output head."""
         heads = set(self.head)
-        found = [path for path, module in self.modules.items() if path not in heads and _is_linear(module)]
+        found = [
+            path
+            for path, module in self.modules.items()
+            if path not in heads and _is_linear(module)
+        ]
         order = {path: number for number, path in enumerate(self.modules)}
-        return sorted([*found, *self.experts], key=lambda p: order.get(p, order.get(p.rpartition(".")[0], 0)))
+        return sorted(
+            [*found, *self.experts], key=lambda p: order.get(p, order.get(p.rpartition(".")[0], 0))
+        )
 
     @cached_property
     def head(self) -> list[str]:
@@ -120,7 +147,11 @@ class Anatomy:
 
     @cached_property
     def norms(self) -> list[str]:
-        return [path for path, m in self.modules.items() if (layer := view(m)) is not None and layer.kind == "norm"]
+        return [
+            path
+            for path, m in self.modules.items()
+            if (layer := view(m)) is not None and layer.kind == "norm"
+        ]
 
     def role(self, role: str) -> list[str]:
         """Paths of a role, in model order; empty where this architecture has none."""
@@ -168,11 +199,15 @@ class Anatomy:
         for selector in _listed(targets):
             chosen.update(dict.fromkeys(self._matches(selector)))
         if not chosen:
-            raise TargetError("no targets: name at least one module, glob, regular expression or role.")
+            raise TargetError(
+                "no targets: name at least one module, glob, regular expression or role."
+            )
         for selector in _listed(exclude):
             dropped = [path for path in self._matches(selector) if path in chosen]
             if not dropped:
-                raise TargetError(f"exclude {selector!r} excludes none of the selected modules; remove or correct it.")
+                raise TargetError(
+                    f"exclude {selector!r} excludes none of the selected modules; remove or correct it."
+                )
             for path in dropped:
                 del chosen[path]
         paths = list(chosen)
@@ -200,23 +235,33 @@ class Anatomy:
             try:
                 pattern = re.compile(selector[3:])
             except re.error as error:
-                raise TargetError(f"target {selector!r} is not a regular expression: {error}.") from None
+                raise TargetError(
+                    f"target {selector!r} is not a regular expression: {error}."
+                ) from None
             found = [path for path in pool if pattern.fullmatch(path)]
         elif any(char in selector for char in "*?["):
             found = [path for path in pool if glob_match(selector, path)]
         else:
             found = [path for path in pool if path == selector or path.endswith(f".{selector}")]
         if not found:
-            names = {".".join(path.split(".")[-k:]) for path in pool for k in (1, 2)} | set(pool) | set(ROLES)
+            names = (
+                {".".join(path.split(".")[-k:]) for path in pool for k in (1, 2)}
+                | set(pool)
+                | set(ROLES)
+            )
             hint = suggest(selector, [name for name in names if not name.isdigit()])
-            raise TargetError(f"target {selector!r} matches no module of {type(self.root).__name__}.{hint}")
+            raise TargetError(
+                f"target {selector!r} matches no module of {type(self.root).__name__}.{hint}"
+            )
         return found
 
     def _in_layers(self, paths: Sequence[str], layers: Sequence[int]) -> list[str]:
         count = len(self.blocks)
         wrong = [index for index in layers if not -count <= index < count]
         if wrong:
-            raise TargetError(f"layers {wrong} do not exist: {type(self.root).__name__} has blocks 0 to {count - 1}.")
+            raise TargetError(
+                f"layers {wrong} do not exist: {type(self.root).__name__} has blocks 0 to {count - 1}."
+            )
         wanted = {index % count for index in layers}
         kept = [path for path in paths if self.block_of(path) in wanted]
         if not kept:

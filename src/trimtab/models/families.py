@@ -42,7 +42,12 @@ LLAMA = Family(
     fused_qkv=("**.self_attn.qkv_proj",),
     attention_output=("**.self_attn.o_proj", "**.self_attn.dense"),
     mlp_output=("**.layers.*.mlp",),
-    mlp_down=("**.mlp.down_proj", "**.mlp.fc2", "**.mlp.experts.down_proj", "**.shared_expert*.down_proj"),
+    mlp_down=(
+        "**.mlp.down_proj",
+        "**.mlp.fc2",
+        "**.mlp.experts.down_proj",
+        "**.shared_expert*.down_proj",
+    ),
     embeddings=("**.embed_tokens",),
     input_embedding=("**.embed_tokens",),
     self_attention=("**.layers.*.self_attn",),

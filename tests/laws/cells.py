@@ -1,0 +1,93 @@
+"""The cells of the laws: every registered method on every model, and what must be refused, with the reason.
+
+A method that registers is here at once, with its defaults; ``SMALL`` only makes known ones small. A cell that
+is not in ``REFUSED`` must work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import trimtab as tt
+from tests.models import CASES
+from trimtab.adapt.contract import Method
+from trimtab.adapt.parse import method_from
+
+SMALL = {
+    "lora": "lora(rank=4)",
+    "dora": "dora(rank=4)",
+    "bottleneck": "bottleneck(size=6)",
+    "prefix": "prefix(length=3, init_std=1.0)",
+    "spottune": "spottune(inner=lora(rank=4), hidden=8)",
+    "full": "full(targets='mlp_down')",
+}
+ON_MODEL = {
+    ("lora", "mixed"): "lora(rank=4, targets=['embed', 're:conv.*', 'grouped', 'head'])",
+    ("dora", "mixed"): "dora(rank=4, targets=['re:conv.*', 'grouped', 'head'])",
+    (
+        "ia3",
+        "mixed",
+    ): "ia3(targets=['embed', 'conv1', 'conv2', 'norm'], feedforward=['head', 'grouped', 'conv3'])",
+    (
+        "full",
+        "mixed",
+    ): "full(targets=['embed', 're:conv.*', 'grouped', 'head', 'norm', 'batch_norm'])",
+    ("lora", "classifier"): "lora(rank=4, train=['score'])",
+    ("lora", "bert"): "lora(rank=4, train=['classifier'])",
+}
+
+NO_ATTENTION = "there is no attention in it to put keys and values into"
+NO_BLOCKS = "it has no transformer blocks and no hidden states of one width"
+REFUSED = {
+    ("bottleneck", "mixed"): NO_BLOCKS,
+    ("prefix", "mixed"): NO_ATTENTION,
+    ("spottune", "mixed"): NO_BLOCKS,
+}
+"""Cells that mathematics forbids."""
+
+NOT_MERGEABLE = {
+    "bottleneck": "a non-linear activation",
+    "prefix": "softmax of attention",
+    "spottune": "each example chooses",
+}
+IDENTITY_AT_FIRST = {"lora", "dora", "ia3", "bitfit", "spottune", "full"}
+"""Methods whose papers start them as the identity (a Houlsby bottleneck only nearly; a prefix never)."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    method: str
+    model: str
+
+    @property
+    def id(self) -> str:
+        return f"{self.method}-{self.model}"
+
+    def value(self) -> Method:
+        text = ON_MODEL.get((self.method, self.model)) or SMALL.get(self.method, self.method)
+        return method_from(text)
+
+
+def registered() -> list[str]:
+    return tt.methods()
+
+
+def cells() -> list[Cell]:
+    return [Cell(m, c) for m in registered() for c in CASES if (m, c) not in REFUSED]
+
+
+def shaken(adapter: tt.Adapter, size: float = 0.2, seed: int = 1) -> tt.Adapter:
+    """Give an attached adapter values away from its first ones, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * size)
+    return adapter
+
+
+def attached(cell: Cell, model: nn.Module, name: str = "a", *, seed: int = 1) -> tt.Adapter:
+    """The cell's method attached and shaken."""
+    return shaken(tt.attach(model, cell.value(), name), seed=seed)
