@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from trimtab.errors import (
 from trimtab.frozen import Layer, view
 from trimtab.frozen.sublayer import SubLayer
 from trimtab.models.anatomy import Anatomy
+from trimtab.models.families import ROLES
 
 
 def attach(
@@ -64,6 +65,8 @@ def attach(
     base = fingerprint(model, anatomy.modules)
     if isinstance(method, Adapter):
         adapter = _placed(_checked(method, name, base, any_base), anatomy)
+        if adapter.base is None:
+            _whole(adapter, anatomy)
     else:
         adapter = _planned(model, method_from(method), name or "default", anatomy)
         adapter.base = base
@@ -254,6 +257,29 @@ def _placed(adapter: Adapter, anatomy: Anatomy) -> Adapter:
         found = [SiteSpec(p.path, p.role, 0) for p in adapter.method.place(anatomy)]
         adapter.sites = (*found, *adapter.sites)
     return adapter
+
+
+def _whole(adapter: Adapter, anatomy: Anatomy) -> None:
+    """Refuse a foreign file that lacks the tensors of a module which its config names.
+
+    A name that nothing here has is passed over: published configs list those of several architectures.
+    """
+    method = adapter.method
+    wanted: set[str] = set()
+    for selectors, change in (
+        (method.targets, wanted.update),
+        (method.exclude, wanted.difference_update),
+    ):
+        for selector in (selectors,) if isinstance(selectors, str) else selectors:
+            if selector not in ROLES:
+                with suppress(TargetError):
+                    change(anatomy.select(selector, (), method.layers))
+    lacking = [p for p in anatomy.modules if p in wanted - {site.path for site in adapter.sites}]
+    if lacking:
+        raise AttachError(
+            f"adapter {adapter.name!r} has no tensors for {len(lacking)} modules that its config names, e.g. "
+            f"{lacking[0]!r}: its weights are incomplete, or were made for another model."
+        )
 
 
 def _layer(anatomy: Anatomy, path: str) -> Layer:

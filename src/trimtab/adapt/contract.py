@@ -73,7 +73,8 @@ class Method(Config, ABC):
     Class facts: ``kind`` is its name in the registry; ``affine`` whether its edits can merge, and
     ``why_not_affine`` the reason if not; ``needs_prompt`` whether a gate must see a prompt; ``lr`` and
     ``weight_decay`` are defaults of training; ``peft_type`` and ``disk`` (slot -> slot in a file) are what
-    PEFT calls it; ``short_names`` (slot -> short name) lets arithmetic work without a model.
+    PEFT calls it, ``peft_root`` what PEFT puts before the path of a module; ``short_names`` (slot -> short
+    name) lets arithmetic work without a model.
     """
 
     kind: ClassVar[str]
@@ -83,6 +84,7 @@ class Method(Config, ABC):
     lr: ClassVar[float] = 2e-4
     weight_decay: ClassVar[float] = 0.0
     peft_type: ClassVar[str | None] = None
+    peft_root: ClassVar[str] = "base_model.model."
     disk: ClassVar[Mapping[str, str]] = {}
     short_names: ClassVar[Mapping[str, str]] = {}
 

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,6 @@ from trimtab.errors import FileFormatError, StorageError, UnsupportedError, sugg
 
 SCHEMA = 1
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "trimtab.json"
-PREFIX = "base_model.model."
 OWN_TYPE = "TRIMTAB_"
 """What ``peft_type`` begins with where PEFT lacks the method: it then refuses the folder, as it should."""
 
@@ -105,7 +104,7 @@ def disk_key(adapter: Adapter, name: TensorName) -> str:
             break
     if not name.path:
         return slot if slot != name.slot else f"base_model.{slot}"
-    return f"{PREFIX}{name.path}.{slot}"
+    return f"{adapter.method.peft_root}{name.path}.{slot}"
 
 
 # -- reading ------------------------------------------------------------------------------------------
@@ -182,14 +181,13 @@ def _parsed(
     name: str | None,
     config: Mapping[str, Any],
 ) -> Adapter:
-    by_disk = {disk: slot for slot, disk in method.disk.items()}
     full = methods.get("full").parse({"targets": method.train}) if method.train else None
     named: dict[TensorName, Tensor] = {}
     slots_at: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {}
     for key, tensor in tensors.items():
         if _copied(key, tensors):
             continue
-        path, slot, number = _place_key(folder, key, by_disk, full)
+        path, slot, number = _place_key(folder, key, method, full)
         named[TensorName(path, slot)] = tensor
         if path:
             slots_at.setdefault((path, number), {})[slot] = tuple(tensor.shape)
@@ -215,20 +213,18 @@ def _copied(key: str, tensors: Mapping[str, Tensor]) -> bool:
     )
 
 
-def _place_key(
-    folder: Path, key: str, by_disk: Mapping[str, str], full: Method | None
-) -> tuple[str, str, int]:
+def _place_key(folder: Path, key: str, method: Method, full: Method | None) -> tuple[str, str, int]:
     """(path, slot, number of the method) of a key in a PEFT file."""
+    by_disk = {disk: slot for slot, disk in method.disk.items()}
     if key in by_disk:
         return "", by_disk[key], 0
-    if key.startswith(PREFIX):
-        rest = key[len(PREFIX) :]
+    if key.startswith(method.peft_root):
+        rest = key.removeprefix(method.peft_root)
         path, _, leaf = rest.rpartition(".")
-        trained = () if full is None else full.targets
-        if any(f".{module}." in f".{path}." for module in trained):
-            leaves = {disk: slot for slot, disk in full.disk.items()} if full else {}
-            if leaf in leaves:
-                return path, leaves[leaf], 1
+        if full is not None and any(f".{module}." in f".{path}." for module in full.targets):
+            for slot, disk in full.disk.items():
+                if leaf == disk:
+                    return path, slot, 1
         for disk in sorted(by_disk, key=len, reverse=True):
             if rest.endswith(f".{disk}"):
                 return rest[: -len(disk) - 1], by_disk[disk], 0
@@ -362,6 +358,13 @@ def _flush(path: Path) -> None:
 def write_json(file: Path, data: Mapping[str, Any]) -> None:
     """Write an object with sorted keys, so that equal values are equal files."""
     file.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def selectors(names: str | Sequence[str] | None) -> str | tuple[str, ...]:
+    """PEFT's target modules as our selectors: names stay names, a text is a regular expression."""
+    if isinstance(names, str):
+        return names if names == "all-linear" else f"re:{names}"
+    return tuple(sorted(names or ()))
 
 
 def refuse_unknown(

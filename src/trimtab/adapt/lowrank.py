@@ -187,7 +187,7 @@ class LowRank(Method):
     @classmethod
     def fields_from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """Our fields of a PEFT LoRA config."""
-        from trimtab.adapt.files import refuse_unknown
+        from trimtab.adapt.files import refuse_unknown, selectors
 
         read = {
             "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "rank_pattern", "alpha_pattern", "use_dora",
@@ -203,10 +203,11 @@ class LowRank(Method):
                 f"this adapter was initialised by {init!r}, which changed its base; save it from PEFT in converted "
                 "form (path_initial_model_for_weight_conversion), and load that."
             )
-        targets = config.get("target_modules") or ()
+        layers = config.get("layers_to_transform")
         return {
-            "targets": targets if isinstance(targets, str) and targets == "all-linear"
-            else f"re:{targets}" if isinstance(targets, str) else tuple(sorted(targets)),
+            "targets": selectors(config.get("target_modules")),
+            "exclude": selectors(config.get("exclude_modules")),
+            "layers": (layers,) if isinstance(layers, int) else layers,
             "rank": config.get("r", 8),
             "alpha": float(config.get("lora_alpha", 8)),
             "dropout": config.get("lora_dropout", 0.0),

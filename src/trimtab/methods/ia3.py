@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trimtab.adapt.contract import At, Layer, Method, Params, Place, Spec, ones
-from trimtab.adapt.files import refuse_unknown
+from trimtab.adapt.files import refuse_unknown, selectors
 from trimtab.errors import FileFormatError, UnsupportedError
 from trimtab.models.anatomy import Anatomy
 
@@ -100,9 +100,11 @@ class IA3(Method):
             raise FileFormatError(
                 "adapter_config.json: feedforward_modules as a regular expression is not read."
             )
-        targets = config.get("target_modules") or ()
-        found = f"re:{targets}" if isinstance(targets, str) else tuple(sorted(targets))
-        return cls(targets=found, feedforward=tuple(sorted(inner)))
+        return cls(
+            targets=selectors(config.get("target_modules")),
+            exclude=selectors(config.get("exclude_modules")),
+            feedforward=tuple(sorted(inner)),
+        )
 
     def roles_in_file(self, path: str, slots: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
         return (IN,) if slots["ia3_l"][0] == 1 else (OUT,)

@@ -38,6 +38,7 @@ class Prefix(Method):
     )
     lr: ClassVar[float] = 5e-3
     peft_type: ClassVar[str | None] = "PREFIX_TUNING"
+    peft_root: ClassVar[str] = "base_model."
     disk: ClassVar[Mapping[str, str]] = {"prompt_encoder.embedding.weight": "prompt_embeddings"}
 
     targets: str | tuple[str, ...] = "self_attention"

@@ -1,0 +1,220 @@
+"""Settings of the methods that PEFT has, each written once for PEFT and once for us."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, TaskType
+from torch import nn
+
+import trimtab as tt
+from tests.oracles import kit
+from trimtab.adapt.contract import Method
+
+
+@dataclass(frozen=True)
+class Case:
+    """One setting, for both sides."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    theirs: PeftConfig
+    ours: Method
+
+
+def lora(targets: Any, **options: Any) -> LoraConfig:
+    return LoraConfig(target_modules=targets, init_lora_weights=True, **options)
+
+
+QV = ("q_proj", "v_proj")
+PATTERNS = {
+    "rank_pattern": {"layers.0.self_attn.q_proj": 3, "v_proj": 2},
+    "alpha_pattern": {r"layers\.1\..*": 5},
+}
+
+LORA = [
+    Case(
+        "lora", kit.llama, lora(list(QV), r=4, lora_alpha=6), tt.LoRA(rank=4, alpha=6, targets=QV)
+    ),
+    Case(
+        "rslora",
+        kit.llama,
+        lora(list(QV), r=4, use_rslora=True),
+        tt.LoRA(rank=4, alpha=8, rslora=True, targets=QV),
+    ),
+    Case(
+        "all-linear",
+        kit.llama,
+        lora("all-linear", r=3, lora_alpha=6),
+        tt.LoRA(rank=3, alpha=6, targets="all-linear"),
+    ),
+    Case(
+        "all-linear-bert",
+        kit.bert,
+        lora("all-linear", r=3, task_type=TaskType.SEQ_CLS),
+        tt.LoRA(rank=3, alpha=8, train=("classifier",)),
+    ),
+    Case(
+        "exclude",
+        kit.llama,
+        lora("all-linear", r=3, exclude_modules=["down_proj"]),
+        tt.LoRA(rank=3, alpha=8, targets="all-linear", exclude="down_proj"),
+    ),
+    Case(
+        "layers",
+        kit.llama,
+        lora(list(QV), r=3, layers_to_transform=[1]),
+        tt.LoRA(rank=3, alpha=8, targets=QV, layers=(1,)),
+    ),
+    Case(
+        "regex",
+        kit.llama,
+        lora(r".*\.1\..*_proj", r=3),
+        tt.LoRA(rank=3, alpha=8, targets=r"re:.*\.1\..*_proj"),
+    ),
+    Case(
+        "patterns",
+        kit.llama,
+        lora(["q_proj", "v_proj", "up_proj"], r=4, **PATTERNS),
+        tt.LoRA(rank=4, alpha=8, targets=("q_proj", "v_proj", "up_proj"), **PATTERNS),
+    ),
+    Case(
+        "bias-lora-only",
+        kit.bert,
+        lora(["query", "dense"], r=4, bias="lora_only"),
+        tt.LoRA(rank=4, alpha=8, targets=("query", "dense"), bias="lora_only"),
+    ),
+    Case(
+        "bias-all",
+        kit.bert,
+        lora(["query", "output.dense"], r=4, bias="all"),
+        tt.LoRA(rank=4, alpha=8, targets=("query", "output.dense"), bias="all"),
+    ),
+    Case(
+        "conv1d",
+        kit.gpt2,
+        lora(["c_attn", "c_proj"], r=4, fan_in_fan_out=True),
+        tt.LoRA(rank=4, alpha=8, targets=("c_attn", "c_proj")),
+    ),
+    Case(
+        "embedding",
+        kit.gpt2,
+        lora(["wte", "wpe"], r=4),
+        tt.LoRA(rank=4, alpha=8, targets=("wte", "wpe")),
+    ),
+    Case(
+        "input-embedding",
+        kit.llama,
+        lora(["embed_tokens", "lm_head"], r=4),
+        tt.LoRA(rank=4, alpha=8, targets=("embed_tokens", "lm_head")),
+    ),
+    Case(
+        "t5",
+        kit.t5,
+        lora(["q", "v", "wi"], r=4),
+        tt.LoRA(rank=4, alpha=8, targets=("q", "v", "wi")),
+    ),
+    Case(
+        "gated-t5",
+        kit.gated_t5,
+        lora(["k", "o", "wi_1", "wo"], r=4),
+        tt.LoRA(rank=4, alpha=8, targets=("k", "o", "wi_1", "wo")),
+    ),
+    Case(
+        "convolutions",
+        kit.convolutions,
+        lora(["embed", "line", "square", "head"], r=4),
+        tt.LoRA(rank=4, alpha=8, targets=("embed", "line", "square", "head")),
+    ),
+    Case(
+        "classifier",
+        kit.bert,
+        lora(["query"], r=4, task_type=TaskType.SEQ_CLS, modules_to_save=["classifier"]),
+        tt.LoRA(rank=4, alpha=8, targets=("query",), train=("classifier",)),
+    ),
+    Case(
+        "score",
+        kit.llama_classifier,
+        lora(["v_proj"], r=4, modules_to_save=["score"]),
+        tt.LoRA(rank=4, alpha=8, targets=("v_proj",), train=("score",)),
+    ),
+    Case(
+        "two-layer-head",
+        kit.roberta,
+        lora(["query"], r=4, modules_to_save=["classifier"]),
+        tt.LoRA(rank=4, alpha=8, targets=("query",), train=("classifier",)),
+    ),
+]
+DORA = [
+    Case(
+        "dora",
+        kit.llama,
+        lora(["q_proj", "down_proj"], r=4, use_dora=True),
+        tt.DoRA(rank=4, alpha=8, targets=("q_proj", "down_proj")),
+    ),
+    Case(
+        "dora-bias",
+        kit.bert,
+        lora(["query", "dense"], r=4, use_dora=True, use_rslora=True),
+        tt.DoRA(rank=4, alpha=8, rslora=True, targets=("query", "dense")),
+    ),
+    Case(
+        "dora-conv1d",
+        kit.gpt2,
+        lora(["c_attn", "c_fc"], r=4, use_dora=True, fan_in_fan_out=True),
+        tt.DoRA(rank=4, alpha=8, targets=("c_attn", "c_fc")),
+    ),
+]
+IA3 = [
+    Case(
+        "ia3",
+        kit.llama,
+        IA3Config(
+            target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
+        ),
+        tt.IA3(),
+    ),
+    Case(
+        "ia3-t5",
+        kit.t5,
+        IA3Config(target_modules=["k", "v", "wo"], feedforward_modules=["wo"]),
+        tt.IA3(),
+    ),
+    Case(
+        "ia3-bert",
+        kit.bert,
+        IA3Config(
+            target_modules=["key", "value", r"attention.output.dense"], feedforward_modules=[]
+        ),
+        tt.IA3(targets=("key", "value", "attention.output.dense"), feedforward=()),
+    ),
+    Case(
+        "ia3-conv1d",
+        kit.gpt2,
+        IA3Config(target_modules=["c_attn", "c_fc"], feedforward_modules=[], fan_in_fan_out=True),
+        tt.IA3(targets=("c_attn", "c_fc"), feedforward=()),
+    ),
+]
+PREFIX = [
+    Case(
+        "prefix-llama",
+        kit.llama,
+        PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=5),
+        tt.Prefix(length=5),
+    ),
+    Case(
+        "prefix-gpt2",
+        kit.gpt2,
+        PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=5),
+        tt.Prefix(length=5),
+    ),
+    Case(
+        "prefix-bert",
+        kit.bert,
+        PrefixTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=5),
+        tt.Prefix(length=5, train=("classifier",)),
+    ),
+]
+CASES = [*LORA, *DORA, *IA3, *PREFIX]

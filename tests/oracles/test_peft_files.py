@@ -1,0 +1,255 @@
+"""Adapter folders both ways between PEFT and us, and folders that must be refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+import trimtab as tt
+from tests.oracles import kit
+from tests.oracles.cases import CASES, Case
+from trimtab.adapt.files import CONFIG, OURS, WEIGHTS
+from trimtab.errors import AttachError, FileFormatError, UnsupportedError
+
+EMBEDDINGS = "Setting `save_embedding_layers` to `True`"  # PEFT adds a copy of a targeted embedding
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def written_by_peft(case: Case, folder: Path) -> PeftModel:
+    theirs = kit.peft_model(case.make, case.theirs)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    with kit.quiet(EMBEDDINGS):
+        theirs.save_pretrained(folder)
+    return theirs
+
+
+def written_by_us(case: Case, folder: Path) -> tuple[torch.nn.Module, tt.Adapter]:
+    model = case.make()
+    adapter = tt.attach(model, case.ours, "default")
+    kit.stir(adapter)
+    adapter.save(folder)
+    return model, adapter
+
+
+@every_case
+def test_we_read_what_peft_writes(case: Case, tmp_path: Path) -> None:
+    theirs = written_by_peft(case, tmp_path / "theirs")
+    adapter = tt.Adapter.load(tmp_path / "theirs")
+    model = case.make()
+    attached = tt.attach(model, adapter, "loaded")
+    batch = kit.batch_of(model)
+    assert kit.acts(model, "loaded", batch)
+    with torch.no_grad():
+        kit.assert_close(kit.outputs(model, batch), kit.outputs(theirs, batch), "outputs")
+    attached.save(tmp_path / "again")
+    before, after = (
+        load_file(tmp_path / "theirs" / WEIGHTS),
+        load_file(tmp_path / "again" / WEIGHTS),
+    )
+    copies = {key for key in before if key.endswith(".base_layer.weight")}
+    assert after.keys() == before.keys() - copies
+    assert all(torch.equal(after[key], before[key]) for key in after)
+
+
+@every_case
+def test_peft_reads_what_we_write(case: Case, tmp_path: Path) -> None:
+    model, _ = written_by_us(case, tmp_path / "ours")
+    with kit.quiet():
+        theirs = PeftModel.from_pretrained(case.make(), tmp_path / "ours").eval()
+    held = get_peft_model_state_dict(theirs, save_embedding_layers=False)
+    written = load_file(tmp_path / "ours" / WEIGHTS)
+    assert held.keys() == written.keys()
+    assert all(torch.equal(held[key], written[key]) for key in held)
+    batch = kit.batch_of(model)
+    with torch.no_grad():
+        kit.assert_close(kit.outputs(model, batch), kit.outputs(theirs, batch), "outputs")
+
+
+@every_case
+def test_what_we_write_comes_back_bitwise_through_peft(case: Case, tmp_path: Path) -> None:
+    _, adapter = written_by_us(case, tmp_path / "ours")
+    with kit.quiet(EMBEDDINGS):
+        theirs = PeftModel.from_pretrained(case.make(), tmp_path / "ours")
+        theirs.save_pretrained(tmp_path / "theirs")
+    again = tt.Adapter.load(tmp_path / "theirs")
+    assert again.tensors.keys() == adapter.tensors.keys()
+    assert all(torch.equal(again.tensors[key], tensor) for key, tensor in adapter.tensors.items())
+
+
+@every_case
+def test_what_we_write_comes_back_bitwise(case: Case, tmp_path: Path) -> None:
+    _, adapter = written_by_us(case, tmp_path / "ours")
+    assert tt.Adapter.load(tmp_path / "ours") == adapter
+
+
+# -- what PEFT adds -----------------------------------------------------------------------------------
+
+
+def test_the_copy_of_an_embedding_that_peft_adds_is_left_out(tmp_path: Path) -> None:
+    case = next(case for case in CASES if case.name == "input-embedding")
+    written_by_peft(case, tmp_path)
+    assert any(
+        key.endswith("embed_tokens.base_layer.weight") for key in load_file(tmp_path / WEIGHTS)
+    )
+    assert all("base_layer" not in key for key in tt.Adapter.load(tmp_path).tensors)
+
+
+def test_an_adapter_that_peft_lacks_is_refused_by_it(tmp_path: Path) -> None:
+    """PEFT would drop what it does not know in silence, so such a folder names a type it has not."""
+    for make, method in (
+        (kit.gpt2, tt.IA3()),  # PEFT rescales the queries of a fused layer too
+        (kit.t5, tt.Prefix(length=2)),  # PEFT puts one into cross-attention, none into the encoder
+        (kit.models.mixtral, tt.LoRA(rank=2)),  # PEFT numbers expert tensors by nesting
+        (kit.models.mixed, tt.LoRA(rank=2, targets="grouped")),  # and its factors are not grouped
+        (kit.bert, tt.BitFit()),
+    ):
+        tt.attach(make(), method, "default").save(tmp_path / method.kind)
+        with pytest.raises((ValueError, KeyError), match="TRIMTAB_"), kit.quiet():
+            PeftModel.from_pretrained(make(), tmp_path / method.kind)
+        assert tt.Adapter.load(tmp_path / method.kind).method == method
+
+
+# -- folders that must be refused ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A small LoRA folder of PEFT's."""
+    config = LoraConfig(target_modules=["q_proj"], r=2)
+    with kit.quiet():
+        kit.peft_model(kit.llama, config).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def change(folder: Path, **options: Any) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | options))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("lora_beta", 3, "unknown option 'lora_beta'"),
+        ("use_qalora", True, "use_qalora=True"),
+        ("layer_replication", [[0, 2]], "layer_replication"),
+        ("lora_bias", True, "lora_bias"),
+        ("alora_invocation_tokens", [1, 2], "alora_invocation_tokens"),
+        ("trainable_token_indices", [3], "trainable_token_indices"),
+        ("init_lora_weights", "pissa", "path_initial_model_for_weight_conversion"),
+        ("init_lora_weights", "pissa_niter_4", "path_initial_model_for_weight_conversion"),
+        ("init_lora_weights", "olora", "changed its base"),
+        ("peft_type", "VERA", "VERA"),
+        ("peft_type", "LORAX", "Did you mean 'LORA'"),
+    ],
+)
+def test_an_option_that_we_lack_raises(folder: Path, option: str, value: Any, message: str) -> None:
+    change(folder, **{option: value})
+    with pytest.raises((FileFormatError, UnsupportedError), match=message):
+        tt.Adapter.load(folder)
+
+
+def test_an_option_at_its_default_is_read(folder: Path) -> None:
+    change(folder, use_qalora=False, kasa_config=None, rank_pattern={}, qalora_group_size=16)
+    assert tt.Adapter.load(folder).method == tt.LoRA(rank=2, alpha=8, targets=("q_proj",))
+
+
+def test_a_file_initialised_by_pissa_raises_and_its_converted_form_is_read(tmp_path: Path) -> None:
+    config = LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights="pissa")
+    theirs = kit.peft_model(kit.llama, config)
+    with kit.quiet("PiSSA changes the base weights"):
+        theirs.peft_config["default"].init_lora_weights = True  # as PEFT's guide says
+        theirs.save_pretrained(tmp_path / "first")
+        theirs.peft_config["default"].init_lora_weights = "pissa"
+        with torch.no_grad():
+            for name, parameter in theirs.named_parameters():
+                if "lora_" in name:
+                    parameter.mul_(1.5)
+        theirs.save_pretrained(tmp_path / "raw")
+        theirs.save_pretrained(
+            tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "first")
+        )
+    with pytest.raises(UnsupportedError, match="path_initial_model_for_weight_conversion"):
+        tt.Adapter.load(tmp_path / "raw")
+    model = kit.llama()
+    tt.attach(model, tt.Adapter.load(tmp_path / "converted"), "loaded")
+    batch = kit.batch_of(model)
+    with torch.no_grad():
+        kit.assert_close(kit.outputs(model, batch), kit.outputs(theirs, batch), "outputs")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_C.weight",
+        "base_model.model.model.norm.weight",
+        "base_model.model.lm_head.weight",
+        "base_model.model.model.layers.0.self_attn.k_proj.base_layer.weight",
+        "anything",
+    ],
+)
+def test_an_unknown_key_raises(folder: Path, key: str) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    save_file({**tensors, key: torch.zeros(2)}, folder / WEIGHTS)
+    with pytest.raises(FileFormatError, match=key):
+        tt.Adapter.load(folder)
+
+
+def test_a_missing_or_misplaced_tensor_raises(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    key = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+    value = tensors.pop(key)
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(AttachError, match="lacks 1"):
+        tt.attach(kit.llama(), tt.Adapter.load(folder), "x")
+    save_file({**tensors, key.replace(".1.", ".7."): value}, folder / WEIGHTS)
+    with pytest.raises(AttachError, match="layers.7"):
+        tt.attach(kit.llama(), tt.Adapter.load(folder), "x")
+
+
+def test_another_shape_raises(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    key = next(iter(tensors))
+    save_file({**tensors, key: torch.zeros(3, 3)}, folder / WEIGHTS)
+    with pytest.raises(AttachError, match="shape"):
+        tt.attach(kit.llama(), tt.Adapter.load(folder), "x")
+
+
+def test_a_whole_module_missing_from_the_weights_raises(folder: Path) -> None:
+    """PEFT warns and goes on with a random adapter there; half an adapter is no adapter."""
+    tensors = load_file(folder / WEIGHTS)
+    kept = {key: tensor for key, tensor in tensors.items() if "layers.1" not in key}
+    save_file(kept, folder / WEIGHTS)
+    with pytest.raises(AttachError, match=r"layers\.1\.self_attn\.q_proj"):
+        tt.attach(kit.llama(), tt.Adapter.load(folder), "x")
+
+
+def test_pickled_weights_are_not_read(folder: Path) -> None:
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(FileFormatError, match="convert adapter_model.bin"):
+        tt.Adapter.load(folder)
+
+
+def test_torn_and_missing_files_raise(folder: Path) -> None:
+    whole = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(FileFormatError, match="torn or foreign"):
+        tt.Adapter.load(folder)
+    (folder / WEIGHTS).write_bytes(whole)
+    (folder / CONFIG).write_text("{")
+    with pytest.raises(FileFormatError, match="is not JSON"):
+        tt.Adapter.load(folder)
+    (folder / CONFIG).unlink()
+    with pytest.raises(FileFormatError, match=CONFIG):
+        tt.Adapter.load(folder)
+    assert not (folder / OURS).exists()
