@@ -21,7 +21,7 @@ from torch import Tensor
 from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.files import read_json, read_tensors, replacing, write_json
 from trimtab.engine.tenant import Tenant
-from trimtab.errors import FileFormatError
+from trimtab.errors import BaseMismatchError, FileFormatError
 
 SCHEMA = 1
 ADAPTER, TENSORS, STATE = "adapter", "state.safetensors", "state.json"
@@ -93,6 +93,9 @@ def read(folder: Path) -> Saved:
 
 def restore(tenant: Tenant, saved: Saved) -> None:
     """Put a state into a tenant whose adapter has the same tensors; and the RNG of the process."""
+    made_for, here = saved.adapter.base, tenant.adapter.base
+    if made_for is not None and here is not None and (reason := made_for.mismatch(here)):
+        raise BaseMismatchError(f"the state was saved on another base: {reason}.")
     values = saved.adapter.tensors
     if values.keys() != tenant.adam.named.keys():
         raise FileFormatError(

@@ -16,7 +16,7 @@ SHOWN = 8
 
 
 class Tenant:
-    """An attached adapter. ``weight`` is the token weight that its gradients hold, ``origins`` their examples."""
+    """An attached adapter; ``weight`` and ``origins`` say which tokens and examples its gradients hold."""
 
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter

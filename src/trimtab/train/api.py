@@ -1,0 +1,78 @@
+"""The two ways to start a run: with a base and an adapter at hand, or from a recipe alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from trimtab.adapt.adapter import Adapter
+from trimtab.adapt.attach import attach
+from trimtab.adapt.parse import method_from
+from trimtab.engine import keep_memory
+from trimtab.models.load import Base, load
+from trimtab.train.recipe import Recipe
+from trimtab.train.recipe_file import make_recipe
+from trimtab.train.run import Outcome, Run
+from trimtab.train.screen import Screen
+
+
+def train(
+    base: Base,
+    adapter: Adapter,
+    data: str | Path,
+    *,
+    held_out: str | Path | None = None,
+    epochs: int = 1,
+    steps: int | None = None,
+    lr: float | None = None,
+    out: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+) -> Outcome:
+    """Train an attached adapter on a file of examples.
+
+    Args:
+        base: what `trimtab.load` gave; ``adapter`` is attached to its model.
+        data: a JSONL file of conversations or prompt/completion pairs.
+        held_out: another such file, to measure on.
+        lr: None is the method's default.
+        out: the run's folder; None makes a new one below ``runs``.
+        options: any other option of the recipe by its dotted name, ``{"optim.schedule": "cosine"}``.
+        resume: go on from the last checkpoint in ``out``.
+        quiet: print nothing.
+
+    Raises:
+        TrimtabError: see `Run`. On a CPU the process keeps freed memory from here on (`keep_memory`).
+    """
+    values: dict[str, Any] = {
+        "model": base.name,
+        "data": {"path": str(data), "held_out": None if held_out is None else str(held_out)},
+        "method": adapter.method.to_dict(),
+        "name": adapter.name,
+        "epochs": epochs,
+        "steps": steps,
+        "optim": {"lr": lr},
+        "out": None if out is None else str(out),
+    }
+    recipe = make_recipe(values, options or {})
+    return _run(recipe, base, adapter, resume=resume, quiet=quiet)
+
+
+def train_recipe(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> Outcome:
+    """Load the base of a recipe, attach its method, and train."""
+    keep_memory()
+    method = method_from(recipe.method)
+    base = load(recipe.model, dtype=recipe.dtype, device=recipe.device)
+    adapter = attach(base.model, method, recipe.name, seed=recipe.seed)
+    return _run(recipe, base, adapter, resume=resume, quiet=quiet)
+
+
+def _run(recipe: Recipe, base: Base, adapter: Adapter, *, resume: bool, quiet: bool) -> Outcome:
+    if base.model.device.type == "cpu":
+        keep_memory()
+    screen = Screen(Console(quiet=quiet, highlight=False))
+    return Run(recipe, base, adapter, screen, resume=resume).go()

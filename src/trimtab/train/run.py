@@ -1,0 +1,437 @@
+"""The loop over the engine's verbs, and everything that a run leaves on disk.
+
+    recipe.yaml    the recipe, resolved
+    events.jsonl   what happened, appended to
+    checkpoints/   whole states to resume from
+    adapter/       the result
+    report.html    the result, explained
+
+Up to rounding that depends on the machine, a run is a function of its recipe, data and base; on a CPU a
+resumed run ends bitwise where an uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from trimtab.adapt.adapter import Adapter
+from trimtab.adapt.attach import probe, using
+from trimtab.data import Cursor, Datum, TokenStats, preview, visit
+from trimtab.engine import Engine, LossResult, StepResult
+from trimtab.errors import ConfigError, NonFiniteLossError, StorageError, TargetError, TrimtabError
+from trimtab.models.load import Base
+from trimtab.optim.schedule import learning_rate, warmup_steps
+from trimtab.train import facts
+from trimtab.train.checkpoints import Checkpoints
+from trimtab.train.events import Events, read_events
+from trimtab.train.interrupt import Interrupt
+from trimtab.train.measure import Measure, Measured
+from trimtab.train.recipe import Recipe, differences
+from trimtab.train.recipe_file import read_recipe, write_recipe
+from trimtab.train.report import write_report
+from trimtab.train.schedule import groups, total_steps
+from trimtab.train.screen import Screen
+from trimtab.train.sources import Sources, read_sources
+
+PREVIEWS = 2
+RECIPE, EVENTS, CHECKPOINTS, ADAPTER, REPORT = (
+    "recipe.yaml", "events.jsonl", "checkpoints", "adapter", "report.html",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. ``before`` is the bare base and ``after`` the adapter, on the held-out data."""
+
+    folder: Path
+    status: Literal["finished", "interrupted"]
+    steps: int
+    before: Measured | None
+    after: Measured | None
+
+
+@dataclass
+class Progress:
+    """Where a run stands: what a checkpoint stores beside the adapter's state."""
+
+    step: int = 0
+    cursor: Cursor | None = None
+    tokens: int = 0
+    best: tuple[int, float] | None = None
+
+    def fields(self) -> dict[str, Any]:
+        return {"step": self.step, "cursor": self.cursor, "tokens": self.tokens, "best": self.best}
+
+    @classmethod
+    def of(cls, extra: dict[str, Any]) -> Progress:
+        best = extra["best"]
+        return cls(
+            extra["step"],
+            extra["cursor"],
+            extra["tokens"],
+            None if best is None else (best[0], best[1]),
+        )
+
+
+class Run:
+    """One execution of a recipe with an attached adapter. Call `go` once.
+
+    Args:
+        recipe: as the user gave it; `Run.recipe` is resolved.
+        resume: go on from the last checkpoint in the recipe's folder.
+    """
+
+    def __init__(
+        self, recipe: Recipe, base: Base, adapter: Adapter, screen: Screen, *, resume: bool
+    ) -> None:
+        self.base, self.adapter, self.screen = base, adapter, screen
+        self.folder = _folder(recipe, adapter, resume=resume)
+        self.engine = Engine(base, micro_tokens=recipe.batch.micro_tokens)
+        self.sources: Sources = read_sources(
+            recipe.data, base.tokenizer, self.engine.context(adapter.name)
+        )
+        self.engine.micro_tokens = max(recipe.batch.micro_tokens, self.sources.longest)
+        self.recipe = _resolved(recipe, base, adapter, self.folder)
+        self.total = total_steps(self.sources.train, self.recipe)
+        self.measure = (
+            Measure(self.engine, self.sources.held_out, base.tokenizer, self.recipe.eval)
+            if self.sources.held_out
+            else None
+        )
+        self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, self.recipe.checkpoint.keep)
+        self.saves_every = self.recipe.checkpoint.every or -(-self.total // 10)
+        self.progress = Progress()
+        self._check_sites()
+        self._open(resume)
+
+    # -- before --------------------------------------------------------------------------------------
+
+    def _check_sites(self) -> None:
+        """A site that no forward reaches would never be trained."""
+        with using(self.base.model, self.adapter.name):
+            silent = set(probe(self.base.model)) & {site.path for site in self.adapter.sites}
+        if silent:
+            raise TargetError(
+                f"{len(silent)} of {len(self.adapter.sites)} sites of adapter {self.adapter.name!r} are never reached "
+                f"by the model, e.g. {min(silent)!r}; leave them out of the method's targets."
+            )
+
+    def _open(self, resume: bool) -> None:
+        """The folder, its recipe and events; and on resume, the last checkpoint."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if resume and (self.folder / RECIPE).exists():
+                _check_same(self.folder / RECIPE, self.recipe)
+            else:
+                write_recipe(self.recipe, self.folder / RECIPE)
+        except OSError as error:
+            raise StorageError(f"cannot write the run's folder {self.folder}: {error}.") from error
+        self.events = Events(self.folder / EVENTS)
+        self.checkpoints.sweep()
+        last = self.checkpoints.last() if resume else None
+        if last is None:
+            torch.manual_seed(self.recipe.seed)
+        else:
+            extra = self.engine.load(self.checkpoints.path(last), self.adapter.name)
+            self.progress = Progress.of(extra)
+        if resume:
+            self.events.add("resume", {"step": self.progress.step})
+
+    def _plan(self) -> None:
+        """Show and note what will be done."""
+        recipe, sources, method = self.recipe, self.sources, self.adapter.method
+        stats = TokenStats.of(sources.train)
+        whole = sum(p.numel() for p in self.base.model.parameters()) - self.adapter.count
+        sites = Counter(site.path.rpartition(".")[2] for site in self.adapter.sites)
+        previews = [preview(datum, self.base.tokenizer) for datum in sources.train[:PREVIEWS]]
+        rows = [
+            (
+                "model",
+                f"{self.base.name}: {whole:,} parameters, {recipe.dtype}, on {self.base.model.device}",
+            ),
+            (
+                "method",
+                f"{method.kind} {method.model_dump(exclude_defaults=True, mode='json') or ''}".strip(),
+            ),
+            (
+                "sites",
+                f"{len(self.adapter.sites)}: " + ", ".join(f"{n} × {k}" for k, n in sites.items()),
+            ),
+            (
+                "trained",
+                f"{self.adapter.count:,} parameters ({self.adapter.count / whole:.2%} of the model)",
+            ),
+            *(("data", note) for note in sources.notes),
+            ("tokens", str(stats)),
+            (
+                "steps",
+                f"{self.total}, of {_size(recipe)}; micro-batches of {self.engine.micro_tokens} tokens",
+            ),
+            ("optimiser", f"AdamW, learning rate {recipe.optim.lr:g}, {recipe.optim.schedule}"),
+            ("folder", str(self.folder)),
+        ]
+        if sources.overlap:
+            rows.append(("careful", f"{sources.overlap} held-out examples are trained on as well"))
+        self.screen.plan(rows, previews)
+        self.events.add(
+            "start",
+            {
+                "plan": rows,
+                "previews": [str(text) for text in previews],
+                "total": self.total,
+                "parameters": self.adapter.count,
+                "bytes": self.adapter.nbytes,
+                "model_parameters": whole,
+                "data": {
+                    "name": sources.name,
+                    "sha256": sources.digest,
+                    "examples": len(sources.train),
+                },
+                "held_out": len(sources.held_out),
+                "versions": facts.versions(),
+                "machine": facts.machine(self.base.model.device),
+            },
+        )
+
+    # -- the run -------------------------------------------------------------------------------------
+
+    def go(self) -> Outcome:
+        """Train to the end, or until someone asks to stop.
+
+        Raises:
+            NonFiniteLossError: the loss is not finite; the last checkpoint is kept and named.
+            StorageError: the disk is full; everything saved before is intact.
+        """
+        try:
+            self._plan()
+            before = self._before()
+            stopped = self._loop()
+            after = None if stopped else self._finish(before)
+        except BaseException as error:
+            with suppress(StorageError):
+                self.events.add("error", {"step": self.progress.step, "message": str(error)})
+            if isinstance(error, NonFiniteLossError | StorageError):
+                raise self._located(error) from error
+            raise
+        finally:
+            with suppress(StorageError):
+                self.events.close()
+        write_report(self.folder)
+        status: Literal["finished", "interrupted"] = "interrupted" if stopped else "finished"
+        return Outcome(self.folder, status, self.progress.step, before, after)
+
+    def _before(self) -> Measured | None:
+        """The bare base on the held-out data."""
+        if self.measure is None:
+            return None
+        noted = [event for event in read_events(self.folder / EVENTS) if event.get("of") == "base"]
+        if noted:  # a resumed run
+            return Measured.of(noted[-1])
+        before = self.measure.full(None)
+        self.screen.measured("base", before)
+        self.events.add("eval", {"step": 0, "of": "base", **before.fields()})
+        return before
+
+    def _loop(self) -> bool:
+        """All steps that are left; whether someone asked to stop before the last."""
+        recipe, progress = self.recipe, self.progress
+        epochs = None if recipe.steps is not None else recipe.epochs
+        chain = visit(
+            self.sources.train,
+            epochs=epochs,
+            seed=recipe.seed,
+            digest=self.sources.digest,
+            cursor=progress.cursor,
+        )
+        left = self.total - progress.step
+        with Interrupt() as interrupt, self.screen.progress(progress.step, self.total):
+            for members, cursor in islice(groups(chain, recipe.batch), left):
+                self._step(members, cursor)
+                evaluated = self._due(recipe.eval.every) and self._evaluate()
+                if self._due(self.saves_every) or evaluated or interrupt.wanted:
+                    self._save()
+                if interrupt.wanted and progress.step < self.total:
+                    self.events.add("interrupted", {"step": progress.step})
+                    self.screen.note(
+                        f"stopped after step {progress.step}; resume the run to go on.", "yellow"
+                    )
+                    return True
+        return False
+
+    def _step(self, members: list[Datum], cursor: Cursor) -> None:
+        """One optimiser step."""
+        recipe, progress, name = self.recipe, self.progress, self.adapter.name
+        began = time.perf_counter()
+        warmup = warmup_steps(recipe.optim.warmup, self.total)
+        lr = learning_rate(
+            recipe.optim.schedule, recipe.optim.lr or 0.0, progress.step, self.total, warmup
+        )
+        loss: LossResult = self.engine.forward_backward(members, name)
+        done: StepResult = self.engine.optim_step(name, recipe.optim.params(lr))
+        seconds = time.perf_counter() - began
+        tokens = sum(len(datum) for datum in members)
+        progress.step += 1
+        progress.cursor = cursor
+        progress.tokens += tokens
+        self.events.add(
+            "step",
+            {
+                "step": progress.step,
+                "loss": loss.mean,
+                "accuracy": loss.accuracy,
+                "lr": lr,
+                "grad_norm": done.grad_norm,
+                "tokens": progress.tokens,
+                "weight": done.weight,
+                "seconds": round(seconds, 4),
+                "epoch": cursor["epoch"],
+                **({"auxiliary": loss.auxiliary} if loss.auxiliary else {}),
+            },
+        )
+        self.screen.step(progress.step, loss.mean, tokens / seconds)
+
+    def _due(self, every: int | None) -> bool:
+        return (
+            every is not None
+            and self.progress.step % every == 0
+            and self.progress.step < self.total
+        )
+
+    def _evaluate(self) -> bool:
+        """Held-out loss in the middle of a run."""
+        if self.measure is None:
+            return False
+        measured = self.measure.quick(self.adapter.name)
+        self._note(measured)
+        self.screen.measured(f"step {self.progress.step}", measured)
+        return True
+
+    def _note(self, measured: Measured) -> None:
+        progress = self.progress
+        value = measured.held_out.loss.value
+        if progress.best is None or value < progress.best[1]:
+            progress.best = (progress.step, value)
+        self.events.add("eval", {"step": progress.step, "of": "adapter", **measured.fields()})
+
+    def _save(self) -> None:
+        step = self.progress.step
+        self.engine.save(self.adapter.name, self.checkpoints.path(step), self.progress.fields())
+        self.events.add("checkpoint", {"step": step})
+        self.checkpoints.prune(None if self.progress.best is None else self.progress.best[0])
+
+    def _finish(self, before: Measured | None) -> Measured | None:
+        """The last measurement, checkpoint, and the adapter."""
+        after = None
+        if self.measure is not None:
+            after = self.measure.full(self.adapter.name)
+            self.screen.measured("adapter", after)
+            self.screen.samples(before, after)
+            self._note(after)
+        self._save()
+        self.adapter.origin.provenance = self._provenance(after)
+        self.adapter.save(self.folder / ADAPTER)
+        self.events.add(
+            "end",
+            {
+                "step": self.progress.step,
+                "tokens": self.progress.tokens,
+                "peak_bytes": facts.peak_memory(self.base.model.device),
+            },
+        )
+        self.screen.note(
+            f"adapter: {self.folder / ADAPTER}\nreport: {self.folder / REPORT}", "green"
+        )
+        return after
+
+    def _provenance(self, after: Measured | None) -> dict[str, Any]:
+        metrics: dict[str, Any] = {}
+        if after is not None:
+            metrics = {k: v for k, v in after.fields().items() if k != "samples"}
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "data": {"name": self.sources.name, "sha256": self.sources.digest},
+            "step": self.progress.step,
+            "tokens": self.progress.tokens,
+            "metrics": metrics,
+            "versions": facts.versions(),
+        }
+
+    def _located(self, error: NonFiniteLossError | StorageError) -> TrimtabError:
+        """The error with what is saved and how to go on."""
+        last = self.checkpoints.last()
+        kept = (
+            f"The last checkpoint is {self.checkpoints.path(last)}."
+            if last
+            else "There is no checkpoint yet."
+        )
+        advice = (
+            " Lower the learning rate, or mend those examples."
+            if isinstance(error, NonFiniteLossError)
+            else ""
+        )
+        return type(error)(f"step {self.progress.step + 1}: {error} {kept}{advice}")
+
+
+# -- what a run is made from ------------------------------------------------------------------------
+
+
+def _folder(recipe: Recipe, adapter: Adapter, *, resume: bool) -> Path:
+    """The run's folder; a new one below ``runs`` where none is named."""
+    if recipe.out is not None:
+        folder = Path(recipe.out)
+        taken = folder.is_dir() and any(folder.iterdir())
+        if taken and not resume:
+            raise ConfigError(
+                f"{folder} holds a run or something else already; choose another 'out', or resume that run."
+            )
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"{folder} is a file; choose a folder as 'out'.")
+        return folder
+    if resume:
+        raise ConfigError("to resume a run, name its folder as 'out'.")
+    stem = f"{Path(recipe.data.path).stem}-{adapter.method.kind}"
+    return next(
+        folder for n in range(1, 10**6) if not (folder := Path("runs") / f"{stem}-{n}").exists()
+    )
+
+
+def _resolved(recipe: Recipe, base: Base, adapter: Adapter, folder: Path) -> Recipe:
+    """The recipe with everything filled in that has a default elsewhere."""
+    method, optim = adapter.method, recipe.optim
+    optim = optim.replace(
+        lr=method.lr if optim.lr is None else optim.lr,
+        weight_decay=method.weight_decay if optim.weight_decay is None else optim.weight_decay,
+    )
+    return recipe.replace(
+        method=method.to_dict(),
+        name=adapter.name,
+        optim=optim,
+        batch=recipe.batch
+        if recipe.batch.tokens
+        else recipe.batch.replace(size=recipe.batch.examples),
+        dtype=str(base.model.dtype).removeprefix("torch."),
+        out=str(folder),
+    )
+
+
+def _check_same(path: Path, recipe: Recipe) -> None:
+    changed = differences(read_recipe(path), recipe)
+    if changed:
+        raise ConfigError(
+            f"cannot resume {path.parent}: {', '.join(changed)} differ from its recipe. Resume with the same recipe, "
+            "or start a new run."
+        )
+
+
+def _size(recipe: Recipe) -> str:
+    if recipe.batch.tokens is not None:
+        return f"{recipe.batch.tokens} tokens"
+    return f"{recipe.batch.examples} examples"

@@ -1,0 +1,106 @@
+"""What a run shows on the terminal: the plan, its progress, and the results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from trimtab.train.measure import Measured
+
+
+class Screen:
+    """Prints to one console; a quiet console prints nothing."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bar: Progress | None = None
+        self._total = 1
+        self._said = 0
+
+    def plan(self, rows: Sequence[tuple[str, str]], previews: Sequence[Text]) -> None:
+        """The facts of a run before it starts, and a few examples with trained tokens marked."""
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        table.add_column(style="bold")
+        table.add_column(overflow="fold")
+        for name, value in rows:
+            table.add_row(name, Text(value))
+        self.console.print(table)
+        for preview in previews:
+            self.console.print()
+            self.console.print(preview)
+        if previews:
+            self.console.print()
+
+    def note(self, text: str, style: str = "") -> None:
+        """One line."""
+        self.console.print(Text(text, style=style))
+
+    def measured(self, title: str, measured: Measured) -> None:
+        """One measurement, as one line."""
+        parts = [
+            f"held-out loss {measured.held_out.loss}",
+            f"token accuracy {measured.held_out.accuracy}",
+        ]
+        answers = measured.answers
+        if answers is not None:
+            parts.append(
+                f"answers right {answers.interval}, n = {answers.interval.count}, "
+                f"majority class {answers.majority:.4g}"
+            )
+        self.note(f"{title}: " + "; ".join(parts), "cyan")
+
+    def samples(self, before: Measured | None, after: Measured) -> None:
+        """Answers before and after, side by side."""
+        if not after.samples:
+            return
+        table = Table(title="Answers", show_lines=True)
+        for name in ("prompt (its end)", "reference", "before", "after"):
+            table.add_column(name, overflow="fold")
+        old = before.samples if before is not None else ()
+        for number, sample in enumerate(after.samples):
+            first = old[number].answer if number < len(old) else ""
+            tail = sample.prompt[-160:]
+            table.add_row(
+                Text(tail),
+                Text(sample.reference.strip()),
+                Text(first.strip()),
+                Text(sample.answer.strip()),
+            )
+        self.console.print(table)
+
+    @contextmanager
+    def progress(self, done: int, total: int) -> Iterator[None]:
+        """A bar of steps, inside the ``with``."""
+        bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal or self.console.quiet,
+        )
+        self._bar, self._total, self._said = bar, total, done
+        task = bar.add_task("training", total=total, completed=done, facts="")
+        try:
+            with bar:
+                self._task = task
+                yield
+        finally:
+            self._bar = None
+
+    def step(self, step: int, loss: float, rate: float) -> None:
+        """Move the bar; without a terminal, print a line about ten times in a run."""
+        facts = f"loss {loss:.4f}  {rate:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, facts=facts)
+        if not self.console.is_terminal and (
+            step - self._said >= self._total / 10 or step == self._total
+        ):
+            self._said = step
+            self.note(f"step {step} of {self._total}: {facts}")
