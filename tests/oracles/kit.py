@@ -21,6 +21,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 DEPRECATED = "`is_gradient_checkpointing` is deprecated"  # PEFT reads it, transformers warns
 TRANSPOSED = "fan_in_fan_out is set to"  # PEFT corrects it for the Conv1D of GPT-2, and says so
 
+Make = Callable[[], nn.Module]
 Batch = dict[str, Any]
 Pairs = dict[str, tuple[Any, Any]]
 
@@ -28,7 +29,7 @@ Pairs = dict[str, tuple[Any, Any]]
 # -- models -------------------------------------------------------------------------------------------
 
 
-def loud(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+def loud(make: Make) -> Make:
     """The tiny model with larger matrices: the usual std of 0.02 leaves attention nearly uniform."""
 
     def made() -> nn.Module:
@@ -124,7 +125,7 @@ def quiet(*messages: str) -> Iterator[None]:
         yield
 
 
-def peft_model(make: Callable[[], nn.Module], config: PeftConfig) -> PeftModel:
+def peft_model(make: Make, config: PeftConfig) -> PeftModel:
     """PEFT's model of that config on a fresh copy of the tiny model, in eval mode."""
     with quiet():
         return get_peft_model(make(), copy.deepcopy(config)).eval()  # type: ignore[arg-type]

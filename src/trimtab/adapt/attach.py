@@ -67,6 +67,7 @@ def attach(
         adapter = _placed(_checked(method, name, base, any_base), anatomy)
         if adapter.base is None:
             _whole(adapter, anatomy)
+            adapter.base = base
     else:
         adapter = _planned(model, method_from(method), name or "default", anatomy)
         adapter.base = base

@@ -62,6 +62,10 @@ class Bank(nn.Module):
         self._encoded: tuple[Tensor, dict[Any, Any]] | None = None
         self._memories: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 
+    def forward(self, x: Tensor) -> Tensor:
+        """The identity: an ``nn.Sequential`` runs all of its children, and the bank is one of them."""
+        return x
+
     # -- who acts --------------------------------------------------------------------------------------
 
     @property
@@ -158,8 +162,12 @@ class Bank(nn.Module):
         self._depth = max(self._depth - 1, 0)
         if self._depth == 0:
             states = getattr(out, "last_hidden_state", None)
-            if self._context is not None and self._context.memory and isinstance(states, Tensor):
-                self._encoded = (states, self._context.memory)
+            if self._context is not None and self._context.memory:
+                made = getattr(out, "past_key_values", None)
+                if made is not None and self._context.past is None:  # the model made the cache itself
+                    self._memories[made] = self._context.memory
+                if isinstance(states, Tensor):
+                    self._encoded = (states, self._context.memory)
             self._last = self._context
             self._context = None
 

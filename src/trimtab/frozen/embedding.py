@@ -47,14 +47,14 @@ class EmbeddingLayer(Layer):
         return None
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._scaled(F.embedding(x, weight.T))
+        return self._scaled(self._look_up(x, weight))
 
     def call(self, x: Tensor) -> Tensor:
         y: Tensor = self.module(x)
         return y
 
     def lowrank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return self._scaled(F.linear(F.embedding(x, a.T), b))
+        return self._scaled(F.linear(self._look_up(x, a), b))
 
     def probe(self, push: Push) -> tuple[Tensor, Tensor | None]:
         rows_IO = push(self, torch.arange(self.in_features, device=self.device), None)
@@ -72,6 +72,11 @@ class EmbeddingLayer(Layer):
         new._buffers.update(self.module._buffers)
         new.weight = nn.Parameter(weight.T.contiguous())
         return new
+
+    def _look_up(self, x: Tensor, columns: Tensor) -> Tensor:
+        """As the module looks its rows up: that of padding gets no gradient."""
+        m = self.module
+        return F.embedding(x, columns.T, m.padding_idx, scale_grad_by_freq=m.scale_grad_by_freq)
 
     def _scaled(self, y: Tensor) -> Tensor:
         return y if self.scale is None else y * self.scale.to(y.dtype)
