@@ -164,7 +164,9 @@ class Bank(nn.Module):
             states = getattr(out, "last_hidden_state", None)
             if self._context is not None and self._context.memory:
                 made = getattr(out, "past_key_values", None)
-                if made is not None and self._context.past is None:  # the model made the cache itself
+                if (
+                    made is not None and self._context.past is None
+                ):  # the model made the cache itself
                     self._memories[made] = self._context.memory
                 if isinstance(states, Tensor):
                     self._encoded = (states, self._context.memory)

@@ -45,7 +45,7 @@ class Context:
     ) -> None:
         self.route = route
         self.rows = rows
-        self.lengths: tuple[int, ...] = () if length is None else (length,)
+        self.batch = None if rows is None or length is None else (rows, length)
         self.mask = mask
         self.labels = labels
         self.training = training
@@ -64,7 +64,7 @@ class Context:
             return Layout((Part(route.owners[0], None, None, False, x.shape[0]),), (), None)
         key = (x.dim(), *x.shape[:2])
         if key not in self._layouts:
-            self._layouts[key] = layout(route, x, self.lengths)
+            self._layouts[key] = layout(route, x, self.batch)
         return self._layouts[key]
 
     def visible(self, part: Part, y: Tensor, *, causal: bool) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -106,6 +107,10 @@ class Part:
 
     def spread(self, values: Tensor, like: Tensor) -> Tensor:
         """Values per unit (U, or U by channels), shaped to broadcast over this part of a tensor."""
+        if (
+            self.units is not None and values.shape[0] < self.unit_count
+        ):  # decided before rows became beams
+            values = values.repeat_interleave(self.unit_count // values.shape[0], dim=0)
         chosen = values if self.units is None else values[self.units.to(values.device)]
         if chosen.shape[0] != like.shape[0]:
             if like.shape[0] % chosen.shape[0]:
@@ -137,85 +142,103 @@ class Layout:
         return whole.unflatten(0, self.shape) if self.parts[0].flat else whole
 
 
-def layout(route: Route, x: Tensor, lengths: Sequence[int]) -> Layout:
-    """Split a tensor by owner.
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive positions of one unit along the (flattened) first axis."""
+
+    owner: Owner
+    unit: int
+    start: int
+    stop: int
+
+    def arange(self, start: int) -> Tensor:
+        """As many consecutive numbers as the run is long."""
+        return torch.arange(start, start + self.stop - self.start)
+
+
+def layout(route: Route, x: Tensor, batch: tuple[int, int] | None) -> Layout:
+    """Split a tensor by owner. (Plain integers all the way, so that it traces under ``torch.compile``.)
 
     Args:
         route: the route of this forward, already expanded to its rows.
         x: what a site was given; its leading axes are (B, …), (B, T, …) or (B·T, …).
-        lengths: sequence lengths seen in this forward, which tell flattened tokens from rows.
+        batch: (B, T) of this forward, which tell flattened tokens from rows; None where it is not known.
 
     Raises:
         RouteError: the shape does not tell which position belongs to which unit.
     """
     if route.spans is not None:
-        return _by_document(route, x)
-    owner = route.single
-    if owner is not None:
-        count = len(route.owners) if not route.every else x.shape[0]
-        return Layout([Part(owner, None, None, False, count)], (), None)
+        return _by_document(route, route.spans, x, batch)
+    if route.single is not None:
+        count = x.shape[0] if route.every else len(route.owners)
+        return Layout([Part(route.owners[0], None, None, False, count)], (), None)
     rows = len(route.owners)
-    unit_ids = torch.arange(rows)
+    each = 1
     if x.shape[0] != rows:
-        length = x.shape[0] // rows
-        if x.dim() != 2 or x.shape[0] % rows or length not in lengths:
+        each = x.shape[0] // rows
+        tokens = batch is not None and batch[1] == each and x.shape[0] == rows * each
+        if x.dim() != 2 or not tokens:
             raise RouteError(
                 f"a site was given a tensor of shape {tuple(x.shape)} in a batch of {rows} rows with different "
                 "adapters; which of its positions belong to which row cannot be known. Route the whole batch "
                 "to one adapter, or leave this module out of the adapters' targets."
             )
-        unit_ids = unit_ids.repeat_interleave(length)
-    return _grouped(route, unit_ids, x, flat=False)
+    runs = [Run(owner, u, u * each, (u + 1) * each) for u, owner in enumerate(route.owners)]
+    return _grouped(runs, rows, x, (), flat=False)
 
 
-def _by_document(route: Route, x: Tensor) -> Layout:
-    spans = route.spans
-    if spans is None:
-        raise AssertionError("called for packed routes only")
-    rows = max(span.row for span in spans) + 1
-    if x.dim() >= 2 and x.shape[0] >= rows and x.shape[1] >= max(span.stop for span in spans):
-        width, flat = x.shape[1], True
-        total = x.shape[0] * width
-    else:
+def _by_document(
+    route: Route, spans: Sequence[Span], x: Tensor, batch: tuple[int, int] | None
+) -> Layout:
+    rows, width = (x.shape[0], x.shape[1]) if batch is None and x.dim() > 2 else batch or (0, 0)
+    flat = x.dim() > 1 and tuple(x.shape[:2]) == (rows, width)
+    if not flat and not (x.dim() == 2 and x.shape[0] == rows * width):
         raise RouteError(
             f"a site was given a tensor of shape {tuple(x.shape)} in a packed batch; documents cannot be told "
             "apart in it. Send such models padded batches, one document per row."
         )
-    unit_ids = torch.full((total,), -1)
-    for unit, span in enumerate(spans):
-        unit_ids[span.row * width + span.start : span.row * width + span.stop] = unit
-    owner = route.single
-    if owner is not None:
-        part = Part(owner, None, unit_ids.clamp_min(0), flat, len(spans))
-        return Layout([part], tuple(x.shape[:2]), None)
-    return _grouped(route, unit_ids, x, flat=flat)
+    runs: list[Run] = []
+    end = 0
+    for unit, span in sorted(enumerate(spans), key=lambda item: (item[1].row, item[1].start)):
+        start, stop = span.row * width + span.start, span.row * width + span.stop
+        if start > end:
+            runs.append(Run((), 0, end, start))
+        runs.append(Run(route.owners[unit], unit, start, stop))
+        end = stop
+    if end < rows * width:
+        runs.append(Run((), 0, end, rows * width))
+    shape = (rows, width) if flat else ()
+    if route.single is not None:  # padding may be edited too: nobody reads it
+        units = torch.cat([torch.full((run.stop - run.start,), run.unit) for run in runs]).to(
+            x.device
+        )
+        return Layout([Part(route.single, None, units, flat, len(spans))], shape, None)
+    return _grouped(runs, len(spans), x, shape, flat=flat)
 
 
-def _grouped(route: Route, unit_ids: Tensor, x: Tensor, *, flat: bool) -> Layout:
-    """Parts by owner, in the order of first appearance; runs that are contiguous become slices."""
-    owners = list(dict.fromkeys(route.owners))
-    lookup = torch.tensor([owners.index(owner) for owner in route.owners] + [-1])
-    owner_ids = lookup[unit_ids]
-    if bool((owner_ids < 0).any()):
-        if () not in owners:
-            owners.append(())
-        owner_ids = owner_ids.where(owner_ids >= 0, torch.tensor(owners.index(())))
+def _grouped(
+    runs: Sequence[Run], count: int, x: Tensor, shape: tuple[int, ...], *, flat: bool
+) -> Layout:
+    """Parts by owner, in the order of first appearance; positions that are contiguous become a slice."""
+    by_owner: dict[Owner, list[Run]] = {}
+    for run in runs:
+        by_owner.setdefault(run.owner, []).append(run)
     parts: list[Part] = []
-    order: list[Tensor] = []
-    for number, owner in enumerate(owners):
-        chosen = (owner_ids == number).nonzero()[:, 0]
-        if not len(chosen):
-            continue
-        order.append(chosen)
-        first, last = int(chosen[0]), int(chosen[-1])
-        contiguous = last - first + 1 == len(chosen)
-        index: slice | Tensor = slice(first, last + 1) if contiguous else chosen.to(x.device)
-        units = unit_ids[chosen].clamp_min(0).to(x.device)
-        parts.append(Part(owner, index, units, flat, len(route.owners)))
-    permutation = torch.cat(order)
+    moved: dict[int, int] = {}
+    end = 0
+    for owner, own in by_owner.items():
+        for run in own:
+            moved[run.start] = end
+            end += run.stop - run.start
+        contiguous = all(a.stop == b.start for a, b in pairwise(own))
+        index: slice | Tensor = slice(own[0].start, own[-1].stop)
+        if not contiguous:
+            index = torch.cat([run.arange(run.start) for run in own]).to(x.device)
+        units = torch.cat([torch.full((run.stop - run.start,), run.unit) for run in own]).to(
+            x.device
+        )
+        parts.append(Part(owner, index, units, flat, count))
     inverse = None
-    if not torch.equal(permutation, torch.arange(len(permutation))):
-        inverse = torch.empty_like(permutation)
-        inverse[permutation] = torch.arange(len(permutation))
-        inverse = inverse.to(x.device)
-    return Layout(parts, tuple(x.shape[:2]) if flat else (), inverse)
+    if any(start != target for start, target in moved.items()):
+        inverse = torch.cat([run.arange(moved[run.start]) for run in runs]).to(x.device)
+    return Layout(parts, shape, inverse)

@@ -1,0 +1,56 @@
+"""Compiled ≡ eager, for every method; without a break in the graph unless a hard gate skips computation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import trimtab as tt
+from tests.laws.cells import Cell, attached, registered
+from tests.models import CASES, output
+
+BREAKS = {"spottune"}
+"""A hard gate looks at its values to skip rows: the graph breaks there, and the result is the same."""
+
+
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
+)
+@pytest.mark.parametrize("method", registered())
+def test_compiled_is_eager(method: str) -> None:
+    torch._dynamo.reset()
+    case = CASES["llama"]
+    model, inputs = case.model(torch.float32), case.inputs()
+    attached(Cell(method, "llama"), model, "a")
+    attached(Cell(method, "llama"), model, "b", seed=2)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=method not in BREAKS)
+    with torch.no_grad():
+        for name in ("a", "b", None):
+            with tt.using(model, name):
+                expected = output(model, {**inputs, "use_cache": False})
+                assert torch.allclose(
+                    output(compiled, {**inputs, "use_cache": False}), expected, atol=1e-5
+                ), name
+        with tt.rows(model, ["a", None, "b", "a"]):
+            expected = output(model, {**inputs, "use_cache": False})
+            assert torch.allclose(
+                output(compiled, {**inputs, "use_cache": False}), expected, atol=1e-5
+            )
+
+
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
+)
+@pytest.mark.parametrize("method", ["lora", "bottleneck", "ia3"])
+def test_compiled_gradients_are_eager_gradients(method: str) -> None:
+    torch._dynamo.reset()
+    case = CASES["llama"]
+    found = []
+    for compiled in (False, True):
+        model, inputs = case.model(torch.float32), {**case.inputs(), "use_cache": False}
+        adapter = attached(Cell(method, "llama"), model)
+        run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        output(run, inputs).tanh().sum().backward()
+        found.append({key: tensor.grad for key, tensor in adapter.tensors.items()})
+    for key, gradient in found[0].items():
+        assert torch.allclose(gradient, found[1][key], atol=1e-4), key
