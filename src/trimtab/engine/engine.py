@@ -17,7 +17,7 @@ from trimtab.adapt.attach import attach
 from trimtab.adapt.bank import Bank, Plan, bank_of, find_bank
 from trimtab.adapt.route import Route
 from trimtab.adapt.tree import anatomy_of
-from trimtab.data import Datum
+from trimtab.data import Batch, Datum
 from trimtab.engine import sampling, state
 from trimtab.engine.head import Head, Kept
 from trimtab.engine.micro import Layout, Micro, Who, layout_of
@@ -213,13 +213,13 @@ class Engine:
         documents = len(micro.members)
         if not len(kept.index):
             return None, [[0.0] * documents for _ in range(3)]
-        micro_batch, kept = self._placed(micro, kept)
+        batch, kept = self._placed(micro, kept)
         per_document = self._gated(micro.owners)
         route = micro.route(per_document=per_document)
         with self._scope(
-            route, Plan(mask=micro_batch.attention_mask, prompt=micro.prompt.to(self.model.device))
+            route, Plan(mask=batch.attention_mask, prompt=micro.prompt.to(self.model.device))
         ):
-            token = self._head.loss(_inputs(micro, micro_batch), kept, together=route.every)
+            token = self._head.loss(micro.inputs(batch), kept, together=route.every)
             bank = find_bank(self.model)
             extras = [] if bank is None else bank.take_losses()
         weights = kept.weights.double()
@@ -249,7 +249,7 @@ class Engine:
             f"the loss is not finite for {listed(origins)} No tensor was changed."
         )
 
-    def _placed(self, micro: Micro, kept: Kept) -> tuple[Any, Kept]:
+    def _placed(self, micro: Micro, kept: Kept) -> tuple[Batch, Kept]:
         device = self.model.device
         if device.type == "cpu":
             return micro.batch, kept
@@ -326,12 +326,3 @@ class Engine:
 
 def _owner(who: Who) -> tuple[str, ...]:
     return () if who is None else (who,)
-
-
-def _inputs(micro: Micro, batch: Any) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {"input_ids": batch.input_ids}
-    if micro.packed:
-        found["position_ids"] = batch.position_ids
-    if micro.masked and batch.attention_mask is not None:
-        found["attention_mask"] = batch.attention_mask
-    return found

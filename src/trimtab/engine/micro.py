@@ -41,13 +41,13 @@ class Micro:
     packed: bool
     masked: bool
 
-    def inputs(self) -> dict[str, Tensor]:
-        """Arguments of the model."""
-        found = {"input_ids": self.batch.input_ids}
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """Arguments of the model; ``batch`` is this micro-batch's, on the model's device."""
+        found = {"input_ids": batch.input_ids}
         if self.packed:
-            found["position_ids"] = self.batch.position_ids
-        if self.masked and self.batch.attention_mask is not None:
-            found["attention_mask"] = self.batch.attention_mask
+            found["position_ids"] = batch.position_ids
+        if self.masked and batch.attention_mask is not None:
+            found["attention_mask"] = batch.attention_mask
         return found
 
     def route(self, *, per_document: bool) -> Route:
@@ -90,19 +90,19 @@ class Layout:
             )
         if len(set(owners)) > 1 or packed is False or not self.packs:
             return self._rows(data, owners, plan_batches(lengths, budget))
-        options = {} if packed else {0: plan_batches(lengths, budget)}
-        costs = {
-            0: sum(
-                self._cost(len(m) * max(lengths[i] for i in m), max(lengths[i] for i in m), 0.5)
-                for m in plan
-            )
-            for plan in options.values()
-        }
+        rows = plan_batches(lengths, budget)
+        costs: dict[
+            int, float
+        ] = {}  # by the width of packed rows; 0 stands for rows of one document
+        if not packed:
+            widths = [max(lengths[index] for index in members) for members in rows]
+            pairs = zip(rows, widths, strict=True)
+            costs[0] = sum(self._cost(len(members) * width, width, 0.5) for members, width in pairs)
         for width in sorted({min(max(lengths) * times, budget) for times in (1, 2, 4, budget)}):
             costs[width] = self._cost(len(pack(lengths, width)) * width, width, 1.0)
         best = min(costs, key=lambda width: costs[width])
         if best == 0:
-            return self._rows(data, owners, options[0])
+            return self._rows(data, owners, rows)
         return self._packed(data, owners, lengths, best, budget)
 
     def _cost(self, cells: int, width: int, share: float) -> float:

@@ -7,6 +7,7 @@ are read, never a pickle. Weights that lack a tensor are an error: transformers 
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,6 +83,16 @@ def load(
     return Base(model.to(place).eval(), tokenizer, str(source))
 
 
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer alone, from what `load` takes; no weights are needed. Raises `ModelError`."""
+    path = Path(source)
+    with _explained(str(source)):
+        if path.is_dir():
+            return _tokenizer(str(path), {}, str(source))
+        where, options = _located(path, str(source))
+        return _tokenizer(where, options, str(source))
+
+
 def default_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where ``device`` multiplies it natively, else float32."""
     if device.type == "cuda":
@@ -90,6 +101,19 @@ def default_dtype(device: torch.device) -> torch.dtype:
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     )
     return torch.bfloat16 if native else torch.float32
+
+
+def stored_dtype(source: str | Path) -> str | None:
+    """The dtype that a folder's ``config.json`` names, or None where it does not say."""
+    file = Path(source) / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return None  # `load` says what is wrong with it
+    named = config.get("dtype") or config.get("torch_dtype")
+    return named if isinstance(named, str) else None
 
 
 def _dtype(value: torch.dtype | str | None, device: torch.device) -> torch.dtype:

@@ -20,6 +20,11 @@ def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         ConfigError: no such file, not YAML, or a value that does not fit; `UnknownNameError` with the
             nearest name for a key that does not exist, in the file or in an override.
     """
+    return make_recipe(read_values(path), overrides, where=Path(path).name)
+
+
+def read_values(path: Path | str) -> dict[str, Any]:
+    """The options in a YAML file, not yet validated."""
     file = Path(path)
     try:
         text = file.read_text(encoding="utf-8")
@@ -27,10 +32,9 @@ def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError(f"cannot read the recipe {str(path)!r}: {error}.") from error
     values = load_yaml(text, where=file.name)
     if not isinstance(values, dict):
-        raise ConfigError(
-            f"{file.name}: a recipe is a mapping of options; found {type(values).__name__}."
-        )
-    return make_recipe(values, overrides, where=file.name)
+        kind = "nothing" if values is None else type(values).__name__
+        raise ConfigError(f"{file.name}: a recipe is a mapping of options; found {kind}.")
+    return values
 
 
 def make_recipe(

@@ -152,7 +152,7 @@ def _rate_chart(steps: list[Event]) -> str:
 def marked(text: str) -> Markup:
     """A preview with its brackets turned into marks."""
     pieces = re.split(f"{OPEN}(.*?){CLOSE}", text, flags=re.DOTALL)
-    return Markup("").join(
+    return Markup("").join(  # type: ignore[no-untyped-call]
         Markup("<mark>{}</mark>").format(piece) if number % 2 else escape(piece)
         for number, piece in enumerate(pieces)
     )
