@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ from trimtab.train.chart import Series, line_chart, smoothed
 from trimtab.train.events import Event, read_events
 
 SMOOTHING = 20
+METRICS: tuple[tuple[str, str, Callable[[Event], Any]], ...] = (
+    ("answers right", "share of examples", lambda event: (event["answers"] or {}).get("interval")),
+    ("held-out loss", "nats per token", lambda event: event["loss"]),
+    ("token accuracy", "share of tokens", lambda event: event["accuracy"]),
+)
 
 
 def write_report(folder: Path) -> Path:
@@ -83,15 +89,7 @@ def _facts(
 def _rows(before: Event | None, after: Event | None) -> list[dict[str, Any]]:
     """Metric by metric, before and after."""
     rows = []
-    for name, unit, pick in (
-        (
-            "answers right",
-            "share of examples",
-            lambda event: (event["answers"] or {}).get("interval"),
-        ),
-        ("held-out loss", "nats per token", lambda event: event["loss"]),
-        ("token accuracy", "share of tokens", lambda event: event["accuracy"]),
-    ):
+    for name, unit, pick in METRICS:
         old, new = (None if event is None else pick(event) for event in (before, after))
         if old is None and new is None:
             continue
@@ -152,7 +150,7 @@ def _rate_chart(steps: list[Event]) -> str:
 def marked(text: str) -> Markup:
     """A preview with its brackets turned into marks."""
     pieces = re.split(f"{OPEN}(.*?){CLOSE}", text, flags=re.DOTALL)
-    return Markup("").join(  # type: ignore[no-untyped-call]
+    return Markup("").join(
         Markup("<mark>{}</mark>").format(piece) if number % 2 else escape(piece)
         for number, piece in enumerate(pieces)
     )
