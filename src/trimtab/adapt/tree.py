@@ -11,31 +11,44 @@ from trimtab.models.anatomy import Anatomy
 
 def bare_modules(root: nn.Module) -> dict[str, nn.Module]:
     """Canonical path -> module of the bare model, in order. Wrappers and slots are looked through."""
+    return _walked(root)[0]
+
+
+def _walked(root: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Modules by canonical path; and the further paths of shared modules -> their canonical path."""
     from trimtab.adapt.bank import Bank
 
     found: dict[str, nn.Module] = {}
-    seen: set[int] = set()
+    first: dict[int, str] = {}
+    again: dict[str, str] = {}
 
     def walk(module: nn.Module, path: str) -> None:
         if isinstance(module, Bank | Slot):
             return
         if isinstance(module, SiteBase):
             module = module.base_layer
-        if id(module) in seen:
+        if id(module) in first:
+            again[path] = first[id(module)]
             return
-        seen.add(id(module))
+        first[id(module)] = path
         found[path] = module
         for name, child in module._modules.items():
             if child is not None:
                 walk(child, f"{path}.{name}" if path else name)
 
     walk(root, "")
-    return found
+    inside = {
+        f"{alias}{path[len(shared) :]}": path
+        for alias, shared in again.items()
+        for path in found
+        if path.startswith(f"{shared}.")
+    }
+    return found, again | inside
 
 
 def anatomy_of(root: nn.Module) -> Anatomy:
     """The anatomy of a model, whether or not adapters are attached."""
-    return Anatomy(root, bare_modules(root))
+    return Anatomy(root, *_walked(root))
 
 
 def canonical(path: str) -> str:

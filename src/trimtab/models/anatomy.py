@@ -12,8 +12,9 @@ expression over the whole path. Each selector must match something.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -30,11 +31,18 @@ class Anatomy:
     Args:
         root: the model.
         modules: canonical path -> module, in order (wrappers already looked through).
+        aliases: further paths of modules that several parents share -> canonical path.
     """
 
-    def __init__(self, root: nn.Module, modules: dict[str, nn.Module]) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        modules: dict[str, nn.Module],
+        aliases: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.root = root
         self.modules = modules
+        self.aliases = aliases
         self.config = root.__dict__.get("config")
         model_type = getattr(self.config, "model_type", None)
         self.family: Family = FAMILIES.get(model_type, GENERIC) if model_type else GENERIC
@@ -100,6 +108,14 @@ class Anatomy:
         ]
         return [p for p in found if not any(p.startswith(f"{q}.") for q in found)]
 
+    def around(self, path: str) -> nn.Module:
+        """The nearest module that encloses ``path`` and has parameters (the root, if none has)."""
+        while path:
+            path = path.rpartition(".")[0]
+            if next(self.modules[path].parameters(), None) is not None:
+                return self.modules[path]
+        return self.root
+
     def block_of(self, path: str) -> int | None:
         """Index of the block that holds ``path``."""
         for index, block in enumerate(self.blocks):
@@ -119,10 +135,8 @@ class Anatomy:
     def expert_layers(self, path: str) -> list[Layer]:
         """Each expert's slice of the expert parameter at a path."""
         module, name = self.modules[self.experts[path]], path.rpartition(".")[2]
-        return [
-            ExpertLayer.of(module, name, expert)
-            for expert in range(module._parameters[name].shape[0])
-        ]  # type: ignore[union-attr]
+        count = module.get_parameter(name).shape[0]
+        return [ExpertLayer.of(module, name, expert) for expert in range(count)]
 
     @cached_property
     def linears(self) -> list[str]:
@@ -202,15 +216,15 @@ class Anatomy:
             raise TargetError(
                 "no targets: name at least one module, glob, regular expression or role."
             )
+        dropped: set[str] = set()
         for selector in _listed(exclude):
-            dropped = [path for path in self._matches(selector) if path in chosen]
-            if not dropped:
+            matched = chosen.keys() & self._matches(selector)
+            if not matched:
                 raise TargetError(
                     f"exclude {selector!r} excludes none of the selected modules; remove or correct it."
                 )
-            for path in dropped:
-                del chosen[path]
-        paths = list(chosen)
+            dropped |= matched
+        paths = [path for path in chosen if path not in dropped]
         if layers is not None:
             paths = self._in_layers(paths, layers)
         if not paths:
@@ -222,15 +236,9 @@ class Anatomy:
         return sorted(paths, key=lambda path: order[path])
 
     def _matches(self, selector: str) -> list[str]:
-        pool = [*(path for path in self.modules if path), *self.experts]
-        if selector in ROLES:
-            found = self.role(selector)
-            if not found:
-                raise TargetError(
-                    f"target {selector!r}: {type(self.root).__name__} has no module in that role. "
-                    "Name modules, a glob or 're:' and a regular expression instead."
-                )
+        if selector in ROLES and (found := self.role(selector)):
             return found
+        pool = [*(path for path in self.modules if path), *self.experts, *self.aliases]
         if selector.startswith("re:"):
             try:
                 pattern = re.compile(selector[3:])
@@ -243,6 +251,11 @@ class Anatomy:
             found = [path for path in pool if glob_match(selector, path)]
         else:
             found = [path for path in pool if path == selector or path.endswith(f".{selector}")]
+        if not found and selector in ROLES:
+            raise TargetError(
+                f"target {selector!r}: {type(self.root).__name__} has no module in that role. "
+                "Name modules, a glob or 're:' and a regular expression instead."
+            )
         if not found:
             names = (
                 {".".join(path.split(".")[-k:]) for path in pool for k in (1, 2)}
@@ -253,10 +266,14 @@ class Anatomy:
             raise TargetError(
                 f"target {selector!r} matches no module of {type(self.root).__name__}.{hint}"
             )
-        return found
+        return [self.aliases.get(path, path) for path in found]
 
     def _in_layers(self, paths: Sequence[str], layers: Sequence[int]) -> list[str]:
         count = len(self.blocks)
+        if not count:
+            raise TargetError(
+                f"layers {list(layers)}: {type(self.root).__name__} has no transformer blocks that Trimtab knows."
+            )
         wrong = [index for index in layers if not -count <= index < count]
         if wrong:
             raise TargetError(
