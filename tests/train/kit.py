@@ -8,6 +8,8 @@ from typing import Any
 
 from tests.data import kit as data_kit
 from tests.engine import kit
+from trimtab.train.recipe import Recipe
+from trimtab.train.recipe_file import make_recipe
 
 
 def model_folder(path: Path) -> Path:
@@ -19,15 +21,34 @@ def model_folder(path: Path) -> Path:
 
 
 def rows(count: int, *, seed: int = 0) -> list[dict[str, Any]]:
-    """Is the sea deep? A question whose answer is one of two words."""
+    """A question of three words whose answer is one of two; no row occurs twice."""
     draw = random.Random(seed)
-    made = []
-    for _ in range(count):
-        good = draw.random() < 0.5
-        words = [draw.choice(["sea", "ship", "deep"] if good else ["not", "named", "two"]) for _ in range(3)]
-        made.append({"prompt": " ".join(words), "completion": "yes" if good else "no"})
-    return made
+    good, bad = (["sea", "ship", "deep", "turns", "fine"], ["not", "named", "two", "how", "lines"])
+    made: dict[str, str] = {}
+    while len(made) < count:
+        answer = draw.choice(["yes", "no"])
+        words = [draw.choice(good if answer == "yes" else bad) for _ in range(3)]
+        made[f"{' '.join(words)} {seed}"] = answer
+    return [{"prompt": prompt, "completion": answer} for prompt, answer in made.items()]
 
 
 def data_file(path: Path, count: int, *, seed: int = 0) -> Path:
     return data_kit.write_jsonl(path, rows(count, seed=seed))
+
+
+def recipe(home: Path, folder: str, **options: Any) -> Recipe:
+    """24 steps of 4 examples on the files that the fixture ``home`` made; options by dotted name,
+    with ``__`` for the dot."""
+    values = {
+        "model": str(home / "model"),
+        "data": {"path": str(home / "train.jsonl"), "held_out": str(home / "held.jsonl")},
+        "method": {"kind": "lora", "rank": 2, "dropout": 0.1},
+        "dtype": "float32",
+        "batch": {"size": 4},
+        "optim": {"lr": 5e-3, "schedule": "cosine", "warmup": 2},
+        "eval": {"every": 4, "samples": 2},
+        "checkpoint": {"every": 3},
+        "epochs": 2,
+        "out": str(home / folder),
+    }
+    return make_recipe(values, {key.replace("__", "."): value for key, value in options.items()})

@@ -14,6 +14,8 @@ from trimtab.config import Config
 from trimtab.optim.params import AdamParams
 from trimtab.optim.schedule import ScheduleName
 
+DEFAULT_METHOD = "lora"
+
 
 class DataRecipe(Config):
     """What is learnt, and what it is measured on.
@@ -115,7 +117,7 @@ class Recipe(Config):
 
     model: str
     data: DataRecipe
-    method: str | dict[str, Any] = "lora"
+    method: str | dict[str, Any] = DEFAULT_METHOD
     name: str = "default"
     optim: OptimRecipe = OptimRecipe()
     batch: BatchRecipe = BatchRecipe()

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from trimtab.errors import ConfigError
-from trimtab.train.recipe import Recipe
+from trimtab.train.recipe import DEFAULT_METHOD, Recipe
 
 
 def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
@@ -74,8 +74,9 @@ def load_yaml(text: str, *, where: str) -> Any:
 
 def _set(values: dict[str, Any], path: list[str], value: Any, whole: str) -> None:
     for place, segment in enumerate(path[:-1]):
-        inner = values.setdefault(segment, {})
-        if isinstance(inner, str) and path[: place + 1] == ["method"]:
+        whole_method = path[: place + 1] == ["method"]
+        inner = values.setdefault(segment, DEFAULT_METHOD if whole_method else {})
+        if isinstance(inner, str) and whole_method:
             inner = values[segment] = _method_options(inner)
         if inner is None:
             inner = values[segment] = {}

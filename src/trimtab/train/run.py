@@ -26,7 +26,14 @@ from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.attach import probe, using
 from trimtab.data import Cursor, Datum, TokenStats, preview, visit
 from trimtab.engine import Engine, LossResult, StepResult
-from trimtab.errors import ConfigError, NonFiniteLossError, StorageError, TargetError, TrimtabError
+from trimtab.errors import (
+    ConfigError,
+    DataError,
+    NonFiniteLossError,
+    StorageError,
+    TargetError,
+    TrimtabError,
+)
 from trimtab.models.load import Base
 from trimtab.optim.schedule import learning_rate, warmup_steps
 from trimtab.train import facts
@@ -134,7 +141,6 @@ class Run:
                 write_recipe(self.recipe, self.folder / RECIPE)
         except OSError as error:
             raise StorageError(f"cannot write the run's folder {self.folder}: {error}.") from error
-        self.events = Events(self.folder / EVENTS)
         self.checkpoints.sweep()
         last = self.checkpoints.last() if resume else None
         if last is None:
@@ -142,8 +148,18 @@ class Run:
         else:
             extra = self.engine.load(self.checkpoints.path(last), self.adapter.name)
             self.progress = Progress.of(extra)
+            self._check_data(self.progress.cursor)
+        self.events = Events(self.folder / EVENTS)
         if resume:
             self.events.add("resume", {"step": self.progress.step})
+
+    def _check_data(self, cursor: Cursor | None) -> None:
+        """A finished run, too, belongs to its data."""
+        if cursor is not None and cursor["digest"] != self.sources.digest:
+            raise DataError(
+                f"cannot resume: the content of {self.sources.name} has changed since the run was saved. "
+                "Resume with the same data, or start a new run."
+            )
 
     def _plan(self) -> None:
         """Show and note what will be done."""

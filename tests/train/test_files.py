@@ -1,0 +1,113 @@
+"""Events, checkpoints, splits, charts: the small parts of a run."""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.engine import kit
+from trimtab.data import visit
+from trimtab.errors import DataError, FileFormatError, StorageError
+from trimtab.train.chart import Series, line_chart, nice_ticks, smoothed
+from trimtab.train.checkpoints import Checkpoints
+from trimtab.train.events import Events, read_events
+from trimtab.train.recipe import BatchRecipe
+from trimtab.train.recipe_file import make_recipe
+from trimtab.train.report import marked, write_report
+from trimtab.train.schedule import groups, total_steps
+from trimtab.train.sources import split
+
+
+def test_events_survive_a_torn_line_and_a_resume(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    events = Events(path)
+    for step in (1, 2, 3):
+        events.add("step", {"step": step, "loss": math.nan if step == 2 else 1.0})
+    events.close()
+    path.write_bytes(path.read_bytes() + b'{"event": "step", "st')
+    again = Events(path)
+    again.add("resume", {"step": 2})
+    again.add("step", {"step": 3, "loss": 0.5})
+    again.close()
+    found = read_events(path)
+    assert [(e["event"], e["step"]) for e in found] == [
+        ("step", 1), ("step", 2), ("resume", 2), ("step", 3)
+    ]  # fmt: skip
+    assert found[1]["loss"] == "nan"
+    assert found[-1]["loss"] == 0.5
+    assert read_events(tmp_path / "none.jsonl") == []
+
+
+def test_a_full_disk_is_a_storage_error() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    events = Events(Path("/dev/full"))
+    with pytest.raises(StorageError, match="No space left"):
+        events.add("step", {})
+    with suppress(StorageError):
+        events.close()
+
+
+def test_retention_keeps_the_last_and_the_best(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    assert checkpoints.last() is None
+    for step in (3, 6, 9, 12):
+        checkpoints.path(step).mkdir()
+    (tmp_path / ".step-000015.abc").mkdir()
+    (tmp_path / "notes").mkdir()
+    checkpoints.prune(best=3)
+    assert checkpoints.steps() == [3, 9, 12]
+    assert checkpoints.last() == 12
+    assert not list(tmp_path.glob(".step-*"))
+    assert (tmp_path / "notes").exists()
+
+
+def test_the_split_is_stable_and_keeps_equal_examples_together() -> None:
+    data = kit.datums(60)
+    train, held = split(data, 0.3)
+    assert len(train) + len(held) == 60
+    assert 8 <= len(held) <= 28
+    more_train, more_held = split([*kit.datums(30, seed=5), *data, *data], 0.3)
+    assert all(datum in more_held for datum in held)
+    assert all(datum in more_train for datum in train)
+    with pytest.raises(DataError, match="leaves 3 to train and 0"):
+        split(train[:3], 1e-9)
+
+
+@pytest.mark.parametrize("batch", [{"size": 4}, {"tokens": 40}])
+def test_steps_are_counted_as_they_are_made(batch: dict[str, int]) -> None:
+    data = kit.datums(13)
+    recipe = make_recipe({"model": "m", "data": {"path": "d"}, "batch": batch, "epochs": 3})
+    made = list(groups(visit(data, epochs=3, seed=recipe.seed), recipe.batch))
+    assert total_steps(data, recipe) == len(made)
+    assert sum(len(members) for members, _ in made) == 39
+    _, cursor = made[4]
+    rest = list(groups(visit(data, epochs=3, seed=recipe.seed, cursor=cursor), recipe.batch))
+    assert rest == made[5:]
+    assert total_steps(data, recipe.replace(steps=7)) == 7
+    assert BatchRecipe().examples == 16
+
+
+def test_charts() -> None:
+    assert nice_ticks(0.0, 9.7) == [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
+    assert nice_ticks(1.0, 1.0)[0] < 1 < nice_ticks(1.0, 1.0)[-1]
+    assert smoothed([(1, 1.0), (2, 3.0), (3, 5.0)], 2) == [(1, 1.0), (2, 2.0), (3, 4.0)]
+    assert line_chart([Series("a", "first", [])], x_name="x", y_name="y") == ""
+    svg = line_chart(
+        [Series("<a>", "first", [(0, 1.0), (10, 2.0)], marks=True)], x_name="x", y_name="y"
+    )
+    assert svg.startswith("<svg")
+    assert svg.count("<circle") == 2
+    assert "&lt;a&gt;" in svg
+
+
+def test_previews_are_escaped_and_marked() -> None:
+    assert str(marked("<b> ⟦yes & no⟧ x")) == "&lt;b&gt; <mark>yes &amp; no</mark> x"
+
+
+def test_a_report_needs_a_run(tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError, match="holds no run"):
+        write_report(tmp_path)
