@@ -19,7 +19,6 @@ from trimtab.adapt.adapter import TensorName
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 DEPRECATED = "`is_gradient_checkpointing` is deprecated"  # PEFT reads it, transformers warns
-TRANSPOSED = "fan_in_fan_out is set to"  # PEFT corrects it for the Conv1D of GPT-2, and says so
 
 Make = Callable[[], nn.Module]
 Batch = dict[str, Any]

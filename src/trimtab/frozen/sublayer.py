@@ -10,12 +10,15 @@ from trimtab.frozen.layer import Layer, Push
 
 
 class SubLayer(Layer):
-    """``width`` is that of its output; made where no weighted kind describes the module."""
+    """Made where no weighted kind describes the module. ``width`` is that of its output; where the module has
+    no parameters, those of ``around`` (a module that encloses it) tell device and dtype.
+    """
 
     kind = "sublayer"
 
-    def __init__(self, module: nn.Module, width: int) -> None:
+    def __init__(self, module: nn.Module, width: int, around: nn.Module | None = None) -> None:
         self.module = module
+        self.around = module if around is None else around
         self.in_features = self.out_features = width
 
     @classmethod
@@ -24,13 +27,17 @@ class SubLayer(Layer):
 
     @property
     def dtype(self) -> torch.dtype:
-        first = next(self.module.parameters(), None)
+        first = self._parameter()
         return torch.get_default_dtype() if first is None else first.dtype
 
     @property
     def device(self) -> torch.device:
-        first = next(self.module.parameters(), None)
+        first = self._parameter()
         return torch.device("cpu") if first is None else first.device
+
+    def _parameter(self) -> Tensor | None:
+        first = next(self.module.parameters(), None)
+        return next(self.around.parameters(), None) if first is None else first
 
     def call(self, x: Tensor) -> Tensor:
         y: Tensor = self.module(x)

@@ -1,0 +1,139 @@
+"""Trainable parameters on models of real shapes: closed forms, most of them printed in a paper or by PEFT."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import trimtab as tt
+from trimtab.adapt.contract import Method
+from trimtab.adapt.describe import resolve
+
+_LARGE = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+}  # fmt: skip
+_LLAMA_3B = {
+    "vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
+    "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
+}  # fmt: skip
+_T0_3B = {
+    "vocab_size": 32128, "d_model": 2048, "d_ff": 5120, "d_kv": 64, "num_heads": 32, "num_layers": 24,
+    "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
+_ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
+SHAPES: dict[str, tuple[Any, Any]] = {
+    "roberta-base": (RobertaForSequenceClassification, RobertaConfig(**_ROBERTA)),
+    "roberta-large": (RobertaForSequenceClassification, RobertaConfig(**_ROBERTA, **_LARGE)),
+    "bert-base": (BertModel, BertConfig()),
+    "bert-base-classifier": (BertForSequenceClassification, BertConfig()),
+    "bert-large": (BertModel, BertConfig(**_LARGE)),
+    "gpt2-medium": (GPT2LMHeadModel, GPT2Config(n_embd=1024, n_layer=24, n_head=16)),
+    "llama-7b": (LlamaForCausalLM, LlamaConfig()),  # the defaults are its shapes
+    "llama-3.2-3b": (LlamaForCausalLM, LlamaConfig(**_LLAMA_3B)),
+    "t0-3b": (T5ForConditionalGeneration, T5Config(**_T0_3B)),
+}
+BASES = {
+    "roberta-large": 355_361_794,
+    "bert-base": 109_482_240,
+    "bert-large": 335_141_888,
+    "gpt2-medium": 354_823_168,
+    "llama-7b": 6_738_415_616,
+    "llama-3.2-3b": 3_212_749_824,
+    "t0-3b": 2_849_757_184 - 32128 * 2048,  # transformers ties its head
+}
+
+QUERY_VALUE = ("queries", "values")
+COUNTS: list[tuple[str, Method, int]] = [
+    # LoRA: layers · targets · r · (in + out)
+    ("roberta-base", tt.LoRA(rank=8, targets=QUERY_VALUE), 12 * 2 * 8 * (768 + 768)),
+    ("roberta-base", tt.LoRA(rank=8, targets=QUERY_VALUE), 294_912),
+    ("roberta-large", tt.LoRA(rank=8, targets=QUERY_VALUE), 786_432),
+    ("llama-7b", tt.LoRA(rank=8, targets=QUERY_VALUE), 4_194_304),
+    ("llama-7b", tt.LoRA(rank=16), 39_976_960),
+    ("llama-3.2-3b", tt.LoRA(rank=32, targets=QUERY_VALUE), 9_175_040),
+    # on GPT-2 the three are one fused layer, of (1024, 3072)
+    ("gpt2-medium", tt.LoRA(rank=4, targets="fused_qkv"), 24 * 4 * (1024 + 3 * 1024)),
+    # rsLoRA, dropout and alpha train nothing more; biases and patterns do
+    ("llama-7b", tt.LoRA(rank=8, alpha=4, rslora=True, dropout=0.1, targets=QUERY_VALUE), 4_194_304),
+    ("roberta-base", tt.LoRA(rank=8, targets=QUERY_VALUE, bias="lora_only"), 294_912 + 12 * 2 * 768),
+    ("llama-7b", tt.LoRA(rank=8, targets=QUERY_VALUE, rank_pattern={"q_proj": 2}), 32 * (2 + 8) * 8192),
+    ("llama-7b", tt.LoRA(rank=8, targets=QUERY_VALUE, layers=(0, -1)), 2 * 2 * 8 * 8192),
+    ("roberta-base", tt.LoRA(rank=8, targets=QUERY_VALUE, train=("classifier",)),
+     294_912 + (768 * 768 + 768) + (768 * 2 + 2)),
+    # DoRA: one magnitude per output more
+    ("llama-3.2-3b", tt.DoRA(rank=32, targets=QUERY_VALUE), 9_289_728),
+    # (IA)³: keys, values and the inner width
+    ("llama-7b", tt.IA3(), 614_400),
+    ("llama-3.2-3b", tt.IA3(), 286_720),
+    ("t0-3b", tt.IA3(), 540_672),
+    ("gpt2-medium", tt.IA3(), 24 * (2 * 1024 + 4096)),
+    # prefix tuning: layers · 2 · n · key heads · head width
+    ("llama-3.2-3b", tt.Prefix(length=50), 2_867_200),
+    ("llama-3.2-3b", tt.Prefix(length=200), 11_468_800),
+    ("gpt2-medium", tt.Prefix(length=10), 491_520),
+    ("roberta-large", tt.Prefix(length=128), 6_291_456),  # P-tuning v2, flat
+    # Houlsby: two per layer, 2md + m + d each
+    ("bert-base", tt.Bottleneck(size=64), 2_379_264),
+    ("bert-large", tt.Bottleneck(size=64), 6_343_680),
+    ("bert-base", tt.Bottleneck(size=64, train=("norms",)), 2_379_264 + 25 * 2 * 768),
+    # BitFit: every bias outside the head
+    ("bert-base", tt.BitFit(), 102_912),
+    ("bert-base-classifier", tt.BitFit(), 102_912),
+    ("bert-base-classifier", tt.BitFit(train=("classifier",)), 102_912 + 768 * 2 + 2),
+    ("bert-large", tt.BitFit(), 272_384),
+    ("roberta-base", tt.BitFit(), 102_144),  # no pooler in the classifier
+    # SpotTune: the inner method, and a policy of one hidden layer with two logits per block
+    ("llama-3.2-3b", tt.SpotTune(inner=tt.LoRA(rank=32, targets=QUERY_VALUE), hidden=64),
+     9_175_040 + 3072 + (3072 * 64 + 64) + 64 * 2 * 28 + 2 * 28),
+    # full training of the norms, and of a head
+    ("llama-3.2-3b", tt.Full(targets=("norms",)), 175_104),
+    ("t0-3b", tt.Full(targets=("norms",)), 249_856),
+    ("bert-base-classifier", tt.Full(targets=("classifier",)), 768 * 2 + 2),
+]  # fmt: skip
+
+
+@cache
+def on_meta(name: str) -> nn.Module:
+    model_class, config = SHAPES[name]
+    with torch.device("meta"):
+        model: nn.Module = model_class(config)
+    return model
+
+
+@pytest.mark.parametrize(("name", "count"), BASES.items())
+def test_the_bases_have_their_known_sizes(name: str, count: int) -> None:
+    assert sum(p.numel() for p in on_meta(name).parameters()) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "count"), COUNTS, ids=[f"{n}-{m.kind}-{c}" for n, m, c in COUNTS]
+)
+def test_trained_parameters_equal_the_closed_form(name: str, method: Method, count: int) -> None:
+    model = on_meta(name)
+    assert f" {count:,} parameters" in resolve(model, method).splitlines()[0]
+    adapter = tt.attach(model, method, "x")
+    try:
+        assert adapter.count == count
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
+        assert all(tensor.is_meta for tensor in adapter.tensors.values())
+        assert f" {count:,} parameters" in tt.describe(model)
+    finally:
+        tt.detach(model, "x")
+    assert all(parameter.requires_grad for parameter in model.parameters())
