@@ -27,17 +27,25 @@ app.command("inspect")(inspect.inspect)
 app.add_typer(data.app, name="data")
 
 
-@app.callback()
-def _root(
-    version: bool = typer.Option(
-        False, "--version", help="Print the version and exit.", is_eager=True
-    ),
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         from trimtab import __version__
 
         typer.echo(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False,
+        "--version",
+        help="Print the version and exit.",
+        is_eager=True,
+        callback=_print_version,
+    ),
+) -> None:
+    """Options that stand before a command."""
 
 
 def main() -> None:
