@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -82,7 +83,12 @@ def attach(
     tensors = _tensors(adapter, specs, layers, seed, new=not isinstance(method, Adapter))
     attention.check(model, adapter, anatomy)
     bank = bank or _new_bank(model)
-    _insert(model, bank, adapter, anatomy, specs, tensors, trainable)
+    placed: dict[TensorName, nn.Module] = {}
+    try:
+        _insert(model, bank, adapter, anatomy, specs, tensors, trainable, placed)
+    except BaseException:
+        _withdraw(model, bank, adapter.name, placed)
+        raise
     return adapter
 
 
@@ -94,25 +100,7 @@ def detach(model: nn.Module, name: str) -> Adapter:
         slots.get(holder, tensor_name.slot, name)  # present, or this raises before anything changes
     holders = dict(adapter._holders)
     adapter.unbind()
-    for tensor_name, holder in holders.items():
-        slots.remove(holder, tensor_name.slot, name)
-    for site in list(sites_of(model).values()):
-        site.edits.pop(name, None)
-        for child in [
-            key
-            for key, sub in site._modules.items()
-            if isinstance(sub, slots.Slot) and _hollow(sub)
-        ]:
-            del site._modules[child]
-        if site.bare():
-            replace(model, site, site.base_layer)
-    attention.remove(bank, name)
-    del bank.adapters[name]
-    bank.active.remove(name)
-    bank.scales.pop(name, None)
-    bank.disabled.discard(name)
-    if not bank.adapters:
-        strip(model, bank)
+    _withdraw(model, bank, name, holders)
     return adapter
 
 
@@ -154,8 +142,8 @@ def scale(model: nn.Module, name: str, factor: float) -> None:
     """Set how far an adapter's edits go: 0 is the base, 1 the adapter as trained."""
     bank = bank_of(model)
     adapter = bank.require(name)
-    if not isinstance(factor, int | float) or factor != factor:
-        raise ConfigError(f"scale of {name!r} must be a number, not {factor!r}.")
+    if not isinstance(factor, int | float) or not math.isfinite(factor):
+        raise ConfigError(f"scale of {name!r} must be a finite number, not {factor!r}.")
     if factor != 1.0 and any(method.overrides("keys_values") for method in adapter.methods):
         raise TargetError(
             f"adapter {name!r} adds keys and values inside attention; there is no scaled form of that."
@@ -295,7 +283,7 @@ def _layer(anatomy: Anatomy, path: str) -> Layer:
             "the model itself is the target; put it into a container module and attach to that."
         )
     module = anatomy.modules[path]
-    return view(module) or SubLayer(module, anatomy.width)
+    return view(module) or SubLayer(module, anatomy.width, anatomy.around(path))
 
 
 def _specs(
@@ -408,7 +396,9 @@ def _insert(
     specs: Mapping[tuple[int, str], Mapping[str, Spec]],
     tensors: Mapping[TensorName, Tensor],
     trainable: bool,
+    placed: dict[TensorName, nn.Module],
 ) -> None:
+    """Put edits and tensors in their places; ``placed`` tells how far it came."""
     existing = sites_of(model)
     holders: dict[TensorName, nn.Module] = {}
     for number in range(len(adapter.methods)):
@@ -443,9 +433,31 @@ def _insert(
     for name, value in tensors.items():
         parameter = nn.Parameter(value, requires_grad=trainable and value.is_floating_point())
         slots.add(holders[name], name.slot, adapter.name, parameter)
+        placed[name] = holders[name]
     adapter.bind(holders)
     bank.adapters[adapter.name] = adapter
     bank.active.append(adapter.name)
+
+
+def _withdraw(
+    model: nn.Module, bank: Bank, name: str, placed: Mapping[TensorName, nn.Module]
+) -> None:
+    """Take an adapter's edits and tensors out again; with the last adapter, every trace."""
+    for tensor_name, holder in placed.items():
+        slots.remove(holder, tensor_name.slot, name)
+    slots.prune(bank)
+    for site in list(sites_of(model).values()):
+        site.edits.pop(name, None)
+        slots.prune(site)
+        if site.bare():
+            replace(model, site, site.base_layer)
+    attention.remove(model, bank, name)
+    bank.adapters.pop(name, None)
+    bank.active = [other for other in bank.active if other != name]
+    bank.scales.pop(name, None)
+    bank.disabled.discard(name)
+    if not bank.adapters:
+        strip(model, bank)
 
 
 def _order(adapter: Adapter, number: int) -> tuple[int, int]:
@@ -476,9 +488,11 @@ def _site(
 
 def _existing_bank(model: nn.Module) -> Bank | None:
     bank = find_bank(model)
-    if bank is not None and model._modules.get(CHILD) is not bank:
+    inside = model._modules.get(CHILD) is bank if bank is not None else not sites_of(model)
+    if not inside:
         raise AttachError(
-            "adapters are attached to a part of this model (or it is wrapped); attach to the same module each time."
+            "adapters are attached to a part of this model, or to a model that this is a part of; attach to the "
+            "same module each time."
         )
     return bank
 
@@ -526,18 +540,13 @@ def _entries(model: nn.Module) -> list[nn.Module]:
 def strip(model: nn.Module, bank: Bank) -> None:
     """Take the bank, its hooks and its changes of flags out of a model."""
     for name in list(bank.adapters):
-        attention.remove(bank, name)
-    attention.restore(model, bank)
+        attention.remove(model, bank, name)
     checkpoint.unwatch(model)
     for handle in bank.handles:
         handle.remove()
     del model._modules[CHILD]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(bank.frozen_before.get(name, parameter.requires_grad))
-
-
-def _hollow(slot: nn.Module) -> bool:
-    return not any(True for _ in slot.parameters())
 
 
 # -- looking ------------------------------------------------------------------------------------------

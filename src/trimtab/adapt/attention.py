@@ -83,16 +83,18 @@ def insert(model: nn.Module, bank: Bank, edit: Edit, anatomy: Anatomy) -> None:
             bank.shift = backbone.register_forward_pre_hook(Shift(bank, backbone), with_kwargs=True)
 
 
-def remove(bank: Bank, name: str) -> None:
-    """Take an adapter's edits out; drop the hooks that hold nothing any more."""
+def remove(model: nn.Module, bank: Bank, name: str) -> None:
+    """Take an adapter's edits out; drop what holds nothing any more."""
     for path, injection in list(bank.injections.items()):
         injection.edits.pop(name, None)
         if not injection.edits:
             injection.handle.remove()
             del bank.injections[path]
+    if not bank.injections:
+        _restore(model, bank)
 
 
-def restore(model: nn.Module, bank: Bank) -> None:
+def _restore(model: nn.Module, bank: Bank) -> None:
     """Give the model its own attention function back."""
     if bank.attention_before is not None:
         cast(PreTrainedModel, model).set_attn_implementation(bank.attention_before)

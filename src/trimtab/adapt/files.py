@@ -18,9 +18,10 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 import torch
+from pydantic import Field, field_validator, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -29,12 +30,47 @@ from trimtab.adapt.adapter import Adapter, Origin, SiteSpec, TensorName
 from trimtab.adapt.contract import Method
 from trimtab.adapt.fingerprint import Fingerprint
 from trimtab.adapt.parse import method_from, methods
-from trimtab.errors import FileFormatError, StorageError, UnsupportedError, suggest
+from trimtab.adapt.slots import check_name
+from trimtab.config import Config
+from trimtab.errors import ConfigError, FileFormatError, StorageError, UnsupportedError, suggest
 
-SCHEMA = 1
+SCHEMA: Literal[1] = 1
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "trimtab.json"
 OWN_TYPE = "TRIMTAB_"
 """What ``peft_type`` begins with where PEFT lacks the method: it then refuses the folder, as it should."""
+
+
+class Entry(Config):
+    """One tensor in the weights file: its site's path (empty for the whole adapter's), slot and checksum."""
+
+    path: str
+    slot: str
+    sha256: str
+
+
+class Description(Config):
+    """What ``trimtab.json`` says; ``sites`` are (path, role, number of the method)."""
+
+    version: Literal[1] = Field(alias="schema")  # pydantic has a method of that name
+    name: str
+    methods: tuple[dict[str, Any], ...] = Field(min_length=1)
+    sites: tuple[tuple[str, str, int], ...]
+    base: Fingerprint | None
+    base_name: str | None
+    provenance: dict[str, Any]
+    tensors: dict[str, Entry]
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        check_name(value)
+        return value
+
+    @model_validator(mode="after")
+    def _numbers(self) -> Self:
+        if any(not 0 <= number < len(self.methods) for _, _, number in self.sites):
+            raise ValueError("a site is of a method that is not there")
+        return self
 
 
 def save(adapter: Adapter, folder: Path) -> Path:
@@ -44,7 +80,7 @@ def save(adapter: Adapter, folder: Path) -> Path:
         StorageError: the disk refused (full, read-only); what was there before is intact.
     """
     tensors: dict[str, Tensor] = {}
-    index: dict[str, dict[str, str]] = {}
+    index: dict[str, Entry] = {}
     for name, tensor in adapter.named().items():
         key = disk_key(adapter, name)
         if key in tensors:
@@ -52,21 +88,21 @@ def save(adapter: Adapter, folder: Path) -> Path:
                 f"two tensors of adapter {adapter.name!r} would share the key {key!r} on disk."
             )
         tensors[key] = tensor.detach().cpu().contiguous()
-        index[key] = {"path": name.path, "slot": name.slot, "sha256": checksum(tensors[key])}
-    ours = {
-        "schema": SCHEMA,
-        "name": adapter.name,
-        "methods": [method.to_dict() for method in adapter.methods],
-        "sites": [[site.path, site.role, site.method] for site in adapter.sites],
-        "base": adapter.base.to_dict() if adapter.base else None,
-        "base_name": adapter.origin.base_name,
-        "provenance": adapter.origin.provenance,
-        "tensors": index,
-    }
+        index[key] = Entry(path=name.path, slot=name.slot, sha256=checksum(tensors[key]))
+    ours = Description(
+        schema=SCHEMA,
+        name=adapter.name,
+        methods=tuple(method.to_dict() for method in adapter.methods),
+        sites=tuple((site.path, site.role, site.method) for site in adapter.sites),
+        base=adapter.base,
+        base_name=adapter.origin.base_name,
+        provenance=adapter.origin.provenance,
+        tensors=index,
+    )
     with replacing(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         write_json(temporary / CONFIG, _peft_config(adapter))
-        write_json(temporary / OURS, ours)
+        write_json(temporary / OURS, ours.model_dump(mode="json", by_alias=True))
     return folder
 
 
@@ -112,53 +148,55 @@ def disk_key(adapter: Adapter, name: TensorName) -> str:
 
 def _from_ours(
     folder: Path,
-    ours: Mapping[str, Any],
+    data: Mapping[str, Any],
     config: Mapping[str, Any],
     tensors: dict[str, Tensor],
     name: str | None,
 ) -> Adapter:
-    schema = ours.get("schema")
+    schema = data.get("schema")
     if schema != SCHEMA:
         raise FileFormatError(
             f"{folder / OURS}: schema {schema!r}; this version of Trimtab reads schema {SCHEMA}."
         )
     try:
-        index: Mapping[str, Mapping[str, str]] = ours["tensors"]
-        found_methods = [method_from(item) for item in ours["methods"]]
-        sites = [
-            SiteSpec(str(path), str(role), int(number)) for path, role, number in ours["sites"]
-        ]
-        base = Fingerprint.from_dict(ours["base"]) if ours["base"] else None
-        origin = Origin(
-            base_name=ours["base_name"],
-            task_type=config.get("task_type"),
-            suffixes=tuple(config.get("target_modules") or ()),
-            transposed=bool(config.get("fan_in_fan_out")),
-            in_peft=not str(config["peft_type"]).startswith(OWN_TYPE),
-            provenance=dict(ours["provenance"]),
-        )
-        own_name = name or str(ours["name"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise FileFormatError(f"{folder / OURS} is incomplete: {error!r}.") from None
-    _same_keys(folder / WEIGHTS, set(index), set(tensors))
+        ours = Description.parse(data, where=f"{folder / OURS}")
+    except ConfigError as error:
+        raise FileFormatError(str(error)) from None
+    _same_keys(folder / WEIGHTS, set(ours.tensors), set(tensors))
     named = {}
-    for key, entry in index.items():
-        if checksum(tensors[key]) != entry["sha256"]:
+    for key, entry in ours.tensors.items():
+        if checksum(tensors[key]) != entry.sha256:
             raise FileFormatError(
                 f"{folder / WEIGHTS}: tensor {key!r} does not match its checksum; the file is damaged."
             )
-        named[TensorName(entry["path"], entry["slot"])] = tensors[key]
-    return Adapter(own_name, found_methods, sites, named, base=base, origin=origin)
+        named[TensorName(entry.path, entry.slot)] = tensors[key]
+    origin = Origin(
+        base_name=ours.base_name,
+        task_type=config.get("task_type"),
+        suffixes=tuple(config.get("target_modules") or ()),
+        transposed=bool(config.get("fan_in_fan_out")),
+        in_peft=not _peft_type(folder, config).startswith(OWN_TYPE),
+        provenance=ours.provenance,
+    )
+    sites = [SiteSpec(*site) for site in ours.sites]
+    chosen = [method_from(item) for item in ours.methods]
+    return Adapter(name or ours.name, chosen, sites, named, base=ours.base, origin=origin)
+
+
+def _peft_type(folder: Path, config: Mapping[str, Any]) -> str:
+    if not isinstance(kind := config.get("peft_type"), str):
+        raise FileFormatError(f"{folder / CONFIG} does not say which 'peft_type' it describes.")
+    return kind
 
 
 def _from_peft(
     folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor], name: str | None
 ) -> Adapter:
-    kind = config.get("peft_type")
+    kind = _peft_type(folder, config)
     known = {cls.peft_type for _, cls in methods.items() if cls.peft_type}
     if kind not in known:
         hint = (
-            suggest(str(kind), [k for k in known if k])
+            suggest(kind, [k for k in known if k])
             or f" Known: {', '.join(sorted(k for k in known if k))}."
         )
         raise FileFormatError(

@@ -37,10 +37,6 @@ class Fingerprint:
             "weights": dict(self.weights),
         }
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Fingerprint:
-        return cls(str(data["model_class"]), str(data["architecture"]), dict(data["weights"]))
-
     def mismatch(self, other: Fingerprint) -> str:
         """Why ``other`` is another base than this one; empty when it is not."""
         if self.architecture != other.architecture:

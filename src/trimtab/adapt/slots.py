@@ -27,7 +27,7 @@ def check_name(name: str) -> None:
         raise AttachError(
             f"adapter name {name!r}: use letters, digits, '_' and '-' only (it becomes part of keys)."
         )
-    if name in dir(Slot):
+    if name in dir(Slot()):
         raise AttachError(
             f"adapter name {name!r} is an attribute of every torch module and cannot name a parameter; "
             f"choose another, for example '{name}-adapter'."
@@ -68,17 +68,19 @@ def get(root: nn.Module, slot: str, adapter: str) -> nn.Parameter:
 
 
 def remove(root: nn.Module, slot: str, adapter: str) -> None:
-    """Drop the parameter and every slot module that is empty afterwards."""
+    """Drop the parameter of a slot."""
     head, tail = split(slot)
-    nodes = [root]
-    segments = [*head.split("."), *([adapter] if tail else [])]
-    for segment in segments:
-        nodes.append(nodes[-1].get_submodule(segment))
-    del nodes[-1]._parameters[tail or adapter]
-    for node, parent, segment in zip(nodes[:0:-1], nodes[-2::-1], segments[::-1], strict=True):
-        if node._modules or node._parameters:
-            break
-        del parent._modules[segment]
+    node = root.get_submodule(".".join([head, adapter] if tail else [head]))
+    del node._parameters[tail or adapter]
+
+
+def prune(root: nn.Module) -> None:
+    """Drop the slot modules below ``root`` that hold nothing any more."""
+    for name, child in list(root._modules.items()):
+        if isinstance(child, Slot):
+            prune(child)
+            if not child._modules and not child._parameters:
+                del root._modules[name]
 
 
 def memory_name(slot: str, adapter: str) -> str:

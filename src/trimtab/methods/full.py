@@ -42,9 +42,8 @@ class Full(Method):
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         stored = layer.stored()
-        if layer.kind == "sublayer" or not all(
-            value.is_floating_point() for value in stored.values()
-        ):
+        dense = all(value.is_floating_point() for value in stored.values())
+        if layer.kind == "sublayer" or "weight" not in stored or not dense:
             raise UnsupportedError("full training needs a layer that holds its weight densely.")
         return {
             name: Spec(f"modules_to_save.{name}", tuple(value.shape), copy_of(value))
