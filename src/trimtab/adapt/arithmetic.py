@@ -4,39 +4,44 @@
     add([a, b], name)       its edits are a's plus b's, exactly (LoRA: ranks are concatenated)
     interpolate(a, b, t)    (1 − t) · a + t · b
 
-A method says how its tensors do it; where its edit is not linear in them, the error says why.
+A method says how its tensors do it; where its edit is not linear in them, the error says why. Weight 1 is
+the identity for every method.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
-from trimtab.adapt.adapter import Adapter, SiteSpec, TensorName
-from trimtab.adapt.contract import Method, Params
+from trimtab.adapt.adapter import Adapter, Origin, SiteSpec, TensorName
+from trimtab.adapt.contract import Method, Params, Place
 from trimtab.errors import BaseMismatchError, ConfigError, UnsupportedError
 
 
 def scaled(adapter: Adapter, weight: float, *, name: str | None = None) -> Adapter:
-    """An adapter whose edits are ``weight`` times this one's."""
-    tensors: dict[TensorName, Tensor] = {}
-    for site in adapter.sites:
-        method = adapter.methods[site.method].at(site.path)
-        params, slots = _params(adapter, site)
-        new = method.scaled(params, weight, site.role)
-        tensors |= {
-            TensorName(site.path, slots[short]): tensor.detach().clone()
-            for short, tensor in new.items()
-        }
+    """An adapter whose edits are ``weight`` times this one's.
+
+    Raises:
+        ConfigError: the weight is not a finite number.
+        UnsupportedError: the method's edit is not linear in its tensors.
+    """
+    if not math.isfinite(weight):
+        raise ConfigError(f"an adapter's weight must be a finite number, not {weight!r}.")
+    result = adapter.detached(name=name)
+    if weight == 1:
+        return result
     _no_shared(adapter)
+    tensors: dict[TensorName, Tensor] = {}
+    for site in result.sites:
+        method = result.methods[site.method].at(site.path)
+        params, slots = _params(result, site)
+        new = method.scaled(params, weight, site.role)
+        tensors |= {TensorName(site.path, slots[short]): tensor for short, tensor in new.items()}
     return Adapter(
-        name or adapter.name,
-        adapter.methods,
-        adapter.sites,
-        tensors,
-        base=adapter.base,
-        origin=adapter.origin,
+        result.name, result.methods, result.sites, tensors, base=result.base, origin=result.origin
     )
 
 
@@ -54,42 +59,53 @@ def add(
         raise ConfigError(
             f"add needs adapters and one weight each; got {len(adapters)} and {weights}."
         )
-    parts = (
-        list(adapters)
-        if weights is None
-        else [scaled(a, w) for a, w in zip(adapters, weights, strict=True)]
-    )
+    parts = [scaled(a, w) for a, w in zip(adapters, weights or [1.0] * len(adapters), strict=True)]
     first = parts[0]
-    for other in parts[1:]:
-        _compatible(first, other)
     if len(parts) == 1:
         return first.detached(name=name)
+    for other in parts[1:]:
+        _compatible(first, other)
     for part in parts:
         _no_shared(part)
-    sites: dict[tuple[str, str], list[tuple[Adapter, SiteSpec]]] = {}
+    sites: dict[Place, list[tuple[Adapter, SiteSpec]]] = {}
     for part in parts:
         for site in part.sites:
-            sites.setdefault((site.path, site.role), []).append((part, site))
+            sites.setdefault(Place(site.path, site.role), []).append((part, site))
+    alike = all(len(holders) == len(parts) for holders in sites.values())
     tensors: dict[TensorName, Tensor] = {}
     methods_at: dict[str, Method] = {}
-    for (path, role), holders in sites.items():
-        given = [(a.methods[s.method].at(path), _params(a, s)[0]) for a, s in holders]
+    for place, holders in sites.items():
+        given = [(a.method.at(place.path), _params(a, site)[0]) for a, site in holders]
         slots = _params(*holders[0])[1]
-        method, params = given[0][0].sum(given, role)
-        methods_at[path] = method
+        method, params = given[0][0].sum(given, place.role)
+        methods_at[place.path] = method if alike else method.aimed(list(sites))
         tensors |= {
-            TensorName(path, slots[short]): tensor.detach().clone()
-            for short, tensor in params.items()
+            TensorName(place.path, slots[short]): tensor.clone() for short, tensor in params.items()
         }
-    specs = [SiteSpec(path, role, 0) for path, role in sites]
     return Adapter(
-        name, [_one_method(methods_at)], specs, tensors, base=first.base, origin=first.origin
+        name,
+        [_one_method(methods_at)],
+        [SiteSpec(place.path, place.role, 0) for place in sites],
+        tensors,
+        base=first.base,
+        origin=_origin(parts, alike),
     )
 
 
 def interpolate(a: Adapter, b: Adapter, t: float, *, name: str) -> Adapter:
     """``(1 − t) · a + t · b``."""
     return add([a, b], name=name, weights=[1 - t, t])
+
+
+def _origin(parts: Sequence[Adapter], alike: bool) -> Origin:
+    """Of the same base as its parts; PEFT is told of the targets of all of them."""
+    first = parts[0].origin
+    return replace(
+        first,
+        suffixes=first.suffixes if alike else None,
+        in_peft=all(part.origin.in_peft for part in parts),
+        provenance={"sum_of": [part.name for part in parts]},
+    )
 
 
 def _one_method(methods_at: Mapping[str, Method]) -> Method:
@@ -106,10 +122,17 @@ def _one_method(methods_at: Mapping[str, Method]) -> Method:
             f"{common.kind}: the parts differ in {', '.join(sorted(fields))} from site to site."
         )
     changes = {
-        patterned[field]: {path: dict(method)[field] for path, method in different.items()}
+        patterned[field]: {
+            _exactly(path, methods_at): dict(method)[field] for path, method in different.items()
+        }
         for field in fields
     }
     return common.replace(**changes)
+
+
+def _exactly(path: str, paths: Mapping[str, Method]) -> str:
+    """A pattern for this path alone: patterns match the ends of paths, unless they begin with ^."""
+    return f"^{path}" if any(other.endswith(f".{path}") for other in paths) else path
 
 
 def _params(adapter: Adapter, site: SiteSpec) -> tuple[Params, dict[str, str]]:
@@ -121,10 +144,14 @@ def _params(adapter: Adapter, site: SiteSpec) -> tuple[Params, dict[str, str]]:
 
 
 def _compatible(a: Adapter, b: Adapter) -> None:
-    kinds = [method.kind for method in a.methods], [method.kind for method in b.methods]
-    if kinds[0] != kinds[1] or len(a.methods) > 1:
+    if a.method.kind != b.method.kind:
         raise ConfigError(
-            f"only adapters of one and the same method can be added, not {kinds[0]} and {kinds[1]}."
+            f"only adapters of one and the same method can be added, not {a.method.kind} and {b.method.kind}."
+        )
+    if len(a.methods) + len(b.methods) > 2:
+        raise UnsupportedError(
+            f"{a.name!r} and {b.name!r} cannot be added: a module trained in full replaces its frozen one, and two "
+            "replacements have no sum."
         )
     if a.base is not None and b.base is not None and (reason := a.base.mismatch(b.base)):
         raise BaseMismatchError(

@@ -20,7 +20,7 @@ import re
 from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from pydantic import field_validator
@@ -107,6 +107,11 @@ class Method(Config, ABC):
     def at(self, path: str) -> Method:
         """The method with the hyper-parameters it has at this site (per-layer patterns)."""
         return self
+
+    def aimed(self, places: Sequence[Place]) -> Self:
+        """The method whose selectors name exactly these places (a sum has those of all its parts)."""
+        paths = tuple(dict.fromkeys(place.path for place in places))
+        return self.replace(targets=paths, exclude=(), layers=None)
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         """The tensors at one site, by short name."""

@@ -99,13 +99,11 @@ class LowRank(Method):
         return [*adapted, *(Place(path, INNER if path in paths else OWN) for path in biased)]
 
     def at(self, path: str) -> Self:
+        if not self.rank_pattern and not self.alpha_pattern:
+            return self
         rank = pattern_value(self.rank_pattern, path, self.rank)
         alpha = pattern_value(self.alpha_pattern, path, self.alpha)
-        return (
-            self
-            if (rank, alpha) == (self.rank, self.alpha)
-            else self.replace(rank=rank, alpha=alpha)
-        )
+        return self.replace(rank=rank, alpha=alpha, rank_pattern={}, alpha_pattern={})
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         if role in BIASES:

@@ -51,6 +51,11 @@ class IA3(Method):
         outer = [Place(path, role) for path in anatomy.select(roles, self.exclude, self.layers)]
         return [*outer, *(Place(path, IN) for path in inner)]
 
+    def aimed(self, places: Sequence[Place]) -> IA3:
+        outer = tuple(place.path for place in places if place.role != IN)
+        inner = tuple(place.path for place in places if place.role == IN)
+        return self.replace(targets=outer, exclude=(), layers=None, feedforward=inner)
+
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         if role == IN:
             if layer.kind == "embedding":
