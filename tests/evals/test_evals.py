@@ -18,7 +18,11 @@ from trimtab.evals.answers import chosen, normalised
 
 def test_wilson() -> None:
     # Newcombe 1998 (Statistics in Medicine 17, 857), table I
-    for hits, count, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611)):
+    for hits, count, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0, 0.1611),
+    ):
         found = wilson(hits, count)
         assert (found.low, found.high) == pytest.approx((low, high), abs=5e-5)
         assert found.value == hits / count
