@@ -12,6 +12,7 @@ import trimtab as tt
 from tests import models
 from trimtab.adapt.tree import anatomy_of
 from trimtab.errors import TargetError
+from trimtab.models.families import ROLES
 
 
 def select(model: nn.Module, targets: str | Sequence[str], *exclude: str, **options) -> list[str]:
@@ -126,6 +127,24 @@ def test_roles_of_an_encoder_with_a_classification_head() -> None:
 def test_roles_of_an_encoder_decoder_reach_both_stacks() -> None:
     keys = select(models.t5(), "keys")
     assert [path.split(".")[0] for path in keys] == ["encoder"] * 2 + ["decoder"] * 4
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
+def test_every_role_names_modules_that_are_called(name: str) -> None:
+    """An encoder-decoder's ``shared`` embedding only lends its weight to those that are called."""
+    model = models.CASES[name].make()
+    for role in ROLES:
+        if found := anatomy_of(model).role(role):
+            tt.attach(
+                model,
+                tt.Bottleneck(size=1, targets=role)
+                if "norms" not in role
+                else tt.BitFit(targets=role),
+                role,
+            )
+            reached = tt.probe(model)
+            assert reached == [], f"{role}: {found}"
+            tt.detach(model, role)
 
 
 def test_a_role_that_a_model_lacks_is_an_error(llama: nn.Module) -> None:

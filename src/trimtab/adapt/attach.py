@@ -507,11 +507,11 @@ def _new_bank(model: nn.Module) -> Bank:
     for name, parameter in model.named_parameters():
         bank.frozen_before[name] = parameter.requires_grad
         parameter.requires_grad_(False)
-    bank.norms = [
-        m
+    bank.norms = {
+        m: False
         for m in model.modules()
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
-    ]
+    }
     for entry in _entries(model):
         bank.handles.append(entry.register_forward_pre_hook(bank.before, with_kwargs=True))
         bank.handles.append(entry.register_forward_hook(bank.after, always_call=True))
@@ -545,6 +545,8 @@ def strip(model: nn.Module, bank: Bank) -> None:
     for handle in bank.handles:
         handle.remove()
     del model._modules[CHILD]
+    for norm, stopped in bank.norms.items():
+        norm.training = model.training if stopped else norm.training
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(bank.frozen_before.get(name, parameter.requires_grad))
 

@@ -51,7 +51,8 @@ class Bank(nn.Module):
         self.injections: dict[str, Injection] = {}
         self.attention_before: str | None = None
         self.shift: Any = None
-        self.norms: list[nn.Module] = []
+        self.norms: dict[nn.Module, bool] = {}
+        """Norms with running statistics -> whether we took them out of training mode."""
         self.blocks: list[nn.Module] = []
         self.fired: set[str] | None = None
         self.plan: Plan | None = None
@@ -174,8 +175,9 @@ class Bank(nn.Module):
             self._context = None
 
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Context:
-        for norm in self.norms:
-            norm.training = False  # the base's running statistics are not ours to change
+        for norm in self.norms:  # the base's running statistics are not ours to change
+            if norm.training:
+                norm.training, self.norms[norm] = False, True
         checkpoint.watch(self)
         batch = _batch(args, kwargs)
         past = kwargs.get("past_key_values")

@@ -189,8 +189,9 @@ class Anatomy:
             "input_embedding": self.family.input_embedding,
             "self_attention": self.family.self_attention,
         }[role]
-        pool = [*self.modules, *self.experts]
-        found = [path for path in pool if any(glob_match(g, path) for g in globs)]
+        pool = [*self.modules, *self.experts, *self.aliases]
+        matched = [path for path in pool if any(glob_match(g, path) for g in globs)]
+        found = list(dict.fromkeys(self.aliases.get(path, path) for path in matched))
         if role in ("attention", "mlp"):
             parents = tuple(f"{path}." for path in found)
             return [p for p in self.linears if p in found or p.startswith(parents)]
