@@ -59,7 +59,7 @@ bench: setup
 	$(BIN)/python -m benchmarks $(ARGS)
 
 demo: setup
-	$(BIN)/python recipes/demo.py $(ARGS)
+	$(BIN)/python -m recipes.demo $(ARGS)
 
 clean:
 	rm -rf .venv .venv-oldest build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
