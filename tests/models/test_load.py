@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -128,3 +129,62 @@ def test_unknown_names(tmp_path: Path, folder: Path) -> None:
         load(folder, task="causallm")  # type: ignore[arg-type]
     with pytest.raises(UnknownNameError, match="unknown dtype 'flaot32'. Did you mean 'float32'"):
         load(folder, dtype="flaot32")
+
+
+def write_gguf(path: Path) -> None:
+    """The tiny Llama in llama.cpp's format: its names, and rotary halves interleaved."""
+    model, tokenizer = kit.llama(), kit.base().tokenizer
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_rope_dimension_count(16)
+    vocabulary = tokenizer.get_vocab()
+    words = sorted(vocabulary, key=lambda word: vocabulary[word])
+    words += [f"<unused{n}>" for n in range(config.vocab_size - len(words))]
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(words)
+    writer.add_token_types([1] * len(words))
+    writer.add_token_merges(
+        [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    )
+    writer.add_eos_token_id(vocabulary["<|im_end|>"])
+    names = {
+        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+        "model.layers.": "blk.",
+    }  # fmt: skip
+    for key, value in model.state_dict().items():
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        for part, count in heads.items():
+            if part in key:
+                split = value.reshape(count, 2, value.shape[0] // count // 2, value.shape[1])
+                value = split.transpose(1, 2).reshape(value.shape)
+        for ours, theirs in names.items():
+            key = key.replace(ours, theirs)
+        writer.add_tensor(key, value.numpy().copy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path)
+    base = load(path, dtype="float32")
+    assert not any(p.requires_grad for p in base.model.parameters())
+    want = kit.llama().state_dict()
+    found = base.model.state_dict()
+    assert found.keys() == want.keys()
+    assert all(torch.equal(found[key], want[key]) for key in want)
+    assert base.tokenizer.decode(base.tokenizer("hello there")["input_ids"]) == "hello there"

@@ -16,7 +16,7 @@ from trimtab.train.checkpoints import Checkpoints
 from trimtab.train.events import Events, read_events
 from trimtab.train.recipe import BatchRecipe
 from trimtab.train.recipe_file import make_recipe
-from trimtab.train.report import marked, write_report
+from trimtab.train.report import marked, sized, timed, write_report
 from trimtab.train.schedule import groups, total_steps
 from trimtab.train.sources import split
 
@@ -94,7 +94,7 @@ def test_steps_are_counted_as_they_are_made(batch: dict[str, int]) -> None:
 def test_charts() -> None:
     assert nice_ticks(0.0, 9.7) == [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
     assert nice_ticks(1.0, 1.0)[0] < 1 < nice_ticks(1.0, 1.0)[-1]
-    assert smoothed([(1, 1.0), (2, 3.0), (3, 5.0)], 2) == [(1, 1.0), (2, 2.0), (3, 4.0)]
+    assert smoothed([(1, 1.0), (2, 3.0), (3, 8.0)], 2) == [(1, 1.0), (2, 4.0), (3, 8.0)]
     assert line_chart([Series("a", "first", [])], x_name="x", y_name="y") == ""
     svg = line_chart(
         [Series("<a>", "first", [(0, 1.0), (10, 2.0)], marks=True)], x_name="x", y_name="y"
@@ -106,6 +106,13 @@ def test_charts() -> None:
 
 def test_previews_are_escaped_and_marked() -> None:
     assert str(marked("<b> ⟦yes & no⟧ x")) == "&lt;b&gt; <mark>yes &amp; no</mark> x"
+
+
+def test_sizes_and_durations() -> None:
+    assert [sized(n) for n in (12, 29696, 19_500_000, 3 * 2**30)] == [
+        "12 bytes", "29.0 KiB", "18.6 MiB", "3.00 GiB"
+    ]  # fmt: skip
+    assert [timed(s) for s in (3.04, 65, 7300)] == ["3.0 s", "1 min 5 s", "2 h 1 min"]
 
 
 def test_a_report_needs_a_run(tmp_path: Path) -> None:

@@ -87,13 +87,14 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(number * step, 12) for number in range(first, last + 1)]
 
 
-def smoothed(points: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:
-    """The mean over the last ``window`` points (fewer at the start)."""
+def smoothed(points: Sequence[tuple[float, float]], reach: int) -> list[tuple[float, float]]:
+    """The mean over up to ``reach`` points on either side, as many on one as on the other: no lag."""
+    sums = [0.0]
+    for _, y in points:
+        sums.append(sums[-1] + y)
     found = []
-    total = 0.0
-    for number, (x, y) in enumerate(points):
-        total += y
-        if number >= window:
-            total -= points[number - window][1]
-        found.append((x, total / min(number + 1, window)))
+    for number, (x, _) in enumerate(points):
+        side = min(reach, number, len(points) - 1 - number)
+        first, last = number - side, number + side + 1
+        found.append((x, (sums[last] - sums[first]) / (last - first)))
     return found

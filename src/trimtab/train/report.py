@@ -16,7 +16,7 @@ from trimtab.errors import FileFormatError, StorageError
 from trimtab.train.chart import Series, line_chart, smoothed
 from trimtab.train.events import Event, read_events
 
-SMOOTHING = 20
+SMOOTHING = 10
 METRICS: tuple[tuple[str, str, Callable[[Event], Any]], ...] = (
     ("answers right", "share of examples", lambda event: (event["answers"] or {}).get("interval")),
     ("held-out loss", "nats per token", lambda event: event["loss"]),
@@ -43,7 +43,7 @@ def write_report(folder: Path) -> Path:
         autoescape=True,
         undefined=StrictUndefined,
     )
-    environment.filters["tokens"] = marked
+    environment.filters |= {"tokens": marked, "size": sized, "duration": timed}
     page = environment.get_template("report.html.j2").render(_facts(folder, events, start, recipe))
     path = folder / "report.html"
     temporary = folder / ".report.html"
@@ -126,13 +126,13 @@ def _loss_chart(steps: list[Event], before: Event | None, measured: list[Event])
     points = [
         (float(s["step"]), float(s["loss"])) for s in steps if isinstance(s["loss"], int | float)
     ]
-    window = max(1, min(SMOOTHING, len(points) // 10))
+    reach = min(SMOOTHING, len(points) // 20)
     held = [(0.0, before["loss"]["value"])] if before is not None else []
     held += [(float(event["step"]), event["loss"]["value"]) for event in measured]
     return line_chart(
         [
-            Series("training loss", "faint", points if window > 1 else []),
-            Series("training loss", "first", smoothed(points, window)),
+            Series("training loss", "faint", points if reach else []),
+            Series("training loss", "first", smoothed(points, reach)),
             Series("held-out loss", "second", held, marks=True),
         ],
         x_name="step",
@@ -145,6 +145,26 @@ def _rate_chart(steps: list[Event]) -> str:
     return line_chart(
         [Series("learning rate", "first", points)], x_name="step", y_name="learning rate"
     )
+
+
+def sized(count: float) -> str:
+    """Bytes in the unit that suits them."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return (
+                f"{count:.0f} {unit}" if unit == "bytes" or count >= 100 else f"{count:.1f} {unit}"
+            )
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def timed(seconds: float) -> str:
+    """A duration in hours, minutes or seconds."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s"
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {whole % 60} s"
 
 
 def marked(text: str) -> Markup:

@@ -164,6 +164,7 @@ class Run:
     def _plan(self) -> None:
         """Show and note what will be done."""
         recipe, sources, method = self.recipe, self.sources, self.adapter.method
+        options = method.model_dump(exclude_defaults=True, mode="json")
         stats = TokenStats.of(sources.train)
         whole = sum(p.numel() for p in self.base.model.parameters()) - self.adapter.count
         sites = Counter(site.path.rpartition(".")[2] for site in self.adapter.sites)
@@ -175,7 +176,7 @@ class Run:
             ),
             (
                 "method",
-                f"{method.kind} {method.model_dump(exclude_defaults=True, mode='json') or ''}".strip(),
+                f"{method.kind}({', '.join(f'{key}={value}' for key, value in options.items())})",
             ),
             (
                 "sites",
