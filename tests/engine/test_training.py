@@ -138,13 +138,18 @@ def test_a_gate_sees_the_prompt_only_and_its_losses_count_once() -> None:
     assert list(rows) == pytest.approx(list(packs), rel=1e-4)
 
 
-def test_an_adapter_on_the_head_trains() -> None:
+def test_an_adapter_on_the_head_trains_without_full_logits() -> None:
     base = kit.base()
     adapter = attach(base.model, LoRA(rank=2, targets=("q_proj", "lm_head")), "a")
     engine = Engine(base)
     data = kit.datums()
     before = engine.forward(data, "a").mean
     plain = engine.forward(data).mean
+    assert engine._head._plain is not None
+    logits = base.model(input_ids=torch.tensor([data[0].tokens])).logits[0].double()
+    picked = logits.log_softmax(-1)[range(len(data[0])), list(data[0].targets)]
+    want = -(picked * torch.tensor(data[0].weights, dtype=torch.float64)).sum()
+    assert engine.forward(data[:1], "a").total == pytest.approx(float(want.detach()), rel=1e-5)
     for _ in range(10):
         engine.forward_backward(data, "a")
         engine.optim_step("a", STEP)

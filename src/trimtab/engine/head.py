@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from trimtab.adapt.site import SiteBase
 from trimtab.data import Batch
 from trimtab.errors import UnsupportedError
 from trimtab.losses import TokenLoss, linear_cross_entropy, weighted_cross_entropy
@@ -58,7 +59,8 @@ class Head:
     def of(cls, model: nn.Module) -> Head:
         """Look at a model, with no adapter acting."""
         head = model.get_output_embeddings()  # type: ignore[operator]
-        return cls(model, head if type(head) is nn.Linear and _is_plain(model, head) else None)
+        bare = head.base_layer if isinstance(head, SiteBase) else head
+        return cls(model, bare if type(bare) is nn.Linear and _is_plain(model, bare) else None)
 
     def loss(self, inputs: dict[str, Tensor], kept: Kept, *, together: bool) -> TokenLoss:
         """Run the model and the loss. ``together``: one owner acts on all rows."""
