@@ -120,6 +120,7 @@ def verdict(outcome: Outcome) -> None:
 
 
 def main() -> None:
+    """Run the demonstration, or (in the new process) measure a saved adapter."""
     parser = argparse.ArgumentParser(description="Trimtab's demonstration on a real model.")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument(

@@ -21,7 +21,7 @@ from pathlib import Path
 from tests import models
 from tests.laws.cells import shaken
 from tests.models import output
-from trimtab.adapt.attach import bare_state
+from trimtab.adapt.probe import bare_state
 
 assert "ssf" in tt.methods()
 model, ids = models.llama(), {"input_ids": torch.arange(3, 19).reshape(2, 8)}

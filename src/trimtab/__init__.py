@@ -24,17 +24,17 @@ _PLACES = {
     "captured": "trimtab.adapt.checkpoint",
     "describe": "trimtab.adapt.describe",
     "detach": "trimtab.adapt.attach",
-    "disable": "trimtab.adapt.attach",
-    "enable": "trimtab.adapt.attach",
+    "disable": "trimtab.adapt.acting",
+    "enable": "trimtab.adapt.acting",
     "interpolate": "trimtab.adapt.arithmetic",
     "merge": "trimtab.adapt.merge",
-    "probe": "trimtab.adapt.attach",
+    "probe": "trimtab.adapt.probe",
     "resolve": "trimtab.adapt.describe",
-    "rows": "trimtab.adapt.attach",
-    "scale": "trimtab.adapt.attach",
+    "rows": "trimtab.adapt.acting",
+    "scale": "trimtab.adapt.acting",
     "scaled": "trimtab.adapt.arithmetic",
-    "stack": "trimtab.adapt.attach",
-    "using": "trimtab.adapt.attach",
+    "stack": "trimtab.adapt.acting",
+    "using": "trimtab.adapt.acting",
     "LoRA": "trimtab.methods.lora",
     "DoRA": "trimtab.methods.dora",
     "IA3": "trimtab.methods.ia3",
@@ -77,24 +77,24 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from trimtab.adapt.acting import disable as disable
+    from trimtab.adapt.acting import enable as enable
+    from trimtab.adapt.acting import rows as rows
+    from trimtab.adapt.acting import scale as scale
+    from trimtab.adapt.acting import stack as stack
+    from trimtab.adapt.acting import using as using
     from trimtab.adapt.adapter import Adapter as Adapter
     from trimtab.adapt.arithmetic import add as add
     from trimtab.adapt.arithmetic import interpolate as interpolate
     from trimtab.adapt.arithmetic import scaled as scaled
     from trimtab.adapt.attach import attach as attach
     from trimtab.adapt.attach import detach as detach
-    from trimtab.adapt.attach import disable as disable
-    from trimtab.adapt.attach import enable as enable
-    from trimtab.adapt.attach import probe as probe
-    from trimtab.adapt.attach import rows as rows
-    from trimtab.adapt.attach import scale as scale
-    from trimtab.adapt.attach import stack as stack
-    from trimtab.adapt.attach import using as using
     from trimtab.adapt.checkpoint import captured as captured
     from trimtab.adapt.contract import Method as Method
     from trimtab.adapt.describe import describe as describe
     from trimtab.adapt.describe import resolve as resolve
     from trimtab.adapt.merge import merge as merge
+    from trimtab.adapt.probe import probe as probe
     from trimtab.methods.bitfit import BitFit as BitFit
     from trimtab.methods.bottleneck import Bottleneck as Bottleneck
     from trimtab.methods.dora import DoRA as DoRA

@@ -18,9 +18,9 @@ import trimtab as tt
 from tests import models
 from tests.laws.cells import shaken
 from tests.models import output
-from trimtab.adapt import files
-from trimtab.adapt.attach import bare_state
+from trimtab.adapt import disk, files
 from trimtab.adapt.files import CONFIG, OURS, WEIGHTS
+from trimtab.adapt.probe import bare_state
 from trimtab.errors import (
     AttachError,
     BaseMismatchError,
@@ -417,7 +417,7 @@ def test_other_shapes_are_refused_before_anything_changes(folder: Path) -> None:
     ours = json.loads((folder / OURS).read_text())
     for key in tensors:
         tensors[key] = torch.zeros(3, 3)
-        ours["tensors"][key]["sha256"] = files.checksum(tensors[key])
+        ours["tensors"][key]["sha256"] = disk.checksum(tensors[key])
     save_file(tensors, folder / WEIGHTS)
     rewrite(folder / OURS, tensors=ours["tensors"])
     fresh = models.llama()
@@ -440,7 +440,7 @@ def test_a_full_disk_harms_nothing(
 ) -> None:
     before = tt.Adapter.load(folder)
     adapter = shaken(tt.detach(model, "a"))
-    monkeypatch.setattr(files, where, full)
+    monkeypatch.setattr(disk if where.startswith("_") else files, where, full)
     for target in (folder, folder.parent / "new"):
         with pytest.raises(StorageError, match="No space left on device.*intact") as caught:
             adapter.save(target)

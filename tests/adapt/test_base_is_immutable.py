@@ -14,7 +14,7 @@ import trimtab as tt
 from tests import models
 from tests.laws.cells import shaken
 from tests.models import CASES, output
-from trimtab.adapt.attach import bare_state
+from trimtab.adapt.probe import bare_state
 
 IDS = torch.arange(3, 19).reshape(2, 8)
 

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 import trimtab as tt
 from tests import models
-from trimtab.adapt.attach import bare_state
+from trimtab.adapt.probe import bare_state
 
 STEPS = 4
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.engine import kit
-from trimtab.adapt.attach import attach, using
+from trimtab.adapt.acting import using
+from trimtab.adapt.attach import attach
 from trimtab.engine import Engine, SamplingParams
 from trimtab.errors import ConfigError, DataError
 from trimtab.methods.lora import LoRA

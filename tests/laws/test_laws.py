@@ -22,9 +22,9 @@ from tests.laws.cells import (
     shaken,
 )
 from tests.models import CASES, output, pick
-from trimtab.adapt.attach import bare_state
 from trimtab.adapt.bank import bank_of
 from trimtab.adapt.merge import pushed
+from trimtab.adapt.probe import bare_state
 from trimtab.adapt.site import Site
 from trimtab.adapt.tree import sites_of
 from trimtab.errors import NotMergeableError, TrimtabError

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from torch import nn
 
 from trimtab.adapt.adapter import Adapter
-from trimtab.adapt.attach import _layer, _planned, _specs
 from trimtab.adapt.bank import find_bank
 from trimtab.adapt.contract import Method
 from trimtab.adapt.parse import method_from
+from trimtab.adapt.plan import layer_at, planned
+from trimtab.adapt.tensors import specs_of
 from trimtab.adapt.tree import anatomy_of
 
 
@@ -46,9 +47,9 @@ def resolve(model: nn.Module, method: Method | str | Mapping[str, object]) -> st
     """Where a method would act on this model, with shapes and parameter counts; nothing is changed."""
     chosen = method_from(method)
     anatomy = anatomy_of(model)
-    adapter = _planned(model, chosen, "plan", anatomy)
-    layers = {site.path: _layer(anatomy, site.path) for site in adapter.sites}
-    specs = _specs(adapter, anatomy, layers)
+    adapter = planned(model, chosen, "plan", anatomy)
+    layers = {site.path: layer_at(anatomy, site.path) for site in adapter.sites}
+    specs = specs_of(adapter, anatomy, layers)
     count = sum(_size(spec.shape) for found in specs.values() for spec in found.values())
     head = f"{chosen.kind}: {len(adapter.sites)} sites, {count:,} parameters"
     return "\n".join([head, *(f"  {line}" for line in grouped(adapter))])

@@ -10,29 +10,22 @@ Reading checks keys both ways and unpickles nothing. A folder without ``trimtab.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import torch
 from pydantic import Field, field_validator, model_validator
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from trimtab.adapt.adapter import Adapter, Origin, SiteSpec, TensorName
 from trimtab.adapt.contract import Method
+from trimtab.adapt.disk import checksum, read_json, read_tensors, replacing, write_json
 from trimtab.adapt.fingerprint import Fingerprint
 from trimtab.adapt.parse import method_from, methods
 from trimtab.adapt.slots import check_name
 from trimtab.config import Config
-from trimtab.errors import ConfigError, FileFormatError, StorageError, UnsupportedError, suggest
+from trimtab.errors import ConfigError, FileFormatError, suggest
 
 SCHEMA: Literal[1] = 1
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "trimtab.json"
@@ -279,35 +272,6 @@ def _same_keys(file: Path, expected: set[str], found: set[str]) -> None:
         raise FileFormatError(f"{file}: its tensors are not those of {OURS}: {'; '.join(parts)}.")
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on CPU."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a mapping)
-    except SafetensorError as error:
-        raise FileFormatError(
-            f"{file} is not a whole safetensors file ({error}); it is torn or foreign."
-        ) from None
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FileFormatError(f"{file} is not JSON: {error}.") from None
-    if not isinstance(data, dict):
-        raise FileFormatError(f"{file} holds a {type(data).__name__}, not an object.")
-    return data
-
-
-def checksum(tensor: Tensor) -> str:
-    """sha256 of dtype, shape and bytes."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    header = f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
-    return hashlib.sha256(header + flat.numpy().tobytes()).hexdigest()
-
-
 # -- writing ------------------------------------------------------------------------------------------
 
 
@@ -329,98 +293,3 @@ def _peft_config(adapter: Adapter) -> dict[str, Any]:
         targets["fan_in_fan_out"] = True
     full: dict[str, Any] = {"modules_to_save": list(method.train)} if method.train else {}
     return {**base, **targets, **full, **method.to_peft(adapter.places())}
-
-
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside ``folder`` that takes its place when the block ends without an error.
-
-    Raises:
-        StorageError: the disk refused; the temporary folder is removed and ``folder`` is as it was.
-    """
-    temporary: Path | None = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        yield temporary
-        for file in temporary.iterdir():
-            _flush(file)
-        _flush(temporary)
-        _swap(temporary, folder)
-        _flush(folder.parent)
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, StorageError):
-            raise
-        raise StorageError(
-            f"could not write {folder}: {error}. What was saved there before is intact; free space or choose "
-            "another folder, and save again."
-        ) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _swap(temporary: Path, folder: Path) -> None:
-    """Rename into place. An old folder steps aside first and comes back if the rename fails."""
-    if not folder.exists():
-        os.rename(temporary, folder)
-        return
-    if folder.is_file() or not (
-        {CONFIG, OURS, "state.json"} & {p.name for p in folder.iterdir()} or _empty(folder)
-    ):
-        raise StorageError(
-            f"{folder} exists and is not an adapter folder; it is not overwritten. Choose another."
-        )
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent)) / folder.name
-    os.rename(folder, aside)
-    try:
-        os.rename(temporary, folder)
-    except OSError:
-        os.rename(aside, folder)
-        raise
-    shutil.rmtree(aside.parent, ignore_errors=True)
-
-
-def _empty(folder: Path) -> bool:
-    return not any(folder.iterdir())
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(file: Path, data: Mapping[str, Any]) -> None:
-    """Write an object with sorted keys, so that equal values are equal files."""
-    file.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def selectors(names: str | Sequence[str] | None) -> str | tuple[str, ...]:
-    """PEFT's target modules as our selectors: names stay names, a text is a regular expression."""
-    if isinstance(names, str):
-        return names if names == "all-linear" else f"re:{names}"
-    return tuple(sorted(names or ()))
-
-
-def refuse_unknown(
-    config: Mapping[str, Any], defaults: Mapping[str, Any], read: set[str], kind: str
-) -> None:
-    """Raise for a PEFT option that is set away from its default and that nobody reads."""
-    common = {
-        "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-        "inference_mode", "modules_to_save", "runtime_config",
-    }  # fmt: skip
-    for key, value in config.items():
-        if key in common | read:
-            continue
-        if key not in defaults:
-            raise FileFormatError(
-                f"{CONFIG}: unknown option {key!r} of {kind}; a newer PEFT wrote it."
-            )
-        if value not in (defaults[key], None, [], {}, ""):
-            raise UnsupportedError(
-                f"{CONFIG}: option {key}={value!r} of {kind} changes the adapter; Trimtab lacks it."
-            )

@@ -28,6 +28,7 @@ from trimtab.adapt.contract import (
     pattern_value,
     zeros,
 )
+from trimtab.adapt.peft_config import refuse_unknown, selectors
 from trimtab.errors import TargetError, UnsupportedError
 from trimtab.frozen import Layer
 from trimtab.models.anatomy import Anatomy
@@ -185,8 +186,6 @@ class LowRank(Method):
     @classmethod
     def fields_from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """Our fields of a PEFT LoRA config."""
-        from trimtab.adapt.files import refuse_unknown, selectors
-
         read = {
             "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "rank_pattern", "alpha_pattern", "use_dora",
             "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out",

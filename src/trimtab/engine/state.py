@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trimtab.adapt.adapter import Adapter
-from trimtab.adapt.files import read_json, read_tensors, replacing, write_json
+from trimtab.adapt.disk import read_json, read_tensors, replacing, write_json
 from trimtab.engine.tenant import Tenant
 from trimtab.errors import BaseMismatchError, FileFormatError
 

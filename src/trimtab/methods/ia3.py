@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trimtab.adapt.contract import At, Layer, Method, Params, Place, Spec, ones
-from trimtab.adapt.files import refuse_unknown, selectors
+from trimtab.adapt.peft_config import refuse_unknown, selectors
 from trimtab.errors import FileFormatError, UnsupportedError
 from trimtab.models.anatomy import Anatomy
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trimtab.adapt.attention import ROLE
 from trimtab.adapt.contract import At, Method, Params, Place, Spec, normal
-from trimtab.adapt.files import refuse_unknown
+from trimtab.adapt.peft_config import refuse_unknown
 from trimtab.errors import UnsupportedError
 from trimtab.models.anatomy import Anatomy
 

@@ -1,0 +1,116 @@
+"""Files on disk: whole folders written at once, and safetensors and JSON read with errors people can act on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from trimtab.errors import FileFormatError, StorageError
+
+WHOLE = frozenset({"adapter_config.json", "trimtab.json", "state.json"})
+"""A folder that holds one of these is ours to replace."""
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on CPU."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise FileFormatError(
+            f"{file} is not a whole safetensors file ({error}); it is torn or foreign."
+        ) from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FileFormatError(f"{file} is not JSON: {error}.") from None
+    if not isinstance(data, dict):
+        raise FileFormatError(f"{file} holds a {type(data).__name__}, not an object.")
+    return data
+
+
+def checksum(tensor: Tensor) -> str:
+    """sha256 of dtype, shape and bytes."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    header = f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
+    return hashlib.sha256(header + flat.numpy().tobytes()).hexdigest()
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside ``folder`` that takes its place when the block ends without an error.
+
+    Raises:
+        StorageError: the disk refused; the temporary folder is removed and ``folder`` is as it was.
+    """
+    temporary: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        yield temporary
+        for file in temporary.iterdir():
+            _flush(file)
+        _flush(temporary)
+        _swap(temporary, folder)
+        _flush(folder.parent)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(
+            f"could not write {folder}: {error}. What was saved there before is intact; free space or choose "
+            "another folder, and save again."
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(temporary: Path, folder: Path) -> None:
+    """Rename into place. An old folder steps aside first and comes back if the rename fails."""
+    if not folder.exists():
+        os.rename(temporary, folder)
+        return
+    if folder.is_file() or not (WHOLE & {p.name for p in folder.iterdir()} or _empty(folder)):
+        raise StorageError(
+            f"{folder} exists and is not an adapter folder; it is not overwritten. Choose another."
+        )
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent)) / folder.name
+    os.rename(folder, aside)
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        os.rename(aside, folder)
+        raise
+    shutil.rmtree(aside.parent, ignore_errors=True)
+
+
+def _empty(folder: Path) -> bool:
+    return not any(folder.iterdir())
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(file: Path, data: Mapping[str, Any]) -> None:
+    """Write an object with sorted keys, so that equal values are equal files."""
+    file.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,38 @@
+"""Reading options of PEFT's ``adapter_config.json``: what its selectors mean, and refusing what we lack."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trimtab.errors import FileFormatError, UnsupportedError
+
+CONFIG = "adapter_config.json"
+
+
+def selectors(names: str | Sequence[str] | None) -> str | tuple[str, ...]:
+    """PEFT's target modules as our selectors: names stay names, a text is a regular expression."""
+    if isinstance(names, str):
+        return names if names == "all-linear" else f"re:{names}"
+    return tuple(sorted(names or ()))
+
+
+def refuse_unknown(
+    config: Mapping[str, Any], defaults: Mapping[str, Any], read: set[str], kind: str
+) -> None:
+    """Raise for a PEFT option that is set away from its default and that nobody reads."""
+    common = {
+        "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+        "inference_mode", "modules_to_save", "runtime_config",
+    }  # fmt: skip
+    for key, value in config.items():
+        if key in common | read:
+            continue
+        if key not in defaults:
+            raise FileFormatError(
+                f"{CONFIG}: unknown option {key!r} of {kind}; a newer PEFT wrote it."
+            )
+        if value not in (defaults[key], None, [], {}, ""):
+            raise UnsupportedError(
+                f"{CONFIG}: option {key}={value!r} of {kind} changes the adapter; Trimtab lacks it."
+            )

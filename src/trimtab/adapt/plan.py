@@ -1,0 +1,147 @@
+"""Planning: a method, or a saved adapter, resolved to the sites of one model; nothing is changed here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from torch import nn
+
+from trimtab.adapt.adapter import Adapter, Origin, SiteSpec
+from trimtab.adapt.contract import Method, Place
+from trimtab.adapt.parse import methods
+from trimtab.errors import (
+    AttachError,
+    BaseMismatchError,
+    TargetError,
+    suggest,
+)
+from trimtab.frozen import Layer, view
+from trimtab.frozen.sublayer import SubLayer
+from trimtab.models.anatomy import Anatomy
+from trimtab.models.families import ROLES
+
+
+def planned(model: nn.Module, method: Method, name: str, anatomy: Anatomy) -> Adapter:
+    """An adapter without tensors: the method resolved to this model's sites."""
+    places = list(method.place(anatomy))
+    if not places:
+        raise TargetError(f"{method.kind} finds no place to act in {type(model).__name__}.")
+    found = [method]
+    sites = [SiteSpec(place.path, place.role, 0) for place in places]
+    if method.train:
+        full = methods.get("full").parse({"targets": method.train})
+        found.append(full)
+        trained = [place.path for place in full.place(anatomy)]
+        both = sorted(set(trained) & {place.path for place in places})
+        if both:
+            raise TargetError(
+                f"{both[0]!r} is both adapted and trained in full; exclude it from the targets."
+            )
+        sites += [SiteSpec(path, "", 1) for path in trained]
+    return Adapter(name, found, sites, {}, origin=_origin(model, method, sites, anatomy))
+
+
+def _origin(
+    model: nn.Module, method: Method, sites: Sequence[SiteSpec], anatomy: Anatomy
+) -> Origin:
+    """What an adapter's folder is to say of this base."""
+    places = [Place(site.path, site.role) for site in sites if site.method == 0]
+    paths = method.wrapped(places)
+    layers = [layer_at(anatomy, path) for path in paths]
+    kind = type(model).__name__
+    task = next((task for ending, task in _TASKS.items() if kind.endswith(ending)), None)
+    headless = not any(site.method and site.path in anatomy.head for site in sites)
+    return Origin(
+        base_name=getattr(anatomy.config, "_name_or_path", None) or None,
+        task_type=None if headless and task in _HEADS_TOO else task,
+        suffixes=_suffixes(paths, anatomy),
+        transposed=any(layer.transposed for layer in layers),
+        in_peft=method.in_peft(anatomy, places) and all(layer.in_peft for layer in layers),
+    )
+
+
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+"""PEFT's task by the end of a model class's name; without one, PEFT ignores a prefix."""
+_HEADS_TOO = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+"""Tasks for which PEFT expects the trained head in the file."""
+
+
+def _suffixes(paths: Sequence[str], anatomy: Anatomy) -> tuple[str, ...] | None:
+    """The shortest module names that select exactly these paths by PEFT's rule, if there are any."""
+    wanted = set(paths)
+    leaves = tuple(sorted({path.rpartition(".")[2] for path in paths}))
+    reached = {
+        path
+        for path in anatomy.modules
+        for leaf in leaves
+        if path == leaf or path.endswith(f".{leaf}")
+    }
+    return leaves if reached == wanted else None
+
+
+def checked(adapter: Adapter, name: str | None, base: Any, any_base: bool) -> Adapter:
+    """A saved adapter, copied and checked against this base."""
+    if adapter.base is not None:
+        reason = adapter.base.mismatch(base)
+        same_shape = adapter.base.architecture == base.architecture
+        if reason and not (any_base and same_shape):
+            advice = " Pass any_base=True to attach it all the same." if same_shape else ""
+            raise BaseMismatchError(
+                f"adapter {adapter.name!r} was made for another base: {reason}.{advice}"
+            )
+    return adapter.detached(name=name)
+
+
+def placed(adapter: Adapter, anatomy: Anatomy) -> Adapter:
+    """A file whose tensors belong to the whole adapter (PEFT's prefix) names no sites: find them here."""
+    if all(site.method for site in adapter.sites):
+        found = [SiteSpec(p.path, p.role, 0) for p in adapter.method.place(anatomy)]
+        adapter.sites = (*found, *adapter.sites)
+    return adapter
+
+
+def check_whole(adapter: Adapter, anatomy: Anatomy) -> None:
+    """Refuse a foreign file that lacks the tensors of a module which its config names.
+
+    A name that nothing here has is passed over: published configs list those of several architectures.
+    """
+    method = adapter.method
+    wanted: set[str] = set()
+    for selectors, change in (
+        (method.targets, wanted.update),
+        (method.exclude, wanted.difference_update),
+    ):
+        for selector in (selectors,) if isinstance(selectors, str) else selectors:
+            if selector not in ROLES:
+                with suppress(TargetError):
+                    change(anatomy.select(selector, (), method.layers))
+    lacking = [p for p in anatomy.modules if p in wanted - {site.path for site in adapter.sites}]
+    if lacking:
+        raise AttachError(
+            f"adapter {adapter.name!r} has no tensors for {len(lacking)} modules that its config names, e.g. "
+            f"{lacking[0]!r}: its weights are incomplete, or were made for another model."
+        )
+
+
+def layer_at(anatomy: Anatomy, path: str) -> Layer:
+    """The view of the layer at a path (expert 0 of an expert parameter)."""
+    if path in anatomy.experts:
+        return anatomy.expert_layers(path)[0]
+    if path not in anatomy.modules:
+        hint = suggest(path, [*anatomy.modules, *anatomy.experts])
+        raise AttachError(f"this model has no module {path!r}.{hint}")
+    if path == "":
+        raise TargetError(
+            "the model itself is the target; put it into a container module and attach to that."
+        )
+    module = anatomy.modules[path]
+    return view(module) or SubLayer(module, anatomy.width, anatomy.around(path))

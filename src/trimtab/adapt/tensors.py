@@ -1,0 +1,117 @@
+"""The tensors of an adapter on one model: which are expected, their first values, and whether given ones fit."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from trimtab.adapt.adapter import Adapter, TensorName
+from trimtab.adapt.contract import Spec
+from trimtab.errors import (
+    AttachError,
+    TargetError,
+)
+from trimtab.frozen import Layer
+from trimtab.models.anatomy import Anatomy
+
+
+def specs_of(
+    adapter: Adapter, anatomy: Anatomy, layers: Mapping[str, Layer]
+) -> dict[tuple[int, str], dict[str, Spec]]:
+    """Specs by (number of the site, or -1 - number of the method for its shared tensors; path)."""
+    found: dict[tuple[int, str], dict[str, Spec]] = {}
+    for number, site in enumerate(adapter.sites):
+        method = adapter.methods[site.method].at(site.path)
+        if site.path in anatomy.experts:
+            each = anatomy.expert_layers(site.path)
+            specs = _stacked([method.tensors(layer, site.role) for layer in each])
+        else:
+            specs = method.tensors(layers[site.path], site.role)
+        found[number, site.path] = specs
+    for number, method in enumerate(adapter.methods):
+        found[-1 - number, ""] = method.shared(anatomy, adapter.places(number))
+    return found
+
+
+def _stacked(each: Sequence[Mapping[str, Spec]]) -> dict[str, Spec]:
+    """The same tensors for every expert, stacked; each starts as it would alone."""
+
+    def stacked(short: str) -> Spec:
+        specs = [of_expert[short] for of_expert in each]
+
+        def init(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+            return torch.stack([spec.init(spec.shape, generator) for spec in specs])
+
+        return Spec(specs[0].name, (len(specs), *specs[0].shape), init, specs[0].cast)
+
+    return {short: stacked(short) for short in each[0]}
+
+
+def initial_tensors(
+    adapter: Adapter,
+    specs: Mapping[tuple[int, str], Mapping[str, Spec]],
+    layers: Mapping[str, Layer],
+    seed: int,
+    *,
+    new: bool,
+) -> dict[TensorName, Tensor]:
+    """Initial values of a new adapter, or the checked tensors of a saved one, on their layers' devices."""
+    expected: dict[TensorName, Spec] = {}
+    for (_, path), of_site in specs.items():
+        for spec in of_site.values():
+            tensor_name = TensorName(path, spec.name)
+            if tensor_name in expected:
+                raise TargetError(
+                    f"two methods of {adapter.name!r} want the slot {tensor_name.key!r}."
+                )
+            expected[tensor_name] = spec
+    devices = [layer.device for layer in layers.values()]
+    default = devices[0] if devices else torch.device("cpu")
+    given = adapter.named()
+    if not new:
+        _same_tensors(adapter, expected, given)
+    made: dict[TensorName, Tensor] = {}
+    for tensor_name, spec in expected.items():
+        layer = layers.get(tensor_name.path)
+        device = default if layer is None else layer.device
+        if not new:
+            value = given[tensor_name]
+            if value.is_floating_point():
+                value = value.to(torch.promote_types(value.dtype, torch.float32))
+        elif device.type == "meta":
+            value = torch.empty(spec.shape, device="meta")
+        else:
+            value = spec.init(spec.shape, _generator(seed, tensor_name.key))
+        made[tensor_name] = value.to(device).clone()
+    return made
+
+
+def _same_tensors(
+    adapter: Adapter, expected: Mapping[TensorName, Spec], given: Mapping[TensorName, Tensor]
+) -> None:
+    missing = sorted(name.key for name in expected if name not in given)
+    extra = sorted(name.key for name in given if name not in expected)
+    if missing or extra:
+        parts = [f"it lacks {len(missing)}, e.g. {missing[0]!r}"] if missing else []
+        parts += (
+            [f"it has {len(extra)} that its method does not use here, e.g. {extra[0]!r}"]
+            if extra
+            else []
+        )
+        raise AttachError(
+            f"adapter {adapter.name!r} has other tensors than this model needs: {'; '.join(parts)}."
+        )
+    for name, spec in expected.items():
+        if tuple(given[name].shape) != spec.shape:
+            raise AttachError(
+                f"adapter {adapter.name!r}: {name.key!r} has shape {tuple(given[name].shape)}, "
+                f"this model needs {spec.shape}."
+            )
+
+
+def _generator(seed: int, key: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed} {key}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
