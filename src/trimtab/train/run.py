@@ -13,7 +13,6 @@ resumed run ends bitwise where an uninterrupted one does.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -22,12 +21,12 @@ from typing import Any, Literal
 
 import torch
 
+from trimtab.adapt.acting import using
 from trimtab.adapt.adapter import Adapter
-from trimtab.adapt.attach import probe, using
-from trimtab.data import Cursor, Datum, TokenStats, preview, visit
+from trimtab.adapt.probe import probe
+from trimtab.data import Cursor, Datum, preview, visit
 from trimtab.engine import Engine, LossResult, StepResult
 from trimtab.errors import (
-    ConfigError,
     DataError,
     NonFiniteLossError,
     StorageError,
@@ -41,11 +40,12 @@ from trimtab.train.checkpoints import Checkpoints
 from trimtab.train.events import Events, read_events
 from trimtab.train.interrupt import Interrupt
 from trimtab.train.measure import Measure, Measured
-from trimtab.train.recipe import Recipe, differences
-from trimtab.train.recipe_file import read_recipe, write_recipe
+from trimtab.train.recipe import Recipe
+from trimtab.train.recipe_file import write_recipe
 from trimtab.train.report import write_report
 from trimtab.train.schedule import groups, total_steps
 from trimtab.train.screen import Screen
+from trimtab.train.setup import base_parameters, check_same, plan_rows, resolved, run_folder
 from trimtab.train.sources import Sources, read_sources
 
 PREVIEWS = 2
@@ -100,13 +100,13 @@ class Run:
         self, recipe: Recipe, base: Base, adapter: Adapter, screen: Screen, *, resume: bool
     ) -> None:
         self.base, self.adapter, self.screen = base, adapter, screen
-        self.folder = _folder(recipe, adapter, resume=resume)
+        self.folder = run_folder(recipe, adapter, resume=resume)
         self.engine = Engine(base, micro_tokens=recipe.batch.micro_tokens)
         self.sources: Sources = read_sources(
             recipe.data, base.tokenizer, self.engine.context(adapter.name)
         )
         self.engine.micro_tokens = max(recipe.batch.micro_tokens, self.sources.longest)
-        self.recipe = _resolved(recipe, base, adapter, self.folder)
+        self.recipe = resolved(recipe, base, adapter, self.folder)
         self.total = total_steps(self.sources.train, self.recipe)
         self.measure = (
             Measure(self.engine, self.sources.held_out, base.tokenizer, self.recipe.eval)
@@ -136,7 +136,7 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if resume and (self.folder / RECIPE).exists():
-                _check_same(self.folder / RECIPE, self.recipe)
+                check_same(self.folder / RECIPE, self.recipe)
             else:
                 write_recipe(self.recipe, self.folder / RECIPE)
         except OSError as error:
@@ -163,40 +163,16 @@ class Run:
 
     def _plan(self) -> None:
         """Show and note what will be done."""
-        recipe, sources, method = self.recipe, self.sources, self.adapter.method
-        options = method.model_dump(exclude_defaults=True, mode="json")
-        stats = TokenStats.of(sources.train)
-        whole = sum(p.numel() for p in self.base.model.parameters()) - self.adapter.count
-        sites = Counter(site.path.rpartition(".")[2] for site in self.adapter.sites)
+        recipe, sources = self.recipe, self.sources
+        rows = plan_rows(
+            recipe,
+            self.base,
+            self.adapter,
+            sources,
+            total=self.total,
+            micro_tokens=self.engine.micro_tokens,
+        )
         previews = [preview(datum, self.base.tokenizer) for datum in sources.train[:PREVIEWS]]
-        rows = [
-            (
-                "model",
-                f"{self.base.name}: {whole:,} parameters, {recipe.dtype}, on {self.base.model.device}",
-            ),
-            (
-                "method",
-                f"{method.kind}({', '.join(f'{key}={value}' for key, value in options.items())})",
-            ),
-            (
-                "sites",
-                f"{len(self.adapter.sites)}: " + ", ".join(f"{n} × {k}" for k, n in sites.items()),
-            ),
-            (
-                "trained",
-                f"{self.adapter.count:,} parameters ({self.adapter.count / whole:.2%} of the model)",
-            ),
-            *(("data", note) for note in sources.notes),
-            ("tokens", str(stats)),
-            (
-                "steps",
-                f"{self.total}, of {_size(recipe)}; micro-batches of {self.engine.micro_tokens} tokens",
-            ),
-            ("optimiser", f"AdamW, learning rate {recipe.optim.lr:g}, {recipe.optim.schedule}"),
-            ("folder", str(self.folder)),
-        ]
-        if sources.overlap:
-            rows.append(("careful", f"{sources.overlap} held-out examples are trained on as well"))
         self.screen.plan(rows, previews)
         self.events.add(
             "start",
@@ -206,7 +182,7 @@ class Run:
                 "total": self.total,
                 "parameters": self.adapter.count,
                 "bytes": self.adapter.nbytes,
-                "model_parameters": whole,
+                "model_parameters": base_parameters(self.base, self.adapter),
                 "data": {
                     "name": sources.name,
                     "sha256": sources.digest,
@@ -395,60 +371,3 @@ class Run:
             else ""
         )
         return type(error)(f"step {self.progress.step + 1}: {error} {kept}{advice}")
-
-
-# -- what a run is made from ------------------------------------------------------------------------
-
-
-def _folder(recipe: Recipe, adapter: Adapter, *, resume: bool) -> Path:
-    """The run's folder; a new one below ``runs`` where none is named."""
-    if recipe.out is not None:
-        folder = Path(recipe.out)
-        taken = folder.is_dir() and any(folder.iterdir())
-        if taken and not resume:
-            raise ConfigError(
-                f"{folder} holds a run or something else already; choose another 'out', or resume that run."
-            )
-        if folder.exists() and not folder.is_dir():
-            raise ConfigError(f"{folder} is a file; choose a folder as 'out'.")
-        return folder
-    if resume:
-        raise ConfigError("to resume a run, name its folder as 'out'.")
-    stem = f"{Path(recipe.data.path).stem}-{adapter.method.kind}"
-    return next(
-        folder for n in range(1, 10**6) if not (folder := Path("runs") / f"{stem}-{n}").exists()
-    )
-
-
-def _resolved(recipe: Recipe, base: Base, adapter: Adapter, folder: Path) -> Recipe:
-    """The recipe with everything filled in that has a default elsewhere."""
-    method, optim = adapter.method, recipe.optim
-    optim = optim.replace(
-        lr=method.lr if optim.lr is None else optim.lr,
-        weight_decay=method.weight_decay if optim.weight_decay is None else optim.weight_decay,
-    )
-    return recipe.replace(
-        method=method.to_dict(),
-        name=adapter.name,
-        optim=optim,
-        batch=recipe.batch
-        if recipe.batch.tokens
-        else recipe.batch.replace(size=recipe.batch.examples),
-        dtype=str(base.model.dtype).removeprefix("torch."),
-        out=str(folder),
-    )
-
-
-def _check_same(path: Path, recipe: Recipe) -> None:
-    changed = differences(read_recipe(path), recipe)
-    if changed:
-        raise ConfigError(
-            f"cannot resume {path.parent}: {', '.join(changed)} differ from its recipe. Resume with the same recipe, "
-            "or start a new run."
-        )
-
-
-def _size(recipe: Recipe) -> str:
-    if recipe.batch.tokens is not None:
-        return f"{recipe.batch.tokens} tokens"
-    return f"{recipe.batch.examples} examples"

@@ -1,0 +1,103 @@
+"""What is settled before a run: its folder, its resolved recipe, and the plan that is shown."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from trimtab.adapt.adapter import Adapter
+from trimtab.data import TokenStats
+from trimtab.errors import ConfigError
+from trimtab.models.load import Base
+from trimtab.train.recipe import Recipe, differences
+from trimtab.train.recipe_file import read_recipe
+from trimtab.train.sources import Sources
+
+Rows = list[tuple[str, str]]
+
+
+def run_folder(recipe: Recipe, adapter: Adapter, *, resume: bool) -> Path:
+    """The run's folder; a new one below ``runs`` where none is named."""
+    if recipe.out is not None:
+        folder = Path(recipe.out)
+        taken = folder.is_dir() and any(folder.iterdir())
+        if taken and not resume:
+            raise ConfigError(
+                f"{folder} holds a run or something else already; choose another 'out', or resume that run."
+            )
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"{folder} is a file; choose a folder as 'out'.")
+        return folder
+    if resume:
+        raise ConfigError("to resume a run, name its folder as 'out'.")
+    stem = f"{Path(recipe.data.path).stem}-{adapter.method.kind}"
+    return next(
+        folder for n in range(1, 10**6) if not (folder := Path("runs") / f"{stem}-{n}").exists()
+    )
+
+
+def resolved(recipe: Recipe, base: Base, adapter: Adapter, folder: Path) -> Recipe:
+    """The recipe with everything filled in that has a default elsewhere."""
+    method, optim = adapter.method, recipe.optim
+    optim = optim.replace(
+        lr=method.lr if optim.lr is None else optim.lr,
+        weight_decay=method.weight_decay if optim.weight_decay is None else optim.weight_decay,
+    )
+    return recipe.replace(
+        method=method.to_dict(),
+        name=adapter.name,
+        optim=optim,
+        batch=recipe.batch
+        if recipe.batch.tokens
+        else recipe.batch.replace(size=recipe.batch.examples),
+        dtype=str(base.model.dtype).removeprefix("torch."),
+        out=str(folder),
+    )
+
+
+def check_same(path: Path, recipe: Recipe) -> None:
+    """Raise `ConfigError` where the recipe of a run differs in what would change its result."""
+    changed = differences(read_recipe(path), recipe)
+    if changed:
+        raise ConfigError(
+            f"cannot resume {path.parent}: {', '.join(changed)} differ from its recipe. Resume with the same recipe, "
+            "or start a new run."
+        )
+
+
+def size_of_step(recipe: Recipe) -> str:
+    """How much data an optimiser step sees, in words."""
+    if recipe.batch.tokens is not None:
+        return f"{recipe.batch.tokens} tokens"
+    return f"{recipe.batch.examples} examples"
+
+
+def plan_rows(
+    recipe: Recipe, base: Base, adapter: Adapter, sources: Sources, *, total: int, micro_tokens: int
+) -> Rows:
+    """The facts of a run, name by name, as they are shown before it starts."""
+    method, whole = adapter.method, base_parameters(base, adapter)
+    options = method.model_dump(exclude_defaults=True, mode="json")
+    sites = Counter(site.path.rpartition(".")[2] for site in adapter.sites)
+    rows = [
+        ("model", f"{base.name}: {whole:,} parameters, {recipe.dtype}, on {base.model.device}"),
+        (
+            "method",
+            f"{method.kind}({', '.join(f'{key}={value}' for key, value in options.items())})",
+        ),
+        ("sites", f"{len(adapter.sites)}: " + ", ".join(f"{n} × {k}" for k, n in sites.items())),
+        ("trained", f"{adapter.count:,} parameters ({adapter.count / whole:.2%} of the model)"),
+        *(("data", note) for note in sources.notes),
+        ("tokens", str(TokenStats.of(sources.train))),
+        ("steps", f"{total}, of {size_of_step(recipe)}; micro-batches of {micro_tokens} tokens"),
+        ("optimiser", f"AdamW, learning rate {recipe.optim.lr:g}, {recipe.optim.schedule}"),
+        ("folder", str(recipe.out)),
+    ]
+    if sources.overlap:
+        rows.append(("careful", f"{sources.overlap} held-out examples are trained on as well"))
+    return rows
+
+
+def base_parameters(base: Base, adapter: Adapter) -> int:
+    """Parameters of the model without this adapter's."""
+    return sum(p.numel() for p in base.model.parameters()) - adapter.count
