@@ -20,6 +20,7 @@ from tests.laws.cells import shaken
 from tests.models import output
 from trimtab.adapt import disk, files
 from trimtab.adapt.files import CONFIG, OURS, WEIGHTS
+from trimtab.adapt.lowrank import LowRank
 from trimtab.adapt.probe import bare_state
 from trimtab.errors import (
     AttachError,
@@ -466,6 +467,17 @@ def test_a_disk_that_fills_up_while_writing_harms_nothing(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+def test_saved_files_have_the_permissions_of_an_ordinary_write(
+    model: nn.Module, tmp_path: Path
+) -> None:
+    ordinary = tmp_path / "ordinary"
+    ordinary.mkdir()
+    (ordinary / "file").write_text("x")
+    saved = tt.attach(model, "lora(rank=2)", "b").save(tmp_path / "b")
+    assert saved.stat().st_mode == ordinary.stat().st_mode
+    assert {file.stat().st_mode for file in saved.iterdir()} == {(ordinary / "file").stat().st_mode}
+
+
 def test_a_folder_of_something_else_is_not_overwritten(model: nn.Module, tmp_path: Path) -> None:
     adapter = tt.attach(model, "lora(rank=2)", "a")
     (tmp_path / "notes").mkdir()
@@ -476,6 +488,18 @@ def test_a_folder_of_something_else_is_not_overwritten(model: nn.Module, tmp_pat
             adapter.save(taken)
     assert (tmp_path / "notes" / "mine.txt").read_text() == "precious"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "notes"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("lora", "registered as another class"), ("toy", "unknown method 'toy'")]
+)
+def test_what_could_not_be_read_back_is_not_saved(tmp_path: Path, kind: str, reason: str) -> None:
+    """A method that is no entry of the registry works in memory, but no process could load its files."""
+    toy = type("Toy", (LowRank,), {"kind": kind, "__module__": __name__})
+    adapter = tt.attach(models.llama(), toy(rank=2), "a")
+    with pytest.raises(ConfigError, match=reason):
+        adapter.save(tmp_path / "a")
+    assert not any(tmp_path.iterdir())
 
 
 def test_saving_again_replaces_the_folder_whole(model: nn.Module, folder: Path) -> None:

@@ -63,8 +63,11 @@ def replacing(folder: Path) -> Iterator[Path]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         yield temporary
+        mode = 0o666 & ~_umask()
         for file in temporary.iterdir():
+            file.chmod(mode)  # as an ordinary write would leave it; temporary files are private
             _flush(file)
+        temporary.chmod(mode | (mode & 0o444) >> 2)  # who may read a folder may enter it
         _flush(temporary)
         _swap(temporary, folder)
         _flush(folder.parent)
@@ -97,6 +100,13 @@ def _swap(temporary: Path, folder: Path) -> None:
         os.rename(aside, folder)
         raise
     shutil.rmtree(aside.parent, ignore_errors=True)
+
+
+def _umask() -> int:
+    """The process's umask; reading it means setting it for a moment."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _empty(folder: Path) -> bool:
