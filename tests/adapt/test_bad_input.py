@@ -478,6 +478,14 @@ def test_saved_files_have_the_permissions_of_an_ordinary_write(
     assert {file.stat().st_mode for file in saved.iterdir()} == {(ordinary / "file").stat().st_mode}
 
 
+def test_a_folder_within_a_saved_folder_can_be_entered(tmp_path: Path) -> None:
+    """As a training state's adapter."""
+    with disk.replacing(tmp_path / "state") as temporary:
+        (temporary / "adapter").mkdir()
+        before = (temporary / "adapter").stat().st_mode
+    assert (tmp_path / "state" / "adapter").stat().st_mode == before
+
+
 def test_a_folder_of_something_else_is_not_overwritten(model: nn.Module, tmp_path: Path) -> None:
     adapter = tt.attach(model, "lora(rank=2)", "a")
     (tmp_path / "notes").mkdir()

@@ -65,7 +65,8 @@ def replacing(folder: Path) -> Iterator[Path]:
         yield temporary
         mode = 0o666 & ~_umask()
         for file in temporary.iterdir():
-            file.chmod(mode)  # as an ordinary write would leave it; temporary files are private
+            if file.is_file():
+                file.chmod(mode)  # as an ordinary write would leave it; temporary files are private
             _flush(file)
         temporary.chmod(mode | (mode & 0o444) >> 2)  # who may read a folder may enter it
         _flush(temporary)

@@ -71,7 +71,14 @@ def save(adapter: Adapter, folder: Path) -> Path:
 
     Raises:
         StorageError: the disk refused (full, read-only); what was there before is intact.
+        ConfigError: a method is not registered under its kind, so no process could read it back.
     """
+    for method in adapter.methods:
+        if methods.get(method.kind) is not type(method):
+            raise ConfigError(
+                f"method {method.kind!r} is registered as another class than {type(method).__name__}, so this "
+                "adapter could not be read back; register it under a kind of its own."
+            )
     tensors: dict[str, Tensor] = {}
     index: dict[str, Entry] = {}
     for name, tensor in adapter.named().items():
