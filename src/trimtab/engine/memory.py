@@ -2,8 +2,10 @@
 
 glibc gives large freed blocks straight back to the system, so each training step maps its activations
 anew, and every new page is a fault; under virtualised memory that can take most of the time of a step.
-Two settings of its allocator keep freed memory in the process for the next step. They are those of the
-environment variables ``MALLOC_MMAP_MAX_=0`` and ``MALLOC_TRIM_THRESHOLD_``, set from inside.
+Two settings of its allocator keep freed memory in the process for the next step: the heap is never trimmed,
+and blocks up to 32 MiB (the most that glibc allows) come from the heap. Larger ones are still mapped and given
+back, one by one: kept in the heap as well, blocks of ever other sizes would break it into pieces, and the
+process would grow without end.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ from __future__ import annotations
 import ctypes
 import sys
 
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # as in malloc.h
 _NEVER = 2**31 - 1
+_LARGEST = 32 * 2**20
 
 
 def keep_memory() -> bool:
@@ -25,4 +28,4 @@ def keep_memory() -> bool:
         return False
     mallopt.argtypes = (ctypes.c_int, ctypes.c_int)
     mallopt.restype = ctypes.c_int
-    return bool(mallopt(_MMAP_MAX, 0)) and bool(mallopt(_TRIM_THRESHOLD, _NEVER))
+    return bool(mallopt(_MMAP_THRESHOLD, _LARGEST)) and bool(mallopt(_TRIM_THRESHOLD, _NEVER))

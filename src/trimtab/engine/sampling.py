@@ -6,6 +6,7 @@ middle of training changes nothing of the training.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -86,8 +87,21 @@ def generate(
             attention_mask=mask,
             generation_config=_config(params, ends, pad),
             stopping_criteria=stopping,
+            **_last_only(model),
         )
     return [_ended(row[width:].tolist(), tokenizer, params.stop, ends) for row in out]
+
+
+def _last_only(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Only the last position goes through the head, as an index rather than a slice.
+
+    `generate` asks for the slice ``[-1:]`` of the prompt's hidden states, which is not contiguous; torch then
+    multiplies it by a copy of the head's weight *for every row* (gigabytes, for a hundred rows). Indexing copies
+    the hidden states instead.
+    """
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return {}
+    return {"logits_to_keep": torch.tensor([-1], device=model.device)}
 
 
 def _config(params: SamplingParams, ends: list[int], pad: int) -> GenerationConfig:

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_BYTES = 64 * 2**20
-"""Fresh memory is dear: what a chunk of fp32 logits may take."""
+CHUNK_BYTES = 24 * 2**20
+"""What a chunk of fp32 logits may take: small enough that its memory is reused, not mapped anew each time."""
 
 
 class TokenLoss(NamedTuple):
@@ -56,7 +56,7 @@ def linear_cross_entropy(
     """`weighted_cross_entropy` of the logits ``hidden @ head.T + bias``, which never exist as a whole.
 
     ``head`` and ``bias`` are frozen and get no gradient; ``chunk`` is how many tokens' logits exist at
-    a time (default: what 64 MB of fp32 hold).
+    a time (default: what 24 MiB of fp32 hold).
     """
     rows = chunk or max(CHUNK_BYTES // (4 * head_VC.shape[0]), 1)
     return TokenLoss(
