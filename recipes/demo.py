@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -23,6 +24,7 @@ from recipes import assets
 from trimtab.data import Renderer, load_examples
 from trimtab.engine import Engine
 from trimtab.train.api import train_recipe
+from trimtab.train.events import read_events
 from trimtab.train.measure import Measure, Measured
 from trimtab.train.recipe import EvalRecipe, Recipe
 from trimtab.train.recipe_file import make_recipe
@@ -119,6 +121,21 @@ def verdict(outcome: Outcome) -> None:
     console.print(f"  gain {gain:+.3f}, intervals {'disjoint' if apart else 'overlapping'}")
 
 
+def summary(folder: Path) -> dict[str, Any]:
+    """The run in numbers, read from its events."""
+    events = list(read_events(folder / "events.jsonl"))
+    measured = {
+        event["of"]: event["answers"]["interval"] for event in events if event.get("answers")
+    }
+    sides = {"before": measured["base"], "after": measured["adapter"]}
+    numbers = {
+        side: {"accuracy": found["value"], "low": found["low"], "high": found["high"]}
+        for side, found in sides.items()
+    }
+    seconds = sum(event["seconds"] for event in events if event["event"] == "step")
+    return {**numbers, "count": measured["base"]["count"], "train_seconds": round(seconds, 1)}
+
+
 def main() -> None:
     """Run the demonstration, or (in the new process) measure a saved adapter."""
     parser = argparse.ArgumentParser(description="Trimtab's demonstration on a real model.")
@@ -146,6 +163,9 @@ def main() -> None:
     verdict(outcome)
     check_reload(outcome, model, data[1])
     check_merge(outcome, model, data[1])
+    (outcome.folder / "summary.json").write_text(
+        json.dumps(summary(outcome.folder), indent=2) + "\n"
+    )
     console.print(f"\n[bold green]Report:[/] {(outcome.folder / 'report.html').resolve()}")
 
 

@@ -1,0 +1,79 @@
+"""What the README shows is run; what it claims in numbers is in a committed result."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.train import kit
+from trimtab.cli import app
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which the README's names of a model and of a data file exist."""
+    kit.model_folder(tmp_path / "SmolLM2-135M-Instruct")
+    kit.data_file(tmp_path / "tickets.jsonl", 16)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_library_example_runs(here: Path) -> None:
+    (example,) = blocks("python")
+    scope: dict[str, object] = {}
+    exec(compile(example, "README.md", "exec"), scope)  # noqa: S102 (the README's own text)
+    assert (here / "adapters/support/adapter_model.safetensors").is_file()
+    assert sum(bool(line.strip()) for line in example.splitlines()) <= 17
+
+
+def test_the_commands_run(here: Path) -> None:
+    commands = [
+        shlex.split(line, comments=True) for line in blocks("bash")[1].splitlines() if line.strip()
+    ]
+    assert [command[0] for command in commands] == ["trimtab"] * len(commands)
+    for command in commands:
+        result = CliRunner().invoke(app, command[1:], catch_exceptions=False)
+        assert result.exit_code == 0, (command, result.output)
+
+
+def test_the_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make (\S+)", blocks("bash")[0], re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_tree_is_the_tree() -> None:
+    shown = re.findall(r"^      ([a-z_/ .]+?)(?:   .*)?$", README, re.MULTILINE)
+    for line in shown:
+        for name in line.split():
+            assert (ROOT / "src/trimtab" / name).exists(), name
+
+
+def test_the_numbers_are_those_of_the_committed_demonstration() -> None:
+    result = json.loads((ROOT / "benchmarks/results/demo.json").read_text(encoding="utf-8"))
+    for side in ("before", "after"):
+        assert f"{result[side]['accuracy']:.3f}" in README, side
+    assert result["after"]["low"] > result["before"]["high"]
+    assert result["after"]["accuracy"] - result["before"]["accuracy"] >= 0.25
+    assert result["count"] >= 300 and result["train_seconds"] < 480
+
+
+def test_the_ratios_are_those_of_the_committed_benchmark() -> None:
+    table = (ROOT / "benchmarks/results/lora_step.md").read_text(encoding="utf-8")
+    ratios = re.findall(r"\*\*ratio\*\* \| \*\*([\d.]+) \([^|]*\*\* \| \*\*([\d.]+) \(", table)
+    assert len(ratios) == 2
+    for pair in ratios:
+        for ratio in pair:
+            assert f"{ratio} ×" in README, ratio
