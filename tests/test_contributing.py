@@ -18,9 +18,9 @@ METHOD = """
 import torch
 import trimtab as tt
 from pathlib import Path
-from tests import models
+from tests import tiny as models
 from tests.laws.cells import shaken
-from tests.models import output
+from tests.tiny import output
 from trimtab.adapt.probe import bare_state
 
 assert "ssf" in tt.methods()
@@ -63,9 +63,9 @@ BACKEND = """
 import torch
 import trimtab as tt
 from torch import nn
-from tests import models
+from tests import tiny as models
 from tests.laws.cells import shaken
-from tests.models import output
+from tests.tiny import output
 from trimtab.frozen import view
 from trimtab_int8 import Int8Layer, Int8Linear
 

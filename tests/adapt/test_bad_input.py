@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import trimtab as tt
-from tests import models
+from tests import tiny as models
 from tests.laws.cells import shaken
-from tests.models import output
+from tests.tiny import output
 from trimtab.adapt import disk, files
 from trimtab.adapt.files import CONFIG, OURS, WEIGHTS
 from trimtab.adapt.lowrank import LowRank

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, T5ForConditionalGeneration
 
 import trimtab as tt
-from tests import models
+from tests import tiny as models
 from tests.laws.cells import shaken
-from tests.models import CASES, output
+from tests.tiny import CASES, output
 from trimtab.adapt.probe import bare_state
 
 IDS = torch.arange(3, 19).reshape(2, 8)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import trimtab as tt
-from tests import models
+from tests import tiny as models
 from tests.laws.cells import shaken
-from tests.models import output
+from tests.tiny import output
 
 IDS = torch.arange(3, 19).reshape(2, 8)
 

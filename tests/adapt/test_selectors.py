@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import trimtab as tt
-from tests import models
+from tests import tiny as models
 from trimtab.adapt.tree import anatomy_of
 from trimtab.errors import TargetError
 from trimtab.models.families import ROLES

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import trimtab as tt
-from tests import models
+from tests import tiny as models
 from tests.laws.cells import SMALL, registered, shaken
 from trimtab.adapt.contract import Method
 from trimtab.errors import ConfigError, UnsupportedError

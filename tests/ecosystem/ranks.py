@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import trimtab as tt
-from tests import models
+from tests import tiny as models
 from tests.laws.cells import shaken
-from tests.models import VOCABULARY
+from tests.tiny import VOCABULARY
 
 WORLD = 2
 METHODS = {

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import trimtab as tt
-from tests import models
+from tests import tiny as models
 from trimtab.adapt.probe import bare_state
 
 STEPS = 4

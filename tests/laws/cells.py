@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import trimtab as tt
-from tests.models import CASES
+from tests.tiny import CASES
 from trimtab.adapt.contract import Method
 from trimtab.adapt.parse import method_from
 

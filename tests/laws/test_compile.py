@@ -7,7 +7,7 @@ import torch
 
 import trimtab as tt
 from tests.laws.cells import Cell, attached, registered
-from tests.models import CASES, output
+from tests.tiny import CASES, output
 
 BREAKS = {"spottune"}
 """A hard gate looks at its values to skip rows: the graph breaks there, and the result is the same."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import trimtab as tt
 from tests.laws.cells import REFUSED, Cell, attached, registered
-from tests.models import CASES
+from tests.tiny import CASES
 from trimtab.errors import RouteError
 
 GENERATORS = ("llama", "gpt2", "mixtral", "t5", "t5-gated")

@@ -21,7 +21,7 @@ from tests.laws.cells import (
     registered,
     shaken,
 )
-from tests.models import CASES, output, pick
+from tests.tiny import CASES, output, pick
 from trimtab.adapt.bank import bank_of
 from trimtab.adapt.merge import pushed
 from trimtab.adapt.probe import bare_state

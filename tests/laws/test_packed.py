@@ -8,7 +8,7 @@ from torch import Tensor
 
 import trimtab as tt
 from tests.laws.cells import Cell, attached, registered
-from tests.models import CASES
+from tests.tiny import CASES
 from trimtab.adapt.bank import Plan, bank_of
 from trimtab.adapt.route import Route, Span
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import RobertaConfig, RobertaForSequenceClassification, T5ForConditionalGeneration
 
 import trimtab as tt
-from tests import models
+from tests import tiny as models
 from trimtab.adapt.adapter import TensorName
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}

@@ -12,7 +12,7 @@ from peft import IA3Config, LoraConfig, PrefixTuningConfig, TaskType
 from torch import nn
 
 import trimtab as tt
-from tests import models
+from tests import tiny as models
 from tests.oracles import kit
 from tests.oracles.cases import CASES, Case
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import trimtab as tt
-from tests import models
+from tests import tiny as models
 from tests.oracles import kit
 
 TEXT, REST, ROWS = 5, 6, 3

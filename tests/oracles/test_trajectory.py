@@ -11,7 +11,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 import trimtab as tt
-from tests import models
+from tests import tiny as models
 from tests.oracles import kit
 
 STEPS = 20
