@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.models.t5 import modeling_t5
 
 import trimtab as tt
 from tests.tiny import CASES
@@ -47,6 +48,10 @@ REFUSED = {
     ("spottune", "mixed"): NO_BLOCKS,
 }
 """Cells that mathematics forbids."""
+if not hasattr(
+    modeling_t5, "ALL_ATTENTION_FUNCTIONS"
+):  # releases before its attention joined the registry
+    REFUSED |= {("prefix", name): "its attention cannot be reached" for name in ("t5", "t5-gated")}
 
 NOT_MERGEABLE = {
     "bottleneck": "a non-linear activation",

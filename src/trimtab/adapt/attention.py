@@ -53,11 +53,17 @@ def check(model: nn.Module, adapter: Adapter, anatomy: Anatomy) -> None:
             f"{adapter.method.kind} puts keys and values inside attention, which needs a transformers model with "
             f"'sdpa' or 'eager' attention; this one has {implementation!r}. Load it with attn_implementation='sdpa'."
         )
-    if not model._can_set_attn_implementation():
+    reached = {type(anatomy.modules[s.path]) for s in adapter.sites if s.role == ROLE}
+    if not model._can_set_attn_implementation() or not all(map(_asks_registry, reached)):
         raise UnsupportedError(
             f"{type(model).__name__} does not use the attention registry of transformers, so nothing can be put "
             "inside its attention."
         )
+
+
+def _asks_registry(kind: type[nn.Module]) -> bool:
+    """Whether an attention class looks its function up (T5's does only in later releases of transformers)."""
+    return "ALL_ATTENTION_FUNCTIONS" in sys.modules[kind.__module__].__dict__
 
 
 def insert(model: nn.Module, bank: Bank, edit: Edit, anatomy: Anatomy) -> None:
