@@ -61,6 +61,13 @@ def check(model: nn.Module, adapter: Adapter, anatomy: Anatomy) -> None:
         )
 
 
+def _set_implementation(model: nn.Module, name: str) -> None:
+    """Of the model and of every model inside it (earlier releases leave out T5's stacks)."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part.config._attn_implementation != name:
+            part.set_attn_implementation(name)
+
+
 def _asks_registry(kind: type[nn.Module]) -> bool:
     """Whether an attention class looks its function up (T5's does only in later releases of transformers)."""
     return "ALL_ATTENTION_FUNCTIONS" in sys.modules[kind.__module__].__dict__
@@ -81,9 +88,7 @@ def insert(model: nn.Module, bank: Bank, edit: Edit, anatomy: Anatomy) -> None:
     injection.edits.setdefault(edit.adapter, []).append(edit)
     if bank.attention_before is None:
         bank.attention_before = str(cast(PreTrainedModel, model).config._attn_implementation)
-        cast(PreTrainedModel, model).set_attn_implementation(
-            _NAMES.get(bank.attention_before, bank.attention_before)
-        )
+        _set_implementation(model, _NAMES.get(bank.attention_before, bank.attention_before))
         if anatomy.family.shifts_positions:
             backbone = _backbone(model)
             bank.shift = backbone.register_forward_pre_hook(Shift(bank, backbone), with_kwargs=True)
@@ -103,7 +108,7 @@ def remove(model: nn.Module, bank: Bank, name: str) -> None:
 def _restore(model: nn.Module, bank: Bank) -> None:
     """Give the model its own attention function back."""
     if bank.attention_before is not None:
-        cast(PreTrainedModel, model).set_attn_implementation(bank.attention_before)
+        _set_implementation(model, bank.attention_before)
         bank.attention_before = None
     if bank.shift is not None:
         bank.shift.remove()
