@@ -156,6 +156,7 @@ def write_gguf(path: Path) -> None:
         [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
     )
     writer.add_eos_token_id(vocabulary["<|im_end|>"])
+    writer.add_bos_token_id(vocabulary["<|im_end|>"])  # earlier releases cannot do without one
     names = {
         "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
         "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
