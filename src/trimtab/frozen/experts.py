@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.errors import TargetError
-from trimtab.frozen.layer import Layer, Push
-from trimtab.frozen.linear import push_identity
+from trimtab.frozen.linear import LinearMap
 
 _NAMES = ("gate_up_proj", "up_proj", "down_proj")
 
@@ -45,7 +44,7 @@ def expert_parameters(module: nn.Module) -> list[str]:
     ]
 
 
-class ExpertLayer(Layer):
+class ExpertLayer(LinearMap):
     """One expert's slice of a 3-D parameter."""
 
     kind = "linear"
@@ -88,24 +87,8 @@ class ExpertLayer(Layer):
     def stored(self) -> dict[str, Tensor]:
         return {"weight": self._weight} | ({} if self._bias is None else {"bias": self._bias})
 
-    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight)
-
     def call(self, x: Tensor) -> Tensor:
         return F.linear(x, self._weight, self._bias)
-
-    def lowrank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return F.linear(F.linear(x, a), b)
-
-    def probe(self, push: Push) -> tuple[Tensor, Tensor | None]:
-        return push_identity(self, push)
-
-    def write(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        new = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
-        new.weight = nn.Parameter(weight)
-        if bias is not None:
-            new.bias = nn.Parameter(bias)
-        return new
 
 
 Around = Callable[[str, int, ExpertLayer, Tensor, Tensor], Tensor]

@@ -20,23 +20,11 @@ def push_identity(layer: Layer, push: Push) -> tuple[Tensor, Tensor]:
     return (push(layer, eye, None) - bias_1O).T.contiguous(), bias_1O[0]
 
 
-class _Linear(Layer):
-    """What the two storages share."""
+class LinearMap(Layer):
+    """What every linear layer shares, however its weight is stored: `dense` and `bias` are what differs."""
 
     kind = "linear"
     module: nn.Module
-
-    @property
-    @abstractmethod
-    def _weight(self) -> Tensor: ...
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._weight.device
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
@@ -50,6 +38,29 @@ class _Linear(Layer):
 
     def probe(self, push: Push) -> tuple[Tensor, Tensor | None]:
         return push_identity(self, push)
+
+    def write(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        new = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
+        new.weight = nn.Parameter(weight)
+        if bias is not None:
+            new.bias = nn.Parameter(bias)
+        return new
+
+
+class _Linear(LinearMap):
+    """A linear layer whose module holds one dense weight."""
+
+    @property
+    @abstractmethod
+    def _weight(self) -> Tensor: ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._weight.device
 
 
 class LinearLayer(_Linear):
@@ -76,13 +87,6 @@ class LinearLayer(_Linear):
 
     def bias(self) -> Tensor | None:
         return self.module.bias
-
-    def write(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        new = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
-        new.weight = nn.Parameter(weight)
-        if bias is not None:
-            new.bias = nn.Parameter(bias)
-        return new
 
 
 class Conv1DLayer(_Linear):

@@ -6,17 +6,13 @@ Its weight may be hidden in any format; the dense weight is what comes out when 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab.frozen.layer import Layer, Push
-from trimtab.frozen.linear import push_identity
+from trimtab.frozen.linear import LinearMap
 
 
-class OpaqueLinear(Layer):
+class OpaqueLinear(LinearMap):
     """A linear layer of unknown storage, used through its forward alone."""
-
-    kind = "linear"
 
     def __init__(self, module: nn.Module, in_features: int, out_features: int) -> None:
         self.module = module
@@ -49,26 +45,6 @@ class OpaqueLinear(Layer):
         zero = torch.zeros(1, self.in_features, dtype=self.dtype, device=self.device)
         bias = self.call(zero)[0]
         return bias if bool(bias.any()) else None
-
-    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight)
-
-    def call(self, x: Tensor) -> Tensor:
-        y: Tensor = self.module(x)
-        return y
-
-    def lowrank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return F.linear(F.linear(x, a), b)
-
-    def probe(self, push: Push) -> tuple[Tensor, Tensor | None]:
-        return push_identity(self, push)
-
-    def write(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        new = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
-        new.weight = nn.Parameter(weight)
-        if bias is not None:
-            new.bias = nn.Parameter(bias)
-        return new
 
     def _tensors(self) -> list[Tensor]:
         return [*self.module.parameters(), *self.module.buffers()]
