@@ -14,6 +14,7 @@ from trimtab.data.examples import (
     steps,
     stream_examples,
 )
+from trimtab.data.order import Cursor, epoch_order, visit
 from trimtab.data.preview import preview
 from trimtab.data.records import (
     ChatRecord,
@@ -24,7 +25,7 @@ from trimtab.data.records import (
     parse_record,
 )
 from trimtab.data.render import RenderConfig, Rendered, Renderer
-from trimtab.data.source import Cursor, JsonlFile, Line, epoch_order, visit
+from trimtab.data.source import JsonlFile, Line
 from trimtab.data.stats import TokenStats
 
 __all__ = [

@@ -15,9 +15,10 @@ from pydantic import Field
 
 from trimtab.config import Config
 from trimtab.data.datum import Datum
+from trimtab.data.order import Cursor, visit
 from trimtab.data.records import parse_line
 from trimtab.data.render import Renderer
-from trimtab.data.source import Cursor, JsonlFile, Line, visit
+from trimtab.data.source import JsonlFile, Line
 from trimtab.errors import DataError
 
 Kind = Literal["malformed", "too long", "only masked"]
