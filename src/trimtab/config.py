@@ -19,7 +19,11 @@ class Config(BaseModel):
     """Base of every configuration: frozen, strict about keys, comparable, hashable where fields are."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, arbitrary_types_allowed=False
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        arbitrary_types_allowed=False,
+        use_attribute_docstrings=True,  # the text below a field is its description
     )
 
     def __init__(self, /, **values: Any) -> None:

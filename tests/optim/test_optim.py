@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -9,13 +11,13 @@ from torch import nn
 from trimtab.errors import ConfigError, FileFormatError, NonFiniteLossError
 from trimtab.optim import AdamParams, learning_rate
 from trimtab.optim.adam import Adam
-from trimtab.optim.schedule import warmup_steps
+from trimtab.optim.schedule import part_of
 
 
 def test_schedules() -> None:
-    constant = [learning_rate("constant", 2.0, step, 6, 2) for step in range(6)]
+    constant = [learning_rate("constant", 2.0, step, 6, warmup=2) for step in range(6)]
     assert constant == [1.0, 2.0, 2.0, 2.0, 2.0, 2.0]
-    linear = [learning_rate("linear", 1.0, step, 6, 2) for step in range(6)]
+    linear = [learning_rate("linear", 1.0, step, 6, warmup=2) for step in range(6)]
     assert linear == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     cosine = [learning_rate("cosine", 1.0, step, 4) for step in range(4)]
     assert cosine[0] == 1.0
@@ -26,10 +28,10 @@ def test_schedules() -> None:
 
 
 def test_warmup_is_a_fraction_or_a_number() -> None:
-    assert warmup_steps(0.1, 25) == 3
-    assert warmup_steps(5, 25) == 5
-    assert warmup_steps(50, 25) == 25
-    assert warmup_steps(0, 25) == 0
+    assert part_of(0.1, 25) == 3
+    assert part_of(5, 25) == 5
+    assert part_of(50, 25) == 25
+    assert part_of(0, 25) == 0
 
 
 def named() -> dict[str, nn.Parameter]:
@@ -98,3 +100,43 @@ def test_a_foreign_state_is_refused() -> None:
         Adam(tensors).restore({"exp_avg::other": torch.zeros(1)})
     with pytest.raises(FileFormatError, match="shape"):
         Adam(tensors).restore({"exp_avg::vector": torch.zeros(1)})
+
+
+def test_wsd_stays_and_then_decays_to_the_floor() -> None:
+    rates = [
+        learning_rate("wsd", 2.0, step, 12, warmup=2, decay=4, floor=0.25) for step in range(12)
+    ]
+    assert rates[:2] == [1.0, 2.0]
+    assert rates[2:8] == [2.0] * 6
+    shares = [1 - math.sqrt(place / 4) for place in range(4)]
+    assert rates[8:] == pytest.approx([2 * (0.25 + 0.75 * share) for share in shares])
+    assert min(learning_rate("cosine", 1.0, step, 50, floor=0.1) for step in range(50)) >= 0.1
+    # A decay longer than what follows the warm-up takes all of it.
+    assert learning_rate("wsd", 1.0, 2, 4, warmup=2, decay=9) == 1.0
+
+
+def test_the_average_is_that_of_the_recurrence() -> None:
+    draw = torch.Generator().manual_seed(3)
+    named = {"b": nn.Parameter(torch.zeros(2)), "a": nn.Parameter(torch.zeros(3, 2))}
+    optimiser = Adam(named)
+    expected: dict[str, torch.Tensor] = {}
+    for step in range(1, 31):
+        for parameter in named.values():
+            parameter.grad = torch.randn(parameter.shape, generator=draw)
+        optimiser.step(AdamParams(lr=0.1, ema=0.7), 1.0)
+        decay = min(0.7, step / (step + 9))
+        for key, parameter in named.items():
+            old = expected.get(key, parameter.detach())
+            expected[key] = decay * old + (1 - decay) * parameter.detach()
+    state = optimiser.state()
+    tensors = {key: parameter.detach().clone() for key, parameter in named.items()}
+    other = Adam(named)
+    other.restore(state)
+    for one in (optimiser, other):
+        with one.average.acting():
+            for key, value in expected.items():
+                assert torch.allclose(named[key], value, atol=1e-6)
+                assert not torch.equal(named[key], tensors[key])
+        assert all(torch.equal(named[key], value) for key, value in tensors.items())
+    assert other.state().keys() == state.keys()
+    assert all(torch.equal(value, other.state()[key]) for key, value in state.items())

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from trimtab.cli import data, generate, inspect, merge, train
+from trimtab.cli import data, generate, inspect, merge, plan, recipe, train
 from trimtab.errors import TrimtabError
 
 app = typer.Typer(
@@ -21,10 +21,12 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command("train")(train.train)
+app.command("plan")(plan.plan)
 app.command("generate")(generate.generate)
 app.command("merge")(merge.merge)
 app.command("inspect")(inspect.inspect)
 app.add_typer(data.app, name="data")
+app.add_typer(recipe.app, name="recipe")
 
 
 def _print_version(wanted: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -116,6 +116,15 @@ class Engine:
     def optim_step(self, adapter: str, params: AdamParams) -> StepResult:
         """One step of one adapter on the gradients accumulated since its last; see `Tenant.step`."""
         return self._tenant(adapter).step(params)
+
+    def averaged(self, adapter: str) -> AbstractContextManager[None]:
+        """The moving averages of an adapter's tensors in their place, inside a ``with`` (see ``AdamParams.ema``);
+        the tensors themselves where no average is kept."""
+        return self._tenant(adapter).adam.average.acting()
+
+    def take_average(self, adapter: str) -> None:
+        """Let the moving averages be the adapter's tensors from now on (nothing changes without any)."""
+        self._tenant(adapter).adam.average.take()
 
     def forward(self, data: Sequence[Datum], adapter: Owners = None) -> LossResult:
         """The loss of ``data`` without gradients, in eval mode: what held-out evaluation uses."""

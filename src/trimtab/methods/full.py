@@ -3,7 +3,9 @@
     y = f(x; W', b'),   W' and b' start as copies
 
 It is how a classification head belongs to an adapter (``LoRA(train=("score",))``), per adapter and under the
-same routes; the frozen module stays as it is.
+same routes; the frozen module stays as it is. With ``targets="all"`` it is full fine-tuning of the model, kept
+beside the base instead of in it. Copies are their own: a head that is tied to the embedding is trained apart
+from it.
 """
 
 from __future__ import annotations

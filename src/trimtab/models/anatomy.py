@@ -175,6 +175,8 @@ class Anatomy:
             return self.head
         if role == "norms":
             return self.norms
+        if role == "all":
+            return [*(path for path in self.modules if self.weighted(path)), *self.experts]
         globs = {
             "attention": self.family.attention,
             "mlp": self.family.mlp,

@@ -156,6 +156,6 @@ FAMILIES = MappingProxyType(
 
 ROLES = (
     "all-linear", "attention", "mlp", "queries", "keys", "values", "fused_qkv", "attention_output", "mlp_output",
-    "mlp_down", "embeddings", "input_embedding", "self_attention", "norms", "head",
+    "mlp_down", "embeddings", "input_embedding", "self_attention", "norms", "head", "all",
 )  # fmt: skip
 """Words that selectors understand beside names, globs and regular expressions."""

@@ -1,7 +1,7 @@
 """AdamW over the fp32 master tensors of one adapter, and its state as named tensors.
 
-The state is plain tensors by name (moments and counts), so that it is stored in safetensors and a
-resumed run continues bitwise.
+The state is plain tensors by name (moments, counts and averages), so that it is stored in safetensors and
+a resumed run continues bitwise.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import FileFormatError, NonFiniteLossError
+from trimtab.optim.average import PREFIX, Average
 from trimtab.optim.params import AdamParams
 
-PARTS = ("step", "exp_avg", "exp_avg_sq")
+PARTS = ("step", "exp_avg", "exp_avg_sq", "average")
 
 
 class Adam:
@@ -29,6 +30,7 @@ class Adam:
         self.named = dict(named)
         groups = [{"params": members} for members in _by_rank(self.named)]
         self._inner = torch.optim.AdamW(groups, lr=1.0, foreach=True)
+        self.average = Average(self.named)
 
     @property
     def gradients(self) -> list[Tensor]:
@@ -60,6 +62,8 @@ class Adam:
             group["weight_decay"] = params.weight_decay if number == 0 else 0.0
         self._inner.step()
         self.clear()
+        if params.ema is not None:
+            self.average.update(params.ema)
         return norm
 
     def state(self) -> dict[str, Tensor]:
@@ -68,13 +72,15 @@ class Adam:
         for key, parameter in self.named.items():
             for part, value in self._inner.state.get(parameter, {}).items():
                 found[f"{part}::{key}"] = value.detach().cpu().contiguous()
-        return found
+        return found | self.average.state()
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take up what `state` gave. Raises `FileFormatError` for a name that does not belong."""
         self._inner.state.clear()
         for name, value in state.items():
             part, _, key = name.partition("::")
+            if name == PREFIX:
+                continue
             parameter = self.named.get(key)
             if part not in PARTS or parameter is None:
                 raise FileFormatError(
@@ -85,9 +91,12 @@ class Adam:
                     f"the optimiser's {name!r} has shape {tuple(value.shape)}, "
                     f"the tensor {tuple(parameter.shape)}."
                 )
+            if part == PARTS[-1]:
+                continue
             # The count of steps stays on CPU, where AdamW keeps it.
             placed = value.clone() if part == "step" else value.to(parameter.device).clone()
             self._inner.state[parameter][part] = placed
+        self.average.restore(state)
 
 
 def _by_rank(named: Mapping[str, nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -11,7 +11,8 @@ class AdamParams(Config):
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) for one step.
 
     ``clip`` bounds the global norm of the adapter's gradient (None: no bound). ``weight_decay`` holds
-    for matrices only: vectors (biases, scales, gates) are never pulled to zero.
+    for matrices only: vectors (biases, scales, gates) are never pulled to zero. ``ema`` keeps an
+    exponential moving average of the tensors with that decay beside them (None: none).
     """
 
     lr: float = Field(gt=0)
@@ -20,3 +21,4 @@ class AdamParams(Config):
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     clip: float | None = Field(default=1.0, gt=0)
+    ema: float | None = Field(default=None, gt=0, lt=1)

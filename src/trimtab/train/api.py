@@ -22,9 +22,9 @@ from trimtab.train.screen import Screen
 def train(
     base: Base,
     adapter: Adapter,
-    data: str | Path,
+    data: object,
     *,
-    held_out: str | Path | None = None,
+    held_out: object = None,
     epochs: int = 1,
     steps: int | None = None,
     lr: float | None = None,
@@ -37,8 +37,9 @@ def train(
 
     Args:
         base: what `trimtab.load` gave; ``adapter`` is attached to its model.
-        data: a JSONL file of conversations or prompt/completion pairs.
-        held_out: another such file, to measure on.
+        data: a file or folder of examples, the id of a data set on the hub, or Python rows: a
+            ``datasets.Dataset``, or a sequence of dicts.
+        held_out: the same, to measure on.
         lr: None is the method's default.
         out: the run's folder; None makes a new one below ``runs``.
         options: any other option of the recipe by its dotted name, ``{"optim.schedule": "cosine"}``.
@@ -50,7 +51,7 @@ def train(
     """
     values: dict[str, Any] = {
         "model": base.name,
-        "data": {"path": str(data), "held_out": None if held_out is None else str(held_out)},
+        "data": {"path": _named(data), "held_out": None if held_out is None else _named(held_out)},
         "method": adapter.method.to_dict(),
         "name": adapter.name,
         "epochs": epochs,
@@ -59,7 +60,25 @@ def train(
         "out": None if out is None else str(out),
     }
     recipe = make_recipe(values, options or {})
-    return _run(recipe, base, adapter, resume=resume, quiet=quiet)
+    return _run(
+        recipe,
+        base,
+        adapter,
+        resume=resume,
+        quiet=quiet,
+        data=_object(data),
+        held_out=_object(held_out),
+    )
+
+
+def _object(data: object) -> object:
+    """What is not a path."""
+    return None if isinstance(data, str | Path) else data
+
+
+def _named(data: object) -> str:
+    """The path, or in words what stands in its place."""
+    return str(data) if isinstance(data, str | Path) else f"<{type(data).__name__}>"
 
 
 def train_recipe(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> Outcome:
@@ -71,8 +90,18 @@ def train_recipe(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -
     return _run(recipe, base, adapter, resume=resume, quiet=quiet)
 
 
-def _run(recipe: Recipe, base: Base, adapter: Adapter, *, resume: bool, quiet: bool) -> Outcome:
+def _run(
+    recipe: Recipe,
+    base: Base,
+    adapter: Adapter,
+    *,
+    resume: bool,
+    quiet: bool,
+    data: object = None,
+    held_out: object = None,
+) -> Outcome:
     if base.model.device.type == "cpu":
         keep_memory()
     screen = Screen(Console(quiet=quiet, highlight=False))
-    return Run(recipe, base, adapter, screen, resume=resume).go()
+    run = Run(recipe, base, adapter, screen, resume=resume, data=data, held_out=held_out)
+    return run.go()

@@ -2,6 +2,9 @@
 
 Defaults follow "LoRA Without Regret" (Thinking Machines 2025): all linear layers, ten times the learning
 rate of full fine-tuning (each method brings its own), a constant schedule, moderate batches.
+
+The text below each option is its documentation: `trimtab recipe init` writes it as a comment, and the JSON
+Schema holds it for editors.
 """
 
 from __future__ import annotations
@@ -17,44 +20,107 @@ from trimtab.optim.schedule import ScheduleName
 DEFAULT_METHOD = "lora"
 
 
-class DataRecipe(Config):
-    """What is learnt, and what it is measured on.
-
-    ``held_out`` is a file of its own, or ``fraction`` of ``path`` is held out, chosen by a hash of each
-    example: the choice is stable when rows are added, and equal examples fall on one side. ``train``,
-    ``completions``: see `trimtab.data.RenderConfig`; ``too_long``, ``masked``, ``bad_rows``: see
-    `trimtab.data.ExampleConfig`. ``max_tokens`` None is the model's context.
-    """
+class SourceRecipe(Config):
+    """One source of examples, and what is made of its rows."""
 
     path: str
-    held_out: str | None = None
+    """File (JSONL, JSON, CSV, TSV, Parquet, text), a folder of such files, or the id of a data set on the hub."""
+    split: str | None = None
+    """Of a data set: train, validation, test."""
+    subset: str | None = None
+    """Of a data set that has several configurations: which."""
+    columns: dict[str, str] | None = None
+    """Our names to the source's, {prompt: question, completion: answer}; only these columns are then read."""
+    ignore: tuple[str, ...] = ()
+    """Columns that are left out, such as ids and other remarks."""
+    map: str | None = None
+    """A function of yours that takes a row and gives a row, rows or None: package.module:name or file.py:name."""
+    filter: str | None = None
+    """A function of yours that takes a row and says whether it stays."""
+    weight: float = Field(default=1.0, gt=0)
+    """How often an epoch shows each example: 2 is twice, 0.5 every other one."""
+
+
+class DataRecipe(SourceRecipe):
+    """What is learnt, and what it is measured on."""
+
+    mix: tuple[SourceRecipe, ...] = ()
+    """Further sources, mixed in by their weights."""
+    held_out: str | SourceRecipe | None = None
+    """Examples to measure on, never trained on: a file, or a source with options of its own."""
     fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Hold out this share of the examples instead, chosen by a hash of each: rows that are added change nothing."""
+    duplicates: Literal["keep", "drop"] = "keep"
+    """drop: train on each text once, and on none that is held out (compared without case and white space)."""
     train: Literal["assistant", "last", "completion", "all"] = "assistant"
+    """What is learnt: every assistant turn, the last one, the completion (of prompt/completion rows), or all tokens."""
     completions: Literal["auto", "chat", "plain"] = "auto"
+    """Prompts and completions as chat turns, as plain text, or as chat where the model has a template."""
+    instruction: str | None = None
+    """For labelled text: what the model is asked, before the text or around {text}."""
+    labels: tuple[str, ...] | None = None
+    """For labelled text: the names of integer labels, and the only labels allowed."""
+    preference: Literal["error", "chosen"] = "error"
+    """Preference pairs: refuse them, or learn the chosen answer."""
     max_tokens: int | None = Field(default=None, ge=2)
-    too_long: Literal["error", "drop", "left", "right"] = "error"
+    """Longest example; empty is the model's context."""
+    too_long: Literal["error", "drop", "left", "right", "split"] = "error"
+    """Longer examples: stop, drop them, cut their left or right end, or split plain text into pieces; counted."""
     masked: Literal["error", "drop"] = "error"
+    """Examples without a token to learn."""
     bad_rows: Literal["error", "drop"] = "error"
+    """Rows that cannot be read."""
+    stream: bool = False
+    """Read and tokenise while training, in constant memory, instead of once before; needs steps."""
 
     @model_validator(mode="after")
-    def _one_source(self) -> Self:
+    def _sources_agree(self) -> Self:
         if self.held_out is not None and self.fraction:
             raise ValueError("give held_out or fraction, not both")
+        if self.stream:
+            wrong = [
+                name
+                for name, on in (
+                    ("mix", bool(self.mix)),
+                    ("fraction", bool(self.fraction)),
+                    ("duplicates: drop", self.duplicates == "drop"),
+                    ("weight", self.weight != 1),
+                )
+                if on
+            ]
+            if wrong:
+                raise ValueError(
+                    f"a stream is read once, in its order, and knows nothing of {', '.join(wrong)}; "
+                    "leave stream out, or these"
+                )
         return self
 
 
 class OptimRecipe(Config):
-    """AdamW and its schedule. ``lr`` and ``weight_decay`` None are the method's defaults; ``warmup`` below 1
-    is a fraction of all steps, else a number of steps."""
+    """AdamW and its schedule."""
 
     lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate; empty is the method's default."""
     schedule: ScheduleName = "constant"
+    """constant, linear, cosine, or wsd (warm up, stay, decay over the last part)."""
     warmup: float = Field(default=0.0, ge=0)
+    """Steps of warm-up; below 1, a fraction of all steps."""
+    decay: float = Field(default=0.2, gt=0)
+    """Of wsd: steps of the decay; below 1, a fraction of all steps."""
+    floor: float = Field(default=0.0, ge=0, lt=1)
+    """What linear, cosine and wsd end at, as a share of the peak."""
     weight_decay: float | None = Field(default=None, ge=0)
+    """Of matrices; vectors (biases, scales) never decay. Empty is the method's default."""
     clip: float | None = Field(default=1.0, gt=0)
+    """Bound of the gradient's norm; null is none."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Measure and save an exponential moving average of the adapter with this decay, such as 0.99."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of AdamW's mean of gradients."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of AdamW's mean of squared gradients."""
     eps: float = Field(default=1e-8, gt=0)
+    """AdamW's ε."""
 
     def params(self, lr: float) -> AdamParams:
         """What one step is told, once the method's defaults are filled in."""
@@ -65,16 +131,20 @@ class OptimRecipe(Config):
             eps=self.eps,
             weight_decay=self.weight_decay or 0.0,
             clip=self.clip,
+            ema=self.ema,
         )
 
 
 class BatchRecipe(Config):
-    """A step is ``size`` examples, or as many as reach ``tokens``; it is computed in micro-batches of at most
-    ``micro_tokens`` cells, which changes the memory it needs and not what it computes."""
+    """How much data a step sees. It is computed in micro-batches whose gradients add up, which changes the memory
+    it needs and not the result."""
 
     size: int | None = Field(default=None, ge=1)
+    """Examples of a step (16, unless tokens are given)."""
     tokens: int | None = Field(default=None, ge=1)
+    """Instead: most tokens of a step, filled by best fit."""
     micro_tokens: int = Field(default=2048, ge=2)
+    """Most tokens that are computed at once: what bounds the memory."""
 
     @model_validator(mode="after")
     def _one_measure(self) -> Self:
@@ -83,52 +153,98 @@ class BatchRecipe(Config):
         return self
 
     @property
-    def examples(self) -> int:
+    def examples(self) -> int | None:
         """Examples of a step that is not measured in tokens."""
-        return 16 if self.size is None else self.size
+        return None if self.tokens is not None else self.size or 16
 
 
 class EvalRecipe(Config):
-    """Measured on held-out data before and after, and ``every`` so many steps.
-
-    ``metric``: ``loss`` only, or greedy answers too, compared by ``exact`` match or as a ``choice`` among the
-    labels; ``limit`` bounds how many are asked. ``samples`` answers are shown; ``max_tokens`` None is the
-    longest reference.
-    """
+    """Measurements on held-out data, before the first step and after the last."""
 
     every: int | None = Field(default=None, ge=1)
+    """Measure in the middle of the run too, every so many steps."""
+    midway: Literal["loss", "answers"] = "loss"
+    """What is measured in the middle: loss and token accuracy, or the metric and sample answers too."""
+    patience: int | None = Field(default=None, ge=1)
+    """Stop early after so many measurements without a better held-out loss."""
+    min_gain: float = Field(default=0.0, ge=0)
+    """How much lower a held-out loss must be to count as better."""
     metric: Literal["loss", "exact", "choice"] = "loss"
-    samples: int = Field(default=4, ge=0)
+    """Beside the loss, ask for greedy answers and compare them: exact match, or choice among the labels."""
     limit: int | None = Field(default=None, ge=1)
+    """Ask at most so many."""
+    samples: int = Field(default=4, ge=0)
+    """Answers that are shown."""
     max_tokens: int | None = Field(default=None, ge=1)
+    """Longest answer; empty is the longest reference."""
+
+    @property
+    def asks(self) -> bool:
+        """Whether answers are compared with references."""
+        return self.metric != "loss"
+
+    @model_validator(mode="after")
+    def _patience_needs_measurements(self) -> Self:
+        if self.patience is not None and self.every is None:
+            raise ValueError(
+                "patience counts measurements in the middle of a run; set every as well"
+            )
+        return self
 
 
 class CheckpointRecipe(Config):
-    """A checkpoint ``every`` so many steps (None: ten in a run); the last ``keep`` stay, and the best one by
-    held-out loss."""
+    """Whole states to resume from."""
 
     every: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints; empty is ten in a run."""
     keep: int = Field(default=2, ge=1)
+    """How many of the last ones stay; the best one by held-out loss stays too."""
+    final: Literal["last", "best"] = "last"
+    """Which state becomes the adapter: the last one, or the one with the lowest held-out loss."""
 
 
 class Recipe(Config):
-    """A run. ``steps`` stops earlier or goes on longer than ``epochs``; ``out`` None makes a new folder below
-    ``runs``."""
+    """A fine-tuning run."""
 
     model: str
+    """Folder, hub id or .gguf file of the base."""
     data: DataRecipe
+    """What is learnt, and what it is measured on."""
     method: str | dict[str, Any] = DEFAULT_METHOD
+    """The method with its options: lora(rank=16, alpha=32), or a mapping with kind and options."""
     name: str = "default"
-    optim: OptimRecipe = OptimRecipe()
-    batch: BatchRecipe = BatchRecipe()
+    """Name of the adapter."""
     epochs: int = Field(default=1, ge=1)
+    """Passes over the data."""
     steps: int | None = Field(default=None, ge=1)
+    """Stop after so many steps, or go on for so many, whatever epochs says."""
+    optim: OptimRecipe = OptimRecipe()
+    """The optimiser and its schedule."""
+    batch: BatchRecipe = BatchRecipe()
+    """How much data a step sees."""
     eval: EvalRecipe = EvalRecipe()
+    """What is measured, and when."""
     checkpoint: CheckpointRecipe = CheckpointRecipe()
+    """What is kept to resume from."""
     dtype: Literal["bfloat16", "float32", "float16", "float64"] | None = None
+    """Of the base and its computation; what is trained is kept in float32. Empty is what suits the machine."""
     device: str | None = None
+    """cpu, cuda, cuda:1; empty is the best there is."""
     seed: int = 0
+    """Of the order of the examples, of new tensors, and of dropout."""
     out: str | None = None
+    """Folder of the run; empty makes a new one below runs."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.data.stream and self.steps is None:
+            raise ValueError("the length of a stream is not known; set steps")
+        measured = self.data.held_out is not None or self.data.fraction
+        if not measured and (self.eval.patience or self.checkpoint.final == "best"):
+            raise ValueError(
+                "early stopping and the best checkpoint need held-out data; set data.held_out or data.fraction"
+            )
+        return self
 
 
 FREE: Any = {
@@ -137,7 +253,7 @@ FREE: Any = {
     "checkpoint": True,
     "device": True,
     "model": True,
-    "data": {"path": True, "held_out": True},
+    "data": {"path": True, "held_out": True, "mix": True},
 }
 """What may differ when a run is resumed: it changes nothing that is computed. The base and the data may have
 moved; that they are the same is checked by their content."""

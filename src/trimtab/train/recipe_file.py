@@ -60,8 +60,12 @@ def _override(text: str) -> tuple[str, Any]:
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
     """The whole recipe, defaults filled in."""
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(recipe_text(recipe), encoding="utf-8")
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """The whole recipe as YAML, defaults filled in."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def load_yaml(text: str, *, where: str) -> Any:

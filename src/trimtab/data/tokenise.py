@@ -1,0 +1,110 @@
+"""Tokenise a source once: the result lies in a cache, named by a hash of everything that it depends on.
+
+The name covers the content of the source and of the user's functions, the tokenizer, the chat template, what is
+trained and how examples are limited. So nothing in the cache can be out of date; an entry that was not used for
+a month is removed when another one is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+from trimtab.adapt.disk import replacing
+from trimtab.data.corpus import Portion
+from trimtab.data.examples import ExampleConfig, Outcomes, read_examples, whole
+from trimtab.data.render import Renderer
+from trimtab.data.source import Source
+from trimtab.data.token_file import META, SCHEMA, TokenFile, TokenWriter
+from trimtab.errors import FileFormatError
+
+MONTH = 30 * 86400.0
+Progress = Callable[[int, int | None], None]
+
+
+def token_cache() -> Path:
+    """The folder of tokenised sources: below ``$TRIMTAB_CACHE``, else the user's cache folder."""
+    home = os.environ.get("TRIMTAB_CACHE")
+    if home:
+        return Path(home) / "tokens"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimtab" / "tokens"
+
+
+def tokenise(
+    source: Source,
+    renderer: Renderer,
+    config: ExampleConfig,
+    *,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[Portion, Outcomes]:
+    """All examples of ``source``, tokenised now or found in the cache; and what became of its rows.
+
+    Args:
+        folder: where to keep them; None is `token_cache`.
+        progress: called with (rows done, rows in all or None).
+
+    Raises:
+        DataError: one error for all rows that are errors by ``config``; nothing is kept then.
+        StorageError: the disk refused.
+    """
+    digest = _name(source, renderer, config)
+    target = (folder or token_cache()) / digest
+    file = _open(target)
+    if file is None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):
+            file = _open(target)
+            if file is None:
+                shutil.rmtree(target, ignore_errors=True)
+                _write(target, source, renderer, config, progress)
+                file = TokenFile(target)
+        Path(f"{target}.lock").unlink(missing_ok=True)
+        _forget_old(target.parent)
+    os.utime(target / META)
+    portion = Portion(file, np.arange(len(file), dtype=np.int64), source.name, digest)
+    return portion, Outcomes.of(file.facts["outcomes"])
+
+
+def _name(source: Source, renderer: Renderer, config: ExampleConfig) -> str:
+    parts = (str(SCHEMA), source.digest, renderer.fingerprint(), config.model_dump_json())
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _open(target: Path) -> TokenFile | None:
+    if not target.is_dir():
+        return None
+    try:
+        return TokenFile(target)
+    except FileFormatError:  # of an older version, or torn by a full disk: it is made again
+        return None
+
+
+def _write(
+    target: Path,
+    source: Source,
+    renderer: Renderer,
+    config: ExampleConfig,
+    progress: Progress | None,
+) -> None:
+    outcomes = Outcomes(config)
+    with replacing(target) as temporary, TokenWriter(temporary) as writer:
+        for example in whole(read_examples(source, renderer, outcomes), source, outcomes):
+            writer.add(example.datum, example.key)
+            if progress is not None:
+                progress(outcomes.read, source.count)
+        writer.close({"name": source.name, "content": source.digest, "outcomes": outcomes.fields()})
+
+
+def _forget_old(folder: Path) -> None:
+    for entry in folder.iterdir():
+        meta = entry / META
+        if meta.is_file() and time.time() - meta.stat().st_mtime > MONTH:
+            shutil.rmtree(entry, ignore_errors=True)

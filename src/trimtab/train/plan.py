@@ -1,0 +1,171 @@
+"""What a run will need, before it starts: trained parameters, tokens, peak memory and time on this machine.
+
+Nothing is guessed from tables. The base is loaded, the adapter attached, the data tokenised, and a few real steps
+are computed: the one with the most tokens, the one with the longest example, and some at random. Time per token
+and the peak of memory are what those show; held-out measurements are timed the same way on a few examples.
+Nothing is written but the cache of tokens.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+
+from trimtab.adapt.attach import attach
+from trimtab.adapt.parse import method_from
+from trimtab.data import CorpusFeed, Datum
+from trimtab.engine import Engine, SamplingParams, keep_memory
+from trimtab.evals import held_out, questions
+from trimtab.models.load import Base, load
+from trimtab.train import facts
+from trimtab.train.recipe import Recipe
+from trimtab.train.setup import Rows, plan_rows, resolved, total_steps
+from trimtab.train.sources import Sources, read_sources
+
+PROBES = 4
+"""Steps at random that are timed, beside the heaviest."""
+ENOUGH = 30.0
+"""Seconds of timed steps after which no more are taken."""
+ASKED, SAID = 16, 8
+"""Questions and tokens of an answer that are timed."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``rows`` are the facts of the run by name; times are in seconds, memory in bytes."""
+
+    rows: Rows
+    steps: int
+    tokens: int
+    trained: int
+    training: float
+    measuring: float
+    peak: int
+    available: int | None
+
+    @property
+    def seconds(self) -> float:
+        return self.training + self.measuring
+
+    @property
+    def fits(self) -> bool:
+        return self.available is None or self.peak <= self.available
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Predict a run of ``recipe`` here. Takes a few of its steps.
+
+    Raises:
+        TrimtabError: whatever would stop the run before its first step.
+    """
+    keep_memory()
+    base = load(recipe.model, dtype=recipe.dtype, device=recipe.device)
+    adapter = attach(base.model, method_from(recipe.method), recipe.name, seed=recipe.seed)
+    engine = Engine(base, micro_tokens=recipe.batch.micro_tokens)
+    whole = resolved(recipe, base, adapter, None)
+    sources = read_sources(whole, base.tokenizer, engine.context(adapter.name))
+    total = total_steps(whole, sources)
+    probe = _Probe(whole, base, engine, adapter.name)
+    rate, tokens = probe.steps(sources, total)
+    measuring = probe.measuring(sources, total)
+    return Plan(
+        rows=plan_rows(whole, base, adapter, sources, total=total),
+        steps=total,
+        tokens=tokens,
+        trained=adapter.count,
+        training=tokens * rate,
+        measuring=measuring,
+        peak=facts.peak_memory(base.model.device),
+        available=facts.whole_memory(base.model.device),
+    )
+
+
+class _Probe:
+    """Times parts of a run."""
+
+    def __init__(self, recipe: Recipe, base: Base, engine: Engine, name: str) -> None:
+        self.recipe, self.base, self.engine, self.name = recipe, base, engine, name
+
+    def steps(self, sources: Sources, total: int) -> tuple[float, int]:
+        """(seconds per token, tokens of all steps)."""
+        feed = sources.feed
+        if isinstance(feed, CorpusFeed):
+            plan = feed.epoch(0)
+            sizes = [sum(int(feed.corpus.lengths[i]) for i in chosen) for chosen in plan]
+            longest = [max(int(feed.corpus.lengths[i]) for i in chosen) for chosen in plan]
+            heavy = {sizes.index(max(sizes)), longest.index(max(longest))}
+            draw = random.Random(0)
+            chosen = [*heavy, *draw.sample(range(len(plan)), min(PROBES, len(plan)))]
+            groups = [[feed.corpus[index] for index in plan[place]] for place in chosen]
+            tokens = round(sum(sizes) / len(sizes) * total)
+        else:
+            groups = [members for members, _ in islice(feed.steps(1), PROBES + 2)]
+            tokens = round(sum(map(_size, groups)) / len(groups) * total)
+        self._step(groups[0])  # the first one also pays for what later ones find ready
+        seconds, seen = 0.0, 0
+        for members in groups:
+            seconds += self._step(members)
+            seen += _size(members)
+            if seconds > ENOUGH:
+                break
+        return seconds / seen, tokens
+
+    def _step(self, members: Sequence[Datum]) -> float:
+        began = time.perf_counter()
+        self.engine.micro_tokens = max(self.recipe.batch.micro_tokens, *map(len, members))
+        self.engine.forward_backward(members, self.name)
+        optim = self.recipe.optim
+        self.engine.optim_step(self.name, optim.params(optim.lr or 1e-9))
+        self._wait()
+        return time.perf_counter() - began
+
+    def measuring(self, sources: Sources, total: int) -> float:
+        """Seconds of all held-out measurements."""
+        recipe, data = self.recipe.eval, sources.held_out
+        if not len(data):
+            return 0.0
+        sizes = [len(datum) for datum in data]
+        some = random.Random(0).sample(range(len(data)), min(4 * ASKED, len(data)))
+        began = time.perf_counter()
+        held_out(self.engine, [data[place] for place in some], None)
+        self._wait()
+        loss = (time.perf_counter() - began) * sum(sizes) / sum(sizes[place] for place in some)
+        times = 2 + (0 if recipe.every is None else (total - 1) // recipe.every)
+        answers = self._answers(data)
+        full = times if recipe.midway == "answers" else 2
+        return times * loss + full * answers
+
+    def _answers(self, data: Sequence[Datum]) -> float:
+        """Seconds of asking once for all answers of the recipe."""
+        recipe = self.recipe.eval
+        count = len(data) if recipe.asks else recipe.samples
+        count = min(count, recipe.limit or count, len(data))
+        if count == 0:
+            return 0.0
+        asked = questions(data[:count], self.base.tokenizer)
+        most = recipe.max_tokens or max(question.length for question in asked)
+        prompts = [question.prompt for question in asked[:ASKED]]
+        said = min(most, SAID)
+        one = self._timed(prompts, 1)
+        all_of_them = self._timed(prompts, said) if said > 1 else one
+        each = (all_of_them - one) / max(said - 1, 1)
+        return (one + each * (most - 1)) * count / len(prompts)
+
+    def _timed(self, prompts: Sequence[Sequence[int]], tokens: int) -> float:
+        began = time.perf_counter()
+        self.engine.sample(prompts, SamplingParams(max_tokens=tokens, temperature=0), self.name)
+        self._wait()
+        return time.perf_counter() - began
+
+    def _wait(self) -> None:
+        if self.base.model.device.type == "cuda":
+            torch.cuda.synchronize(self.base.model.device)
+
+
+def _size(members: Sequence[Datum]) -> int:
+    return sum(len(datum) for datum in members)
