@@ -14,45 +14,71 @@ from trimtab.data.examples import (
     steps,
     stream_examples,
 )
+from trimtab.data.folder import Folder, PythonRows, TextFile, open_source
+from trimtab.data.functions import Mapped, UserFunction, load_function
+from trimtab.data.hub import DatasetSource
+from trimtab.data.jsonl import JsonFile, JsonlFile
+from trimtab.data.messages import Message, ToolCall
 from trimtab.data.order import Cursor, epoch_order, visit
 from trimtab.data.preview import preview
 from trimtab.data.records import (
     ChatRecord,
     CompletionRecord,
-    Message,
+    LabelledRecord,
+    PreferenceRecord,
     Record,
-    parse_line,
-    parse_record,
+    TextRecord,
+    UnpairedRecord,
 )
-from trimtab.data.render import RenderConfig, Rendered, Renderer
-from trimtab.data.source import JsonlFile, Line
+from trimtab.data.render import Rendered, Renderer
+from trimtab.data.render_config import RenderConfig
+from trimtab.data.shapes import parse_record, parse_row
+from trimtab.data.source import Row, Source
 from trimtab.data.stats import TokenStats
+from trimtab.data.tables import CsvFile, ParquetFile
 
 __all__ = [
     "Batch",
     "ChatRecord",
     "CompletionRecord",
+    "CsvFile",
     "Cursor",
+    "DatasetSource",
     "Datum",
     "Document",
     "ExampleConfig",
     "Examples",
+    "Folder",
+    "JsonFile",
     "JsonlFile",
-    "Line",
+    "LabelledRecord",
+    "Mapped",
     "Message",
     "Outcomes",
+    "ParquetFile",
+    "PreferenceRecord",
     "Problem",
+    "PythonRows",
     "Record",
     "RenderConfig",
     "Rendered",
     "Renderer",
+    "Row",
+    "Source",
+    "TextFile",
+    "TextRecord",
     "TokenStats",
+    "ToolCall",
+    "UnpairedRecord",
+    "UserFunction",
     "collate",
     "epoch_order",
     "load_examples",
+    "load_function",
+    "open_source",
     "pack",
-    "parse_line",
     "parse_record",
+    "parse_row",
     "plan_batches",
     "preview",
     "steps",

@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, overload
 
 from pydantic import Field
 
 from trimtab.config import Config
 from trimtab.data.datum import Datum
+from trimtab.data.folder import open_source
 from trimtab.data.order import Cursor, visit
-from trimtab.data.records import parse_line
 from trimtab.data.render import Renderer
-from trimtab.data.source import JsonlFile, Line
+from trimtab.data.shapes import parse_row
+from trimtab.data.source import Row
 from trimtab.errors import DataError
 
 Kind = Literal["malformed", "too long", "only masked"]
@@ -108,32 +108,33 @@ class Examples(Sequence[Datum]):
 
 
 def load_examples(
-    path: Path | str,
+    path: object,
     renderer: Renderer,
     config: ExampleConfig | None = None,
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Examples:
-    """All examples of a JSONL file.
+    """All examples of a source: a path, or whatever `open_source` takes.
 
     ``progress(done, total)`` is called after each row. Raises one `DataError` that lists the first
     rows that are errors by ``config`` and counts the rest; also where no row is left.
     """
-    file = JsonlFile(path)
+    file = open_source(path)
     outcomes = Outcomes(config or ExampleConfig())
     data: list[Datum] = []
     fatal: list[str] = []
-    for done, line in enumerate(file, start=1):
-        result = example(line, renderer, outcomes)
+    done = 0
+    for done, row in enumerate(file.rows(), start=1):
+        result = example(row, renderer, outcomes)
         if isinstance(result, Datum):
             data.append(result)
         elif result.fatal:
             fatal.append(result.reason)
         if progress is not None:
-            progress(done, len(file))
+            progress(done, done if file.count is None else file.count)
     if fatal:
         more = f"\n… and {len(fatal) - SHOWN} more" if len(fatal) > SHOWN else ""
-        head = f"{len(fatal)} of {len(file)} rows of {file.name} cannot be used:\n"
+        head = f"{len(fatal)} of {done} rows of {file.name} cannot be used:\n"
         raise DataError(fatal[0] if len(fatal) == 1 else head + "\n".join(fatal[:SHOWN]) + more)
     if not data:
         first = outcomes.problems[0].reason
@@ -142,14 +143,14 @@ def load_examples(
 
 
 def stream_examples(
-    lines: Iterable[tuple[Line, Cursor]], renderer: Renderer, outcomes: Outcomes
+    rows: Iterable[tuple[Row, Cursor]], renderer: Renderer, outcomes: Outcomes
 ) -> Iterator[tuple[Datum, Cursor]]:
     """The stage between `visit` over a `JsonlFile` and `steps`; counts into ``outcomes``.
 
     Raises `DataError` at the first row that is an error by the configuration.
     """
-    for line, cursor in lines:
-        result = example(line, renderer, outcomes)
+    for row, cursor in rows:
+        result = example(row, renderer, outcomes)
         if isinstance(result, Datum):
             yield result, cursor
         elif result.fatal:
@@ -175,8 +176,8 @@ def steps(data: Iterable[tuple[Datum, Cursor]], size: int) -> Iterator[tuple[lis
         yield held, last
 
 
-def example(line: Line, renderer: Renderer, outcomes: Outcomes) -> Datum | Problem:
-    """The example in a line, or why there is none; counted in ``outcomes``.
+def example(row: Row, renderer: Renderer, outcomes: Outcomes) -> Datum | Problem:
+    """The example in a row, or why there is none; counted in ``outcomes``.
 
     Raises at once (`DataError`, `ConfigError`, `ModelError`) what is wrong with all rows alike, such
     as chat messages for a tokenizer without a template.
@@ -184,7 +185,7 @@ def example(line: Line, renderer: Renderer, outcomes: Outcomes) -> Datum | Probl
     outcomes.read += 1
     config = outcomes.config
     try:
-        record = parse_line(line)
+        record = parse_row(row)
     except DataError as error:
         return _problem(outcomes, "malformed", str(error), config.bad_rows == "error")
     renderer.require(record)
