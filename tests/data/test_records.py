@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from trimtab.data import ChatRecord, CompletionRecord, Line, Message, parse_line, parse_record
+from trimtab.data import ChatRecord, CompletionRecord, Message, parse_record, parse_row
+from trimtab.data.jsonl import decode_line
 from trimtab.errors import DataError
 
 USER = '{"role": "user", "content": "a"}'
@@ -13,7 +14,7 @@ ASSISTANT = '{"role": "assistant", "content": "b"}'
 
 def of(text: str | bytes) -> ChatRecord | CompletionRecord:
     raw = text if isinstance(text, bytes) else text.encode()
-    return parse_line(Line(raw, "data.jsonl:17"))
+    return parse_row(decode_line(raw, "data.jsonl:17"))
 
 
 def chat(*turns: str) -> str:
@@ -29,17 +30,17 @@ BAD: dict[str, tuple[str | bytes, str]] = {
     "too deep": ("[" * 100_000, "broken JSON"),
     "no object": ('["a"]', "expected a JSON object, found a list"),
     "null": ("null", "expected a JSON object, found null"),
-    "an unknown shape": ('{"text": "a"}', "unknown shape of record, with the keys text"),
+    "an unknown shape": ('{"txt": "a"}', "unknown shape of record, with the keys txt"),
     "an empty object": ("{}", "with the keys none"),
     "a misspelt shape": ('{"mesages": []}', "Did you mean 'messages'"),
-    "half a shape": ('{"prompt": "a"}', r"Expected \{messages\} or \{prompt, completion\}"),
+    "half a shape": ('{"prompt": "a"}', r"Expected \{messages\} or \{prompt, completion\} or"),
     "an extra key": (
         '{"prompt": "a", "completion": "b", "promt": "c"}',
-        "unknown key 'promt' in the record. Did you mean 'prompt'",
+        r"unknown key 'promt' in the record \(prompt/completion\). Did you mean 'prompt'",
     ),
     "two shapes": (
         chat(USER, ASSISTANT)[:-1] + ', "prompt": "c"}',
-        "unknown key 'prompt' in the record. Known: messages",
+        r"unknown key 'prompt' in the record \(chat\). Known: messages.*'columns'",
     ),
     "messages of another type": ('{"messages": "a"}', "'messages' must be a list, found a string"),
     "a message of another type": ('{"messages": ["a"]}', "message 1 must be an object"),
@@ -52,7 +53,7 @@ BAD: dict[str, tuple[str | bytes, str]] = {
     "a role of another type": (chat('{"role": 1, "content": "a"}'), "has the role 1. Known"),
     "content of another type": (
         chat('{"role": "user", "content": ["a"]}'),
-        r"content of message 1 \(user\) must be a string, found a list",
+        r"part 1 of message 1 \(user\) is a string; only parts of text",
     ),
     "null content": (chat('{"role": "user", "content": null}'), "found null"),
     "an extra key in a message": (
@@ -62,11 +63,11 @@ BAD: dict[str, tuple[str | bytes, str]] = {
     "a user's weight": (chat('{"role": "user", "content": "a", "weight": 1}'), "unknown key"),
     "a negative weight": (
         chat(USER, '{"role": "assistant", "content": "b", "weight": -1}'),
-        "weight of message 2 must be a number of at least 0, found -1",
+        r"weight of message 2 \(assistant\) must be a number of at least 0, found -1",
     ),
     "a boolean weight": (
         chat(USER, '{"role": "assistant", "content": "b", "weight": true}'),
-        "weight of message 2 must be a number",
+        "weight of message 2 .* must be a number",
     ),
     "no messages": (chat(), "no assistant turn"),
     "no assistant": (chat(USER), "no assistant turn, so there is nothing to learn"),

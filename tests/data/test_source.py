@@ -17,6 +17,7 @@ from trimtab.data import (
     JsonlFile,
     Outcomes,
     Renderer,
+    Row,
     epoch_order,
     load_examples,
     steps,
@@ -34,9 +35,9 @@ def test_lines_have_their_numbers_and_bytes(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a": "\xe2\x80\xa8"}\r\n\n  \n{"b": 1}')
     file = JsonlFile(path)
-    assert [(line.raw, line.origin) for line in file] == [
-        (b'{"a": "\xe2\x80\xa8"}\r\n', "a.jsonl:1"),
-        (b'{"b": 1}', "a.jsonl:4"),
+    assert list(file) == [
+        Row({"a": "\u2028"}, "a.jsonl:1", "", 0),
+        Row({"b": 1}, "a.jsonl:4", "", 1),
     ]
     assert file[-1] == file[1:][0]
     assert file.digest == hashlib.sha256(path.read_bytes()).hexdigest()

@@ -26,7 +26,7 @@ def init(
     ),
 ) -> None:
     """Write a commented recipe for a model, a data file and a task."""
-    from trimtab.data.source import open_source
+    from trimtab.data import open_source
     from trimtab.train.starter import starter
 
     if str(out) != "-" and out.exists():

@@ -18,18 +18,27 @@ from trimtab.data.examples import (
     strict,
 )
 from trimtab.data.feed import CorpusFeed, Cursor, Feed, StreamFeed
+from trimtab.data.folder import Folder, PythonRows, TextFile, open_source
+from trimtab.data.functions import Mapped, UserFunction, load_function
+from trimtab.data.hub import DatasetSource
+from trimtab.data.jsonl import JsonFile, JsonlFile
+from trimtab.data.messages import Message, ToolCall
 from trimtab.data.preview import preview
 from trimtab.data.records import (
     ChatRecord,
     CompletionRecord,
-    Message,
+    LabelledRecord,
+    PreferenceRecord,
     Record,
-    parse_record,
-    parse_row,
+    TextRecord,
+    UnpairedRecord,
 )
-from trimtab.data.render import RenderConfig, Rendered, Renderer
-from trimtab.data.source import Mapped, Row, Source, open_source
+from trimtab.data.render import Rendered, Renderer
+from trimtab.data.render_config import RenderConfig
+from trimtab.data.shapes import parse_record, parse_row
+from trimtab.data.source import Row, Source
 from trimtab.data.stats import TokenStats
+from trimtab.data.tables import CsvFile, ParquetFile
 from trimtab.data.tokenise import tokenise
 
 __all__ = [
@@ -38,18 +47,27 @@ __all__ = [
     "CompletionRecord",
     "Corpus",
     "CorpusFeed",
+    "CsvFile",
     "Cursor",
+    "DatasetSource",
     "Datum",
     "Document",
     "Example",
     "ExampleConfig",
     "Examples",
     "Feed",
+    "Folder",
+    "JsonFile",
+    "JsonlFile",
+    "LabelledRecord",
     "Mapped",
     "Message",
     "Outcomes",
+    "ParquetFile",
     "Portion",
+    "PreferenceRecord",
     "Problem",
+    "PythonRows",
     "Record",
     "RenderConfig",
     "Rendered",
@@ -57,10 +75,16 @@ __all__ = [
     "Row",
     "Source",
     "StreamFeed",
+    "TextFile",
+    "TextRecord",
     "TokenStats",
+    "ToolCall",
+    "UnpairedRecord",
+    "UserFunction",
     "collate",
     "distinct",
     "load_examples",
+    "load_function",
     "open_source",
     "pack",
     "parse_record",

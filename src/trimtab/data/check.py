@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from trimtab.data.examples import Example, ExampleConfig, Outcomes, Problem, read_examples
-from trimtab.data.records import parse_row
 from trimtab.data.render import Renderer
+from trimtab.data.shapes import parse_row
 from trimtab.data.source import Source
 from trimtab.errors import DataError
 

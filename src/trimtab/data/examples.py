@@ -16,9 +16,11 @@ from pydantic import Field
 
 from trimtab.config import Config
 from trimtab.data.datum import Datum
-from trimtab.data.records import Record, TextRecord, parse_row
+from trimtab.data.folder import open_source
+from trimtab.data.records import Record, TextRecord
 from trimtab.data.render import Renderer
-from trimtab.data.source import Row, Source, open_source
+from trimtab.data.shapes import parse_row
+from trimtab.data.source import Row, Source
 from trimtab.errors import DataError
 
 Kind = Literal["malformed", "too long", "only masked"]

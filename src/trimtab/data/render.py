@@ -13,34 +13,37 @@ The characters become tokens by one more check: the text before a trained span, 
 be a prefix of all tokens, because it alone is what the model is given when it answers. Where a token
 straddles the border, the pieces are encoded apart.
 
+A labelled text becomes a question by the instruction of the configuration, and its label the answer.
+A plain text is trained as a whole, whatever else is.
+
 The token that ends an assistant's turn is trained, also where the padding token has the same id.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from trimtab.config import Config
 from trimtab.data.datum import Datum
-from trimtab.data.records import ChatRecord, CompletionRecord, Message, Record, check_roles
+from trimtab.data.encode import Encoder
+from trimtab.data.labelled import as_question, check_kind, question
+from trimtab.data.messages import Message, check_roles, parse_tools
+from trimtab.data.records import (
+    ChatRecord,
+    CompletionRecord,
+    LabelledRecord,
+    PreferenceRecord,
+    Record,
+    TextRecord,
+)
+from trimtab.data.render_config import RenderConfig
 from trimtab.data.template import Span, Template
 from trimtab.errors import ConfigError, DataError, ModelError
-
-
-class RenderConfig(Config):
-    """What is trained, and how prompt/completion records are rendered.
-
-    ``train``: ``assistant`` (every assistant turn), ``last`` (the last one), ``completion`` (for data
-    of prompt/completion records only), ``all`` (every token). ``completions``: as one ``chat`` turn by
-    the template, as ``plain`` text, or ``auto`` (chat where the tokenizer has a template).
-    """
-
-    train: Literal["assistant", "last", "completion", "all"] = "assistant"
-    completions: Literal["auto", "chat", "plain"] = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,11 @@ class Renderer:
                 "completions='chat' needs a tokenizer with a chat template, and this one has none; "
                 "use completions='plain'."
             )
+        self._encoder = Encoder(tokenizer)
+        begin = tokenizer.bos_token_id
+        first = tokenizer("a", add_special_tokens=True)["input_ids"][:1]
+        # The begin-of-sequence token, where this tokenizer adds one to plain text by itself.
+        self._opening = [begin] if begin is not None and first == [begin] else []
 
     @property
     def chats_completions(self) -> bool:
@@ -82,47 +90,64 @@ class Renderer:
 
     def require(self, record: Record) -> None:
         """Raise what concerns every record of its kind: a missing template, policy or end token."""
-        if isinstance(record, ChatRecord):
+        if isinstance(record, ChatRecord | PreferenceRecord):
             _ = self._chat_template
-            if self.config.train == "completion":
-                raise ConfigError(
-                    f"{record.origin}: train='completion' is for prompt/completion records, and this "
-                    "is a conversation; use train='last' or train='assistant'."
-                )
-        elif not self.chats_completions and self.tokenizer.eos_token_id is None:
-            raise ModelError(
-                "the tokenizer has no end-of-sequence token, so a completion could not learn to stop; "
-                "set tokenizer.eos_token."
-            )
+        elif not self.chats_completions or isinstance(record, TextRecord):
+            _ = self._end
+        check_kind(record, self.config)
 
     def render(self, record: Record) -> Rendered:
         """Ids and weights of a record. Raises `DataError` that names it where no exact mask is found."""
         self.require(record)
-        if isinstance(record, CompletionRecord) and not self.chats_completions:
-            return self._plain(record)
-        chat = record.as_chat() if isinstance(record, CompletionRecord) else record
-        template = self._chat_template
-        text = template.text(chat.messages, origin=chat.origin)
-        if self.config.train == "all":
-            ids = self._ids(text)
-            return Rendered(tuple(ids), (1.0,) * len(ids), chat.origin)
-        spans = template.spans(
-            text, chat.messages, only_last=self.config.train == "last", origin=chat.origin
-        )
-        ids, weights = self._mask(text, spans, chat.origin)
-        return Rendered(tuple(ids), tuple(weights), chat.origin)
+        if isinstance(record, TextRecord):
+            ids = [*self._opening, *self._encoder.ids(record.text), self._end]
+            return Rendered(tuple(ids), (1.0,) * len(ids), record.origin)
+        if isinstance(record, LabelledRecord):
+            record = as_question(record, self.config)
+        if isinstance(record, CompletionRecord):
+            if not self.chats_completions:
+                return self._plain(record)
+            record = record.as_chat()
+        elif isinstance(record, PreferenceRecord):
+            record = record.as_chat()
+        assert isinstance(record, ChatRecord)  # check_kind has refused the others
+        return self._chat(record)
 
-    def prompt(self, messages: Sequence[Message] | str) -> list[int]:
-        """The ids to answer: a conversation that ends with the user, or a plain text.
+    def prompt(
+        self, messages: Sequence[Message] | str, *, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
+        """The ids to answer: a conversation that ends with the user (or a tool), or a plain text.
 
         Plain text is made a user turn exactly where prompts of prompt/completion records are.
         """
         if isinstance(messages, str):
             if not self.chats_completions:
-                return [*self._opening(), *self._ids(messages)]
+                if tools:
+                    raise DataError("tools need a chat, and this renderer takes plain text.")
+                return [*self._opening, *self._encoder.ids(messages)]
             messages = [Message("user", messages)]
-        check_roles(tuple(messages), "prompt", answered=False)
-        return self._ids(self._chat_template.text(messages, answer=True, origin="prompt"))
+        check_roles(messages, "prompt", answered=False)
+        text = self._chat_template.text(
+            messages, tools=parse_tools(list(tools), "prompt"), answer=True, origin="prompt"
+        )
+        return self._encoder.ids(text)
+
+    def question(self, text: str, text_pair: str = "") -> str:
+        """The prompt that asks for the label of a text: what a labelled record is trained with."""
+        return question(text, text_pair, self.config)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides token ids and weights; the same in every process."""
+        tokenizer = self.tokenizer
+        parts: list[object] = [self.config.model_dump(mode="json"), self._opening]
+        parts.append(self.template.sources if self.template is not None else None)
+        parts.append({name: str(token) for name, token in tokenizer.special_tokens_map.items()})
+        if tokenizer.is_fast:
+            core = json.loads(tokenizer.backend_tokenizer.to_str())
+            parts.append({**core, "truncation": None, "padding": None})  # state of the last call
+        else:
+            parts += [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @property
     def _chat_template(self) -> Template:
@@ -133,43 +158,48 @@ class Renderer:
             )
         return self.template
 
+    @property
+    def _end(self) -> int:
+        end: int | None = self.tokenizer.eos_token_id
+        if end is None:
+            raise ModelError(
+                "the tokenizer has no end-of-sequence token, so a completion could not learn to stop; "
+                "set tokenizer.eos_token."
+            )
+        return end
+
+    def _chat(self, record: ChatRecord) -> Rendered:
+        template = self._chat_template
+        if self.config.train == "all":
+            text = template.text(record.messages, tools=record.tools, origin=record.origin)
+            whole = self._encoder.ids(text)
+            return Rendered(tuple(whole), (1.0,) * len(whole), record.origin)
+        chat = template.render(record.messages, record.tools, record.origin)
+        spans = template.spans(chat, only_last=self.config.train == "last")
+        ids, weights = self._mask(chat.text, spans, record.origin)
+        return Rendered(tuple(ids), tuple(weights), record.origin)
+
     def _plain(self, record: CompletionRecord) -> Rendered:
+        """Prompt and completion as they are, then the end-of-sequence token, which is trained."""
         text = record.prompt + record.completion
         first = 0 if self.config.train == "all" else len(record.prompt)
         ids, weights = self._mask(text, [Span(first, len(text), 1.0)], record.origin)
-        opening = self._opening()
-        end = self.tokenizer.eos_token_id
+        opening = self._opening
         return Rendered(
-            (*opening, *ids, end), (*(0.0 for _ in opening), *weights, 1.0), record.origin
+            (*opening, *ids, self._end), (*(0.0 for _ in opening), *weights, 1.0), record.origin
         )
-
-    def _opening(self) -> list[int]:
-        """The begin-of-sequence token, where this tokenizer adds one to plain text by itself."""
-        begin = self.tokenizer.bos_token_id
-        first = self.tokenizer("a", add_special_tokens=True)["input_ids"][:1]
-        return [begin] if begin is not None and first == [begin] else []
-
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
 
     def _mask(self, text: str, spans: Sequence[Span], origin: str) -> tuple[list[int], list[float]]:
         """Ids of ``text``, and for each the weight of the span that it lies in (else 0)."""
-        ids = self._ids(text)
+        ids = self._encoder.ids(text)
         weights = [0.0] * len(ids)
-        for span in spans:
-            start, stop = (self._border(text, ids, place) for place in (span.start, span.stop))
+        places = [place for span in spans for place in (span.start, span.stop)]
+        borders = self._encoder.borders(text, ids, places)
+        for span, start, stop in zip(spans, borders[::2], borders[1::2], strict=True):
             if start is None or stop is None:
                 return self._mask_by_pieces(text, spans, ids, origin)
             weights[start:stop] = [span.weight] * (stop - start)
         return ids, weights
-
-    def _border(self, text: str, ids: list[int], place: int) -> int | None:
-        """How many tokens ``text[:place]`` has, if those are the first ones of ``ids``."""
-        if place == len(text):
-            return len(ids)
-        prefix = self._ids(text[:place])
-        return len(prefix) if ids[: len(prefix)] == prefix else None
 
     def _mask_by_pieces(
         self, text: str, spans: Sequence[Span], whole: list[int], origin: str
@@ -182,11 +212,11 @@ class Renderer:
                 (place, span.start, 0.0),
                 (span.start, span.stop, span.weight),
             ):
-                piece = self._ids(text[start:stop])
+                piece = self._encoder.ids(text[start:stop])
                 ids += piece
                 weights += [weight] * len(piece)
             place = span.stop
-        tail = self._ids(text[place:])
+        tail = self._encoder.ids(text[place:])
         ids += tail
         weights += [0.0] * len(tail)
         if self._decoded(ids) != self._decoded(whole):

@@ -1,5 +1,8 @@
 """A tokenizer's chat template: rendered text, and which characters of it the assistant says.
 
+Tools and calls of them are the template's to write. What a template would leave out in silence (tools,
+calls, thoughts that it knows nothing of) is an error.
+
 See `trimtab.data.render` for the three ways in which a span is found, and why.
 """
 
@@ -15,7 +18,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from trimtab.data.records import Message
+from trimtab.data.messages import Message, Tools
 from trimtab.errors import DataError, ModelError
 
 # Characters for private use: no text holds them, and no template treats them specially.
@@ -32,98 +35,138 @@ class Span:
     weight: float
 
 
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A rendered conversation; ``marks`` are the characters that the template says are generated."""
+
+    messages: Sequence[Message]
+    tools: Tools
+    origin: str
+    text: str
+    marks: tuple[tuple[int, int], ...] | None
+
+
 class Template:
     """The chat template of ``tokenizer``. Raises `ModelError` if it has none to use by default."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         try:
-            self._source: str = tokenizer.get_chat_template()
+            self._sources = (
+                str(tokenizer.get_chat_template()),
+                str(tokenizer.get_chat_template(tools=[{}])),  # some have another one for tools
+            )
         except ValueError as error:  # several named templates, and none is the default
             raise ModelError(f"the tokenizer's chat template cannot be used: {error}") from error
-        self.marked = MARKS.search(self._source) is not None
         added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-        self._controls = sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
+        controls = sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
+        self._controls = tuple(controls)
         self._endings = self._find_endings()
 
-    def text(self, messages: Sequence[Message], *, answer: bool = False, origin: str = "") -> str:
+    @property
+    def sources(self) -> tuple[str, str]:
+        """The template in Jinja, without tools and with tools (mostly the same)."""
+        return self._sources
+
+    def text(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Tools = (),
+        answer: bool = False,
+        origin: str = "",
+    ) -> str:
         """The conversation as text; ``answer``: with the generation prompt at the end."""
+        plain = self._plain(messages, tools, origin)
         try:
             text = self._tokenizer.apply_chat_template(
-                _plain(messages), tokenize=False, add_generation_prompt=answer
+                plain,
+                tools=list(tools) or None,
+                tokenize=False,
+                add_generation_prompt=answer,
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise DataError(f"{origin}: the chat template refuses it: {error}") from error
         return str(text)
 
-    def spans(
-        self, text: str, messages: Sequence[Message], *, only_last: bool, origin: str
-    ) -> list[Span]:
-        """The spans of the assistant turns in ``text``, the rendering of ``messages``, in order.
+    def render(self, messages: Sequence[Message], tools: Tools, origin: str) -> Chat:
+        """The whole conversation, with its generation marks where the template has them."""
+        source = self._sources[bool(tools)]
+        if MARKS.search(source) is None:
+            text = self.text(messages, tools=tools, origin=origin)
+            return Chat(messages, tools, origin, text, None)
+        plain = self._plain(messages, tools, origin)
+        try:
+            rendered, marks = render_jinja_template(
+                conversations=[plain],
+                tools=list(tools) or None,
+                chat_template=source,
+                return_assistant_tokens_mask=True,
+                **self._tokenizer.special_tokens_map,
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise DataError(f"{origin}: the chat template refuses it: {error}") from error
+        return Chat(messages, tools, origin, rendered[0], tuple(marks[0]))
+
+    def spans(self, chat: Chat, *, only_last: bool) -> list[Span]:
+        """The spans of the assistant turns in the text, in order.
 
         Each holds the answer and what ends the turn. Raises `DataError` where one cannot be told.
         """
-        turns = [place for place, message in enumerate(messages) if message.role == "assistant"]
-        if self.marked:
-            spans = self._by_marks(text, messages, turns, only_last, origin)
+        turns = [place for place, turn in enumerate(chat.messages) if turn.role == "assistant"]
+        if chat.marks is not None:
+            spans = self._by_marks(chat, chat.marks, turns, only_last)
         else:
             chosen = turns[-1:] if only_last else turns
-            spans = [self._of_turn(text, messages, turn, origin) for turn in chosen]
+            spans = [self._of_turn(chat, turn) for turn in chosen]
         for before, after in pairwise(spans):
             if after.start < before.stop:
-                raise DataError(f"{origin}: two assistant turns overlap in the rendered text.")
+                raise DataError(f"{chat.origin}: two assistant turns overlap in the rendered text.")
         return spans
 
     def _by_marks(
-        self,
-        text: str,
-        messages: Sequence[Message],
-        turns: list[int],
-        only_last: bool,
-        origin: str,
+        self, chat: Chat, marks: tuple[tuple[int, int], ...], turns: list[int], only_last: bool
     ) -> list[Span]:
-        rendered, marks = render_jinja_template(
-            conversations=[_plain(messages)],
-            chat_template=self._source,
-            return_assistant_tokens_mask=True,
-            **self._tokenizer.special_tokens_map,
-        )
-        if rendered[0] != text:
-            raise DataError(f"{origin}: the template renders another text with generation marks.")
-        ends = [self._through_ending(text, start, stop) for start, stop in marks[0]]
+        ends = [self._through_ending(chat.text, start, stop) for start, stop in marks]
         if len(ends) == len(turns):
             spans = [
-                Span(start, stop, messages[turn].weight)
+                Span(start, stop, chat.messages[turn].weight)
                 for turn, (start, stop) in zip(turns, ends, strict=True)
             ]
             return spans[-1:] if only_last else spans
         # A turn may have several marks (thought and answer) or none; then a turn's own weight has no place.
-        if only_last or any(messages[turn].weight != 1.0 for turn in turns):
+        if only_last or any(chat.messages[turn].weight != 1.0 for turn in turns):
             raise DataError(
-                f"{origin}: the template marks {len(ends)} spans for {len(turns)} assistant turns, so "
-                "weights of messages, or training the last turn only, cannot be told apart."
+                f"{chat.origin}: the template marks {len(ends)} spans for {len(turns)} assistant turns, "
+                "so weights of messages, or training the last turn only, cannot be told apart."
             )
         return [Span(start, stop, 1.0) for start, stop in ends]
 
-    def _of_turn(self, text: str, messages: Sequence[Message], turn: int, origin: str) -> Span:
+    def _of_turn(self, chat: Chat, turn: int) -> Span:
+        messages, text = chat.messages, chat.text
         weight = messages[turn].weight
-        head = self.text(messages[:turn], answer=True, origin=origin)
-        through = self.text(messages[: turn + 1], origin=origin)
+        head = self.text(messages[:turn], tools=chat.tools, answer=True, origin=chat.origin)
+        through = text
+        if turn + 1 < len(messages):
+            through = self.text(messages[: turn + 1], tools=chat.tools, origin=chat.origin)
         if through.startswith(head) and text.startswith(through):
             stop = self._trimmed(through, len(head))
             if text[len(head) : stop].strip():
                 return Span(len(head), stop, weight)
-        start, stop = self._by_substitution(text, messages, turn, origin)
+        start, stop = self._by_substitution(chat, turn)
         _, stop = self._through_ending(text, start, stop)
         return Span(start, stop, weight)
 
-    def _by_substitution(
-        self, text: str, messages: Sequence[Message], turn: int, origin: str
-    ) -> tuple[int, int]:
-        """Where the content of that turn lies in ``text``: where it differs when the content does."""
-        changed = list(messages)
+    def _by_substitution(self, chat: Chat, turn: int) -> tuple[int, int]:
+        """Where the content of that turn lies in the text: where it differs when the content does."""
+        text, origin = chat.text, chat.origin
+        changed = list(chat.messages)
+        # Calls and thoughts go, so that the span holds them; the content alone is replaced.
         changed[turn] = Message("assistant", MARKER)
-        other = self.text(changed, origin=origin)
+        try:
+            other = self.text(changed, tools=chat.tools, origin=origin)
+        except DataError:  # answers of tools to no call
+            other = ""
         if other.count(MARKER) == 1:
             start = other.index(MARKER)
             after = other[start + len(MARKER) :]
@@ -151,7 +194,7 @@ class Template:
     def _through_ending(self, text: str, start: int, stop: int) -> tuple[int, int]:
         """The span with the end of turn that follows it, and without white space after that."""
         trimmed = self._trimmed(text[:stop], start)
-        if trimmed < stop or any(text.endswith(end, start, stop) for end in self._endings):
+        if trimmed < stop or text.endswith(tuple(self._endings), start, stop):
             return start, trimmed
         for ending in self._endings:
             if text.startswith(ending, stop):
@@ -161,9 +204,48 @@ class Template:
     def _trimmed(self, text: str, start: int) -> int:
         """The end of ``text`` without white space that follows a control token (no one says it)."""
         stop = start + len(text[start:].rstrip())
-        ends_turn = any(text.endswith(control, start, stop) for control in self._controls)
+        ends_turn = text.endswith(self._controls, start, stop)
         return stop if ends_turn else len(text)
 
+    def _plain(
+        self, messages: Sequence[Message], tools: Tools, origin: str
+    ) -> list[dict[str, Any]]:
+        """The messages as templates take them. Raises `DataError` for what this one would leave out."""
+        source = self._sources[bool(tools)]
+        if tools and "tools" not in source:
+            raise DataError(
+                f"{origin}: the record declares tools, and the model's chat template knows none; "
+                "use a model made for tools, or leave them out."
+            )
+        return [_plain(message, source, origin) for message in messages]
 
-def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    return [{"role": message.role, "content": message.content} for message in messages]
+
+def _plain(message: Message, source: str, origin: str) -> dict[str, Any]:
+    plain: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.role == "developer" and "developer" not in source:
+        plain["role"] = "system"
+    for value, key in (
+        (message.tool_calls, "tool_calls"),
+        (message.reasoning, "reasoning_content"),
+    ):
+        if value and key not in source:
+            raise DataError(
+                f"{origin}: a message has {key}, which the model's chat template does not render; "
+                "use a model made for it, or leave it out."
+            )
+    if message.name:
+        plain["name"] = message.name
+    if message.reasoning:
+        plain["reasoning_content"] = message.reasoning
+    if message.tool_call_id:
+        plain["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        plain["tool_calls"] = [
+            {
+                "type": "function",
+                **({"id": call.id} if call.id else {}),
+                "function": {"name": call.name, "arguments": dict(call.arguments)},
+            }
+            for call in message.tool_calls
+        ]
+    return plain

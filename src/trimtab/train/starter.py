@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from trimtab.data.records import LabelledRecord, Record, parse_row
+from trimtab.data.records import LabelledRecord, Record
+from trimtab.data.shapes import parse_row
 from trimtab.data.source import Source
 from trimtab.errors import DataError, UnknownNameError, suggest
 from trimtab.train.recipe import Recipe
