@@ -1,21 +1,27 @@
 """Settings of every test process, made before torch is imported.
 
 Two processes share the cores, so each computes on one thread; nothing asks a model hub; and
-hypothesis draws the same examples in every run, so that a failure can be repeated.
+hypothesis draws the same examples in every run, so that a failure can be repeated. What is tokenised goes to
+a cache of this process alone.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="trimtab-test-")
 
 import pytest
 from hypothesis import settings
 
 from recipes import assets
 
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 settings.register_profile("trimtab", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("trimtab")
 

@@ -10,44 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.cli.conftest import Ran
 from tests.data.kit import write_jsonl
-from tests.train import kit
 from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.attach import attach
-from trimtab.cli import main
 from trimtab.models.load import load
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cli")
-    kit.model_folder(folder / "model")
-    kit.data_file(folder / "train.jsonl", 16)
-    kit.data_file(folder / "held.jsonl", 6, seed=1)
-    return folder
-
-
-class Ran:
-    """What a command printed, and its exit code."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        self._capsys = capsys
-        self._monkeypatch = monkeypatch
-
-    def __call__(self, *arguments: object) -> tuple[int, str, str]:
-        self._monkeypatch.setattr(sys, "argv", ["trimtab", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        shown = self._capsys.readouterr()
-        code = ended.value.code
-        return (code if isinstance(code, int) else 0), shown.out, shown.err
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, home: Path) -> Ran:
-    monkeypatch.chdir(home)
-    monkeypatch.setenv("COLUMNS", "120")
-    return Ran(capsys, monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -156,9 +123,11 @@ def test_inspect(run: Ran, adapter: Path) -> None:
 def test_data_preview(run: Ran) -> None:
     code, out, _ = run("data", "preview", "train.jsonl", "--model", "model", "--rows", "2")
     assert code == 0
+    assert out.startswith("train.jsonl: JSONL")
     assert out.count("⟦") == 2
-    assert "16 rows read: 16 used." in out
-    assert "16 documents" in out
+    assert "of the first rows: 2 rows of prompt/completion: 2 used." in out
+    everything = run("data", "preview", "train.jsonl", "train=all", "-m", "model", "-n", "1")[1]
+    assert "⟦system" in everything
 
 
 @pytest.mark.parametrize(
@@ -181,7 +150,7 @@ def test_data_preview(run: Ran) -> None:
         ),
         (
             ["train", "--model", "model", "--data", "none.jsonl"],
-            "cannot read the data file 'none.jsonl'",
+            "there is no file or folder 'none.jsonl'. Did you mean 'held.jsonl'",
         ),
         (
             ["train", "--model", "none/none", "--data", "train.jsonl"],
@@ -192,7 +161,18 @@ def test_data_preview(run: Ran) -> None:
             ["generate", "--model", "model", "--adapter", "nowhere", "hi"],
             "nowhere is not an adapter folder",
         ),
-        (["data", "preview", "train.jsonl", "--model", "model", "--train", "al"], "train"),
+        (["data", "preview", "train.jsonl", "train=al", "--model", "model"], "data.train"),
+        (["data", "stats", "train.jsonl"], "name the model whose tokenizer"),
+        (
+            ["recipe", "init", "-m", "m", "-d", "train.jsonl", "-t", "chta", "-o", "-"],
+            "Did you mean 'chat'",
+        ),
+        (
+            ["recipe", "init", "-m", "m", "-d", "train.jsonl", "-t", "text", "-o", "-"],
+            "is for plain text",
+        ),
+        (["recipe", "check", "train.jsonl"], "train.jsonl"),
+        (["plan", "--model", "model"], "data: Field required"),
     ],
 )
 def test_errors_are_one_line_and_code_2(run: Ran, arguments: list[str], message: str) -> None:

@@ -169,14 +169,14 @@ def test_batch_moves_between_devices() -> None:
 
 
 def test_statistics() -> None:
-    data = data_of([3, 9, 4])
-    stats = TokenStats.of(data, [collate(data, pad_id=0, packed=False)])
-    assert (stats.documents, stats.tokens, stats.trained) == (3, 16, 11)
-    assert (stats.shortest, stats.median, stats.longest) == (3, 4.0, 9)
-    assert stats.padding == pytest.approx(11 / 27)
-    assert str(stats) == (
-        "3 documents, 16 tokens, 11 trained (69%); length 3 to 9, median 4; 41% padding"
-    )
-    assert TokenStats.of(data).padding == 0
+    data = data_of([3, 9, 4, 30])
+    stats = TokenStats.of(data)
+    assert (stats.documents, stats.tokens) == (4, 46)
+    assert stats.trained == sum(1 for datum in data for weight in datum.weights if weight)
+    assert (stats.shortest, stats.median, stats.longest) == (3, 6.5, 30)
+    assert stats.bins[0] == (3, 5, 2)
+    assert stats.bins[-1] == (30, 30, 1)
+    assert sum(count for *_, count in stats.bins) == 4
+    assert "4 documents, 46 tokens" in str(stats)
     with pytest.raises(DataError, match="no examples"):
         TokenStats.of([])

@@ -14,9 +14,10 @@ from trimtab.data import (
     Outcomes,
     Renderer,
     load_examples,
+    open_source,
     preview,
-    stream_examples,
-    visit,
+    read_examples,
+    strict,
 )
 from trimtab.errors import ConfigError, DataError
 
@@ -31,15 +32,11 @@ def load(tmp_path: Path, rows: list[object], **config):
 
 
 def test_all_used(tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
     path = kit.write_jsonl(tmp_path / "a.jsonl", [GOOD, LONG])
-    examples = load_examples(
-        path, Renderer(TOKENIZER), progress=lambda done, total: seen.append((done, total))
-    )
-    assert str(examples.outcomes) == "2 rows read: 2 used."
+    examples = load_examples(path, Renderer(TOKENIZER))
+    assert str(examples.outcomes) == "2 rows of prompt/completion: 2 used."
     assert [datum.origin for datum in examples] == ["a.jsonl:1", "a.jsonl:2"]
     assert examples[-1] == examples[1:][0]
-    assert seen == [(1, 2), (2, 2)]
     assert (examples.name, examples.digest) == ("a.jsonl", JsonlFile(path).digest)
 
 
@@ -49,11 +46,11 @@ def test_too_long(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"^a.jsonl:2: {len(whole)} tokens, more than the context"):
         load(tmp_path, [GOOD, LONG], context=context)
     dropped = load(tmp_path, [GOOD, LONG], context=context, too_long="drop")
-    assert str(dropped.outcomes) == "2 rows read: 1 used, 1 dropped (1 too long)."
+    assert str(dropped.outcomes) == "2 rows of prompt/completion: 1 used, 1 dropped (1 too long)."
     for side, keep in (("left", slice(2, None)), ("right", slice(None, -2))):
         cut = load(tmp_path, [GOOD, LONG], context=context, too_long=side)
         assert str(cut.outcomes) == (
-            f"2 rows read: 2 used (1 of them cut on the {side} to {context} tokens, 2 tokens lost)."
+            f"2 rows of prompt/completion: 2 used (1 of them cut on the {side} to {context} tokens, 2 tokens lost)."
         )
         assert cut[1] == Datum(
             whole.tokens[keep], whole.targets[keep], whole.weights[keep], "a.jsonl:2"
@@ -67,7 +64,9 @@ def test_only_masked_tokens(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a.jsonl:2: only masked .* after \d+ tokens were cut"):
         load(tmp_path, [GOOD, LONG], context=5, too_long="right")
     dropped = load(tmp_path, [GOOD, LONG], context=5, too_long="right", masked="drop")
-    assert str(dropped.outcomes) == "2 rows read: 1 used, 1 dropped (1 only masked)."
+    assert (
+        str(dropped.outcomes) == "2 rows of prompt/completion: 1 used, 1 dropped (1 only masked)."
+    )
 
 
 def test_only_masked_by_weight(tmp_path: Path) -> None:
@@ -90,7 +89,7 @@ def test_bad_rows_are_listed_together(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"^13 of 14 rows(.*\n){11}… and 3 more$"):
         load(tmp_path, [GOOD, *["{"] * 13])
     dropped = load(tmp_path, rows, bad_rows="drop")
-    assert str(dropped.outcomes) == "4 rows read: 2 used, 2 dropped (2 malformed)."
+    assert str(dropped.outcomes) == "4 rows of prompt/completion: 2 used, 2 dropped (2 malformed)."
     assert [problem.reason.split(": ")[0] for problem in dropped.outcomes.problems] == [
         "a.jsonl:2",
         "a.jsonl:4",
@@ -98,15 +97,17 @@ def test_bad_rows_are_listed_together(tmp_path: Path) -> None:
 
 
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"a.jsonl: no example is left. 1 rows read: 0 used.*:1: "):
+    with pytest.raises(
+        DataError, match=r"a.jsonl: no example is left. 1 rows of no record: 0 used.*:1: "
+    ):
         load(tmp_path, ["{"], bad_rows="drop")
 
 
 def test_streaming_stops_at_the_first_error(tmp_path: Path) -> None:
     file = JsonlFile(kit.write_jsonl(tmp_path / "a.jsonl", [GOOD, "{", GOOD]))
     outcomes = Outcomes(ExampleConfig())
-    stream = stream_examples(visit(file), Renderer(TOKENIZER), outcomes)
-    assert next(stream)[0].origin == "a.jsonl:1"
+    stream = strict(read_examples(file, Renderer(TOKENIZER), outcomes))
+    assert next(stream).datum.origin == "a.jsonl:1"
     with pytest.raises(DataError, match=r"^a.jsonl:2: broken JSON"):
         next(stream)
     assert (outcomes.read, outcomes.used) == (2, 1)
@@ -116,6 +117,24 @@ def test_a_missing_template_is_said_once(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with pytest.raises(DataError, match=r"^these are chat messages, and the tokenizer has no chat"):
         load(tmp_path, [{"messages": turns}] * 3, bad_rows="drop")
+
+
+def test_plain_text_is_split_and_each_target_learnt_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("abcdefghijklmnopqrstuvwxyz" * 3)
+    whole = load_examples(path, Renderer(TOKENIZER))[0]
+    with pytest.raises(DataError, match=r"set too_long to 'drop', 'left', 'right' or 'split'"):
+        load_examples(path, Renderer(TOKENIZER), ExampleConfig(context=10))
+    config = ExampleConfig(context=10, too_long="split")
+    pieces = load_examples(path, Renderer(TOKENIZER), config)
+    assert max(map(len, pieces)) == 10
+    assert sum((piece.targets for piece in pieces), ()) == whole.targets
+    assert "1 of them split into" in str(pieces.outcomes)
+    outcomes = Outcomes(config)
+    found = list(strict(read_examples(open_source(path), Renderer(TOKENIZER), outcomes)))
+    assert len({example.key for example in found}) == len(pieces)
+    with pytest.raises(DataError, match=r"a\.jsonl:1: .* Only plain text can be split"):
+        load(tmp_path, [LONG], context=5, too_long="split")
 
 
 def test_options_are_checked() -> None:

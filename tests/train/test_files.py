@@ -1,4 +1,4 @@
-"""Events, checkpoints, splits, charts: the small parts of a run."""
+"""Events, checkpoints, charts: the small parts of a run."""
 
 from __future__ import annotations
 
@@ -8,17 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine import kit
-from trimtab.data import visit
-from trimtab.errors import DataError, FileFormatError, StorageError
+from trimtab.errors import FileFormatError, StorageError
 from trimtab.train.chart import Series, line_chart, nice_ticks, smoothed
 from trimtab.train.checkpoints import Checkpoints
 from trimtab.train.events import Events, read_events
-from trimtab.train.recipe import BatchRecipe
-from trimtab.train.recipe_file import make_recipe
 from trimtab.train.report import marked, sized, timed, write_report
-from trimtab.train.schedule import groups, total_steps
-from trimtab.train.sources import split
 
 
 def test_events_survive_a_torn_line_and_a_resume(tmp_path: Path) -> None:
@@ -63,32 +57,6 @@ def test_retention_keeps_the_last_and_the_best(tmp_path: Path) -> None:
     assert checkpoints.last() == 12
     assert not list(tmp_path.glob(".step-*"))
     assert (tmp_path / "notes").exists()
-
-
-def test_the_split_is_stable_and_keeps_equal_examples_together() -> None:
-    data = kit.datums(60)
-    train, held = split(data, 0.3)
-    assert len(train) + len(held) == 60
-    assert 8 <= len(held) <= 28
-    more_train, more_held = split([*kit.datums(30, seed=5), *data, *data], 0.3)
-    assert all(datum in more_held for datum in held)
-    assert all(datum in more_train for datum in train)
-    with pytest.raises(DataError, match="leaves 3 to train and 0"):
-        split(train[:3], 1e-9)
-
-
-@pytest.mark.parametrize("batch", [{"size": 4}, {"tokens": 40}])
-def test_steps_are_counted_as_they_are_made(batch: dict[str, int]) -> None:
-    data = kit.datums(13)
-    recipe = make_recipe({"model": "m", "data": {"path": "d"}, "batch": batch, "epochs": 3})
-    made = list(groups(visit(data, epochs=3, seed=recipe.seed), recipe.batch))
-    assert total_steps(data, recipe) == len(made)
-    assert sum(len(members) for members, _ in made) == 39
-    _, cursor = made[4]
-    rest = list(groups(visit(data, epochs=3, seed=recipe.seed, cursor=cursor), recipe.batch))
-    assert rest == made[5:]
-    assert total_steps(data, recipe.replace(steps=7)) == 7
-    assert BatchRecipe().examples == 16
 
 
 def test_charts() -> None:

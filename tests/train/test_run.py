@@ -104,7 +104,7 @@ def test_the_saved_adapter_measures_the_same_to_the_last_digit(
     assert saved.origin.provenance["metrics"]["loss"]["value"] == straight.after.held_out.loss.value
     tt.attach(base.model, saved)
     engine = Engine(base)
-    sources = read_sources(kit.recipe(job, "x").data, base.tokenizer, engine.context("default"))
+    sources = read_sources(kit.recipe(job, "x"), base.tokenizer, engine.context("default"))
     assert held_out(engine, sources.held_out, "default") == straight.after.held_out
 
 

@@ -90,7 +90,11 @@ class Outcomes:
 
     def fields(self) -> dict[str, Any]:
         """As JSON holds it."""
-        return {**asdict(self), "config": self.config.model_dump(mode="json")}
+        return {
+            **vars(self),
+            "config": self.config.model_dump(mode="json"),
+            "problems": [asdict(problem) for problem in self.problems],
+        }
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Outcomes:

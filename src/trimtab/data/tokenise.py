@@ -30,10 +30,7 @@ Progress = Callable[[int, int | None], None]
 
 
 def token_cache() -> Path:
-    """The folder of tokenised sources: below ``$TRIMTAB_CACHE``, else the user's cache folder."""
-    home = os.environ.get("TRIMTAB_CACHE")
-    if home:
-        return Path(home) / "tokens"
+    """The folder of tokenised sources: ``trimtab/tokens`` in the user's cache folder (``$XDG_CACHE_HOME``)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimtab" / "tokens"
 
 

@@ -315,7 +315,9 @@ class Run:
         """A held-out measurement in the middle of a run."""
         if self.measure is None:
             return False
-        self._note(self._measured(full=self.recipe.eval.midway == "answers"))
+        measured = self._measured(full=self.recipe.eval.midway == "answers")
+        self._note(measured)
+        self.screen.measured(f"step {self.progress.step}", measured)
         return True
 
     def _measured(self, *, full: bool) -> Measured:
@@ -329,7 +331,6 @@ class Run:
         progress = self.progress
         progress.measured(measured.held_out.loss.value, self.recipe.eval)
         self.events.add("eval", {"step": progress.step, "of": "adapter", **measured.fields()})
-        self.screen.measured(f"step {progress.step}", measured)
 
     def _note_early_stop(self) -> None:
         progress = self.progress
@@ -349,18 +350,27 @@ class Run:
     # -- after ---------------------------------------------------------------------------------------
 
     def _finish(self, before: Measured | None) -> Measured | None:
-        """The last checkpoint, the state that becomes the adapter, and its measurement."""
+        """The last measurement and checkpoint, and the state that becomes the adapter."""
         progress, final = self.progress, self.recipe.checkpoint.final
-        if self.measure is not None and not progress.over and final == "best":
+        after = None
+        if self.measure is not None and final == "last":
+            after = self._measured(full=True)
+            self._note(after)
+        elif self.measure is not None and not progress.over:
             self._note(self._measured(full=False))
-        if progress.step not in self.checkpoints.steps():
-            self._save()
+        self._save()
         step = progress.step
-        if final == "best" and progress.best is not None and progress.best[0] != step:
+        if final == "best" and progress.best is not None:
             step = progress.best[0]
-            self.engine.load(self.checkpoints.path(step), self.adapter.name)
-            self.screen.note(f"the adapter is that of step {step}, the best one.")
-        after = self._conclude(before, step)
+            if step != progress.step:
+                self.engine.load(self.checkpoints.path(step), self.adapter.name)
+                self.screen.note(f"the adapter is that of step {step}, the best one.")
+            after = self._measured(full=True)
+            self.events.add("eval", {"step": step, "of": "adapter", **after.fields()})
+        self.engine.take_average(self.adapter.name)
+        if after is not None:
+            self.screen.measured("adapter", after)
+            self.screen.samples(before, after)
         self.adapter.origin.provenance = self._provenance(after, step)
         self.adapter.save(self.folder / ADAPTER)
         self.events.add(
@@ -375,17 +385,6 @@ class Run:
         self.screen.note(
             f"adapter: {self.folder / ADAPTER}\nreport: {self.folder / REPORT}", "green"
         )
-        return after
-
-    def _conclude(self, before: Measured | None, step: int) -> Measured | None:
-        """The adapter takes its final values, and is measured."""
-        self.engine.take_average(self.adapter.name)
-        if self.measure is None:
-            return None
-        after = self.measure.full(self.adapter.name)
-        self.screen.measured("adapter", after)
-        self.screen.samples(before, after)
-        self.events.add("eval", {"step": step, "of": "adapter", "final": True, **after.fields()})
         return after
 
     def _provenance(self, after: Measured | None, step: int) -> dict[str, Any]:

@@ -116,11 +116,23 @@ def _lines(config: BaseModel, values: Mapping[str, Any], indent: str) -> Iterato
                 yield line if on == "" or line.lstrip().startswith("#") else f"# {line}"
         else:
             plain = {name: given if given is not None else _plain(value)}
-            text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100).rstrip()
+            text = yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
             on = "" if name in values else "# "
-            yield from (f"{indent}{on}{line}" for line in text.splitlines())
+            yield from (f"{indent}{on}{line}".rstrip() for line in text.rstrip().splitlines())
         if not indent:
             yield ""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes text of several lines as such."""
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in value else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_Dumper.add_representer(str, _text)
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,118 @@
+"""From a file to the steps of a run: tokenised once, and resumed at the exact example, also by way of JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.data import kit
+from trimtab.data import (
+    Corpus,
+    CorpusFeed,
+    ExampleConfig,
+    Feed,
+    JsonlFile,
+    Outcomes,
+    Renderer,
+    StreamFeed,
+    load_examples,
+    read_examples,
+    strict,
+    tokenise,
+)
+from trimtab.data.tokenise import MONTH
+from trimtab.errors import DataError
+
+CONFIG = ExampleConfig(context=30, too_long="drop", bad_rows="drop")
+
+
+def rows(count: int) -> list[object]:
+    return [{"prompt": f"one two {number}", "completion": f"{number}"} for number in range(count)]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> JsonlFile:
+    mixed = [*rows(10), "broken", {"prompt": "one " * 40, "completion": "x"}]
+    return JsonlFile(kit.write_jsonl(tmp_path / "a.jsonl", mixed))
+
+
+@pytest.mark.parametrize("cut", [{"examples": 3, "tokens": None}, {"examples": None, "tokens": 40}])
+@pytest.mark.parametrize("kind", ["corpus", "stream"])
+def test_the_whole_chain_resumes_at_the_exact_step(
+    tmp_path: Path, file: JsonlFile, kind: str, cut: dict[str, int | None]
+) -> None:
+    renderer = Renderer(kit.byte_level())
+
+    def feed() -> Feed:
+        if kind == "corpus":
+            portion, _ = tokenise(file, renderer, CONFIG, folder=tmp_path / "cache")
+            return CorpusFeed(Corpus([portion]), **cut, seed=7)
+
+        def read(start: int) -> Iterator:
+            return strict(read_examples(file, renderer, Outcomes(CONFIG), start))
+
+        return StreamFeed(read, file.digest, **cut, seed=7, window=6)
+
+    whole = list(feed().steps(3))
+    assert sum(len(step) for step, _ in whole) == 30
+    for place, (_, cursor) in enumerate(whole, start=1):
+        assert list(feed().steps(3, json.loads(json.dumps(cursor)))) == whole[place:]
+
+
+def test_what_is_tokenised_once_is_found_again(tmp_path: Path, file: JsonlFile) -> None:
+    renderer, cache = Renderer(kit.byte_level()), tmp_path / "cache"
+    seen: list[tuple[int, int | None]] = []
+    portion, outcomes = tokenise(
+        file, renderer, CONFIG, folder=cache, progress=lambda *told: seen.append(told)
+    )
+    assert list(portion.file) == list(load_examples(file, renderer, CONFIG))
+    assert seen[-1] == (10, 12)
+    again, noted = tokenise(file, renderer, CONFIG, folder=cache, progress=lambda *_: 1 / 0)
+    assert (again.digest, list(again.file)) == (portion.digest, list(portion.file))
+    assert (str(noted), noted) == (str(outcomes), outcomes)
+    assert str(noted) == (
+        "12 rows of prompt/completion: 10 used, 2 dropped (1 malformed, 1 too long)."
+    )
+
+
+def test_whatever_changes_the_tokens_changes_the_name(tmp_path: Path, file: JsonlFile) -> None:
+    def digest(*options: object) -> str:
+        source, renderer, config = options
+        return tokenise(source, renderer, config, folder=tmp_path / "cache")[0].digest
+
+    renderer, config = Renderer(kit.byte_level()), CONFIG.replace(context=90)
+    other = JsonlFile(kit.write_jsonl(tmp_path / "b.jsonl", rows(9)))
+    found = {
+        digest(file, renderer, config),
+        digest(other, renderer, config),
+        digest(file, Renderer(kit.byte_level(kit.CHATML)), config),
+        digest(file, renderer, config.replace(context=29)),
+    }
+    assert len(found) == 4
+    copy = JsonlFile(kit.write_jsonl(tmp_path / "copy.jsonl", rows(9)))
+    assert digest(copy, renderer, config) == digest(other, renderer, config)
+
+
+def test_a_torn_entry_is_made_again_and_an_old_one_goes(tmp_path: Path, file: JsonlFile) -> None:
+    renderer, cache = Renderer(kit.byte_level()), tmp_path / "cache"
+    portion, _ = tokenise(file, renderer, CONFIG, folder=cache)
+    data = list(portion.file)
+    (cache / portion.digest / "ids.bin").write_bytes(b"torn")
+    assert list(tokenise(file, renderer, CONFIG, folder=cache)[0].file) == data
+    old = time.time() - 2 * MONTH
+    os.utime(cache / portion.digest / "meta.json", (old, old))
+    tokenise(file, renderer, CONFIG.replace(context=29), folder=cache)
+    assert portion.digest not in {entry.name for entry in cache.iterdir()}
+    assert not list(cache.glob("*.lock"))
+
+
+def test_an_error_leaves_nothing_in_the_cache(tmp_path: Path, file: JsonlFile) -> None:
+    strictly = CONFIG.replace(bad_rows="error")
+    with pytest.raises(DataError, match=r"a\.jsonl:11: broken JSON"):
+        tokenise(file, Renderer(kit.byte_level()), strictly, folder=tmp_path / "cache")
+    assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
