@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.data import kit as data_kit
 from tests.engine import kit
+from trimtab.train.api import train_recipe
+from trimtab.train.events import read_events
 from trimtab.train.recipe import Recipe
 from trimtab.train.recipe_file import make_recipe
+from trimtab.train.run import Outcome, Run
 
 
 def model_folder(path: Path) -> Path:
@@ -52,3 +63,47 @@ def recipe(home: Path, folder: str, **options: Any) -> Recipe:
         "out": str(home / folder),
     }
     return make_recipe(values, {key.replace("__", "."): value for key, value in options.items()})
+
+
+def go(recipe: Recipe, *, resume: bool = False) -> Outcome:
+    return train_recipe(recipe, resume=resume, quiet=True)
+
+
+@contextmanager
+def at_step(number: int, action: Callable[[Run], Any]) -> Iterator[None]:
+    """Do something when a run begins that step."""
+    original = Run._step
+
+    def step(self: Run, members: Any, cursor: Any) -> None:
+        if self.progress.step + 1 == number:
+            action(self)
+        original(self, members, cursor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "_step", step)
+        yield
+
+
+def steps_of(folder: Path) -> list[tuple[int, float, float]]:
+    """(step, loss, norm) of the events that count."""
+    return [
+        (e["step"], e["loss"], e["grad_norm"])
+        for e in read_events(folder / "events.jsonl")
+        if e["event"] == "step"
+    ]
+
+
+def killed_after(seconds: float, work: Callable[[], Any]) -> bool:
+    """Do the work in a forked process and kill -9 it; whether it was still at work."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # from 3.12: forking beside threads
+        child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)

@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
-import random
 import re
 import resource
 import signal
-import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +15,7 @@ import yaml
 
 import trimtab as tt
 from tests.train import kit
+from tests.train.kit import at_step, go, steps_of
 from trimtab.adapt.adapter import Adapter
 from trimtab.engine import Engine
 from trimtab.errors import ConfigError, DataError, NonFiniteLossError, StorageError, TargetError
@@ -28,39 +23,10 @@ from trimtab.evals import held_out
 from trimtab.models.load import load
 from trimtab.train.api import train_recipe
 from trimtab.train.events import read_events
-from trimtab.train.recipe import Recipe
 from trimtab.train.run import Outcome, Run
 from trimtab.train.sources import read_sources
 
 SPOTTUNE = {"kind": "spottune", "inner": "lora(rank=2)"}
-
-
-def go(recipe: Recipe, *, resume: bool = False) -> Outcome:
-    return train_recipe(recipe, resume=resume, quiet=True)
-
-
-@contextmanager
-def at_step(number: int, action: Callable[[Run], Any]) -> Iterator[None]:
-    """Do something when a run begins that step."""
-    original = Run._step
-
-    def step(self: Run, members: Any, cursor: Any) -> None:
-        if self.progress.step + 1 == number:
-            action(self)
-        original(self, members, cursor)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "_step", step)
-        yield
-
-
-def steps_of(folder: Path) -> list[tuple[int, float, float]]:
-    """(step, loss, norm) of the events that count."""
-    return [
-        (e["step"], e["loss"], e["grad_norm"])
-        for e in read_events(folder / "events.jsonl")
-        if e["event"] == "step"
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -141,40 +107,6 @@ def test_an_interrupted_run_resumes_bitwise(home: Path, straight: Outcome, metho
     assert Adapter.load(done.folder / "adapter") == Adapter.load(whole.folder / "adapter")
     assert steps_of(done.folder) == steps_of(whole.folder)
     assert go(recipe, resume=True).steps == 12  # a finished run stays finished
-
-
-def killed_after(seconds: float, work: Callable[[], Any]) -> bool:
-    """Do the work in a forked process and kill -9 it; whether it was still at work."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # from 3.12: forking beside threads
-        child = os.fork()
-    if child == 0:
-        try:
-            work()
-        finally:
-            os._exit(0)
-    time.sleep(seconds)
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    return os.WIFSIGNALED(status)
-
-
-def test_killed_at_any_moment_it_resumes_bitwise(home: Path, straight: Outcome) -> None:
-    """kill -9 at random moments, while a checkpoint is written after every step."""
-    recipe = kit.recipe(home, "killed", checkpoint__every=1)
-    began = time.perf_counter()
-    go(kit.recipe(home, "timed", checkpoint__every=1))
-    whole = time.perf_counter() - began
-    draw = random.Random(1)
-    kills = sum(
-        killed_after(draw.uniform(0.2, 0.6) * whole, lambda: go(recipe, resume=True))
-        for _ in range(5)
-    )
-    assert kills >= 1
-    done = go(recipe, resume=True)
-    assert Adapter.load(done.folder / "adapter") == Adapter.load(straight.folder / "adapter")
-    assert [step[0] for step in steps_of(done.folder)] == list(range(1, 13))
-    assert not list((done.folder / "checkpoints").glob(".*"))
 
 
 def test_a_full_disk_stops_the_run_and_loses_nothing(home: Path, straight: Outcome) -> None:
