@@ -42,7 +42,7 @@ def test_it_stops_early_and_keeps_the_best(home: Path) -> None:
     flipped = {"yes": "no", "no": "yes"}
     held = [{**row, "completion": flipped[row["completion"]]} for row in kit.rows(8, seed=1)]
     write_jsonl(home / "held.jsonl", held)
-    options = {**OVERFIT, "eval__patience": 3, "checkpoint__final": "best"}
+    options = {**OVERFIT, "steps": 200, "eval__patience": 3, "checkpoint__final": "best"}
     done = go(kit.recipe(home, "early", **options))
     losses = losses_of(done.folder)
     best = min(losses, key=lambda step: losses[step])
