@@ -88,19 +88,28 @@ class BatchRecipe(Config):
         return 16 if self.size is None else self.size
 
 
+MetricName = Literal["loss", "exact", "choice", "f1", "token_f1", "json", "rouge", "bleu", "chrf"]
+
+
 class EvalRecipe(Config):
     """Measured on held-out data before and after, and ``every`` so many steps.
 
-    ``metric``: ``loss`` only, or greedy answers too, compared by ``exact`` match or as a ``choice`` among the
-    labels; ``limit`` bounds how many are asked. ``samples`` answers are shown; ``max_tokens`` None is the
+    ``metric``: ``loss`` only, or greedy answers too, compared by one metric of `trimtab.evals.metrics` or by
+    several; ``limit`` bounds how many are asked. ``samples`` answers are shown; ``max_tokens`` None is the
     longest reference.
     """
 
     every: int | None = Field(default=None, ge=1)
-    metric: Literal["loss", "exact", "choice"] = "loss"
+    metric: MetricName | tuple[MetricName, ...] = "loss"
     samples: int = Field(default=4, ge=0)
     limit: int | None = Field(default=None, ge=1)
     max_tokens: int | None = Field(default=None, ge=1)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Those that compare answers, each once; the loss is always measured."""
+        named = (self.metric,) if isinstance(self.metric, str) else self.metric
+        return tuple(dict.fromkeys(name for name in named if name != "loss"))
 
 
 class CheckpointRecipe(Config):
