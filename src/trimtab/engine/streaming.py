@@ -12,7 +12,7 @@ are spread over tokens, and not where a stop string may have begun.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Self, final
 
@@ -92,7 +92,7 @@ class Stream(Iterator[str]):
         if self._completion is None:
             self._completion = self.completion
 
-    def _run(self, tokens: Iterator[int]) -> Iterator[str]:
+    def _run(self, tokens: Iterator[int]) -> Generator[str]:
         said = ""
         for token in tokens:
             self._tokens.append(token)

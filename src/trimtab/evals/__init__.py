@@ -5,6 +5,7 @@ from trimtab.evals.evaluate import Evaluation, evaluate
 from trimtab.evals.held_out import HeldOut, held_out
 from trimtab.evals.intervals import Interval, bootstrap, mean, ratio, wilson
 from trimtab.evals.metrics import Metric, Scores, check_metrics, compare, metrics, values_of
+from trimtab.evals.tasks import evaluate_tasks
 
 __all__ = [
     "Accuracy",
@@ -20,6 +21,7 @@ __all__ = [
     "check_metrics",
     "compare",
     "evaluate",
+    "evaluate_tasks",
     "held_out",
     "mean",
     "metrics",
