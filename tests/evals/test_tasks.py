@@ -20,7 +20,7 @@ from trimtab.evals import wilson
 from trimtab.evals.tasks import evaluate_tasks
 from trimtab.models.load import Base
 
-WORDS = "sea ship deep turns fine not named two how lines".split()
+WORDS = ["sea", "ship", "deep", "turns", "fine", "not", "named", "two", "how", "lines"]
 TASKS = ["tiny_choice", "tiny_answer", "tiny_text"]
 HEAD = """
 task: {name}

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from trimtab.cli import data, generate, inspect, merge, train
+from trimtab.cli import chat, data, eval, generate, inspect, merge, train
 from trimtab.errors import TrimtabError
 
 app = typer.Typer(
@@ -21,7 +21,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command("train")(train.train)
+app.command("eval")(eval.evaluate)
 app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
 app.command("merge")(merge.merge)
 app.command("inspect")(inspect.inspect)
 app.add_typer(data.app, name="data")

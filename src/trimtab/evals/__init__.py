@@ -1,7 +1,7 @@
 """Measurements on held-out data: loss and token accuracy, and answers compared with references."""
 
 from trimtab.evals.answers import Accuracy, Answered, Question, answer, questions, score
-from trimtab.evals.evaluate import Evaluation, evaluate
+from trimtab.evals.evaluate import Evaluation, evaluate, merged
 from trimtab.evals.held_out import HeldOut, held_out
 from trimtab.evals.intervals import Interval, bootstrap, mean, ratio, wilson
 from trimtab.evals.metrics import Metric, Scores, check_metrics, compare, metrics, values_of
@@ -24,6 +24,7 @@ __all__ = [
     "evaluate_tasks",
     "held_out",
     "mean",
+    "merged",
     "metrics",
     "questions",
     "ratio",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from trimtab.adapt.bank import bank_of
@@ -58,6 +58,7 @@ def evaluate(
     *,
     metrics: Sequence[str] = (),
     limit: int | None = None,
+    asked: int | None = None,
     max_tokens: int | None = None,
 ) -> list[Evaluation]:
     """Measure adapters that are attached to ``base`` on ``data``, one after the other.
@@ -67,7 +68,7 @@ def evaluate(
             each is the reference of its answer.
         adapters: names; None is the bare base.
         metrics: names of `trimtab.evals.metrics`; answers are greedy. Without one, only the loss is measured.
-        limit: how many of the first examples are used.
+        limit: how many of the first examples are used; ``asked``: how many of those are answered.
         max_tokens: most tokens of an answer; by default those of the longest reference.
 
     Raises:
@@ -79,8 +80,8 @@ def evaluate(
     if not used:
         raise DataError("there are no examples to evaluate on.")
     engine = Engine(base, micro_tokens=max(MICRO_TOKENS, *map(len, used)))
-    asked = questions(used, base.tokenizer)
-    references = [question.reference for question in asked]
+    to_answer = questions(used[:asked], base.tokenizer)
+    references = [question.reference for question in to_answer]
     check_metrics(metrics, references)
     for name in adapters:
         if name is not None:
@@ -89,10 +90,22 @@ def evaluate(
     for name in adapters:
         began = time.perf_counter()
         loss = held_out(engine, used, name)
-        texts = answer(engine, asked, name, max_tokens=max_tokens) if metrics else []
+        texts = answer(engine, to_answer, name, max_tokens=max_tokens) if metrics else []
         scores = compare(metrics, references, texts) if metrics else {}
         seconds = time.perf_counter() - began
         done.append(
             Evaluation(name, loss, values_of(scores), scores, tuple(texts), seconds=seconds)
         )
     return done
+
+
+def merged(rows: Sequence[Evaluation], others: Sequence[Evaluation]) -> list[Evaluation]:
+    """Two measurements of the same adapters as one: all metrics of both, and the time of both."""
+    return [
+        replace(
+            one,
+            metrics={**one.metrics, **other.metrics},
+            seconds=one.seconds + other.seconds,
+        )
+        for one, other in zip(rows, others, strict=True)
+    ]
