@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from trimtab.cli import data, generate, inspect, merge, plan, recipe, train
+from trimtab.cli import chat, data, eval, generate, inspect, merge, plan, recipe, train
 from trimtab.errors import TrimtabError
 
 app = typer.Typer(
@@ -22,7 +22,9 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("plan")(plan.plan)
+app.command("eval")(eval.evaluate)
 app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
 app.command("merge")(merge.merge)
 app.command("inspect")(inspect.inspect)
 app.add_typer(data.app, name="data")

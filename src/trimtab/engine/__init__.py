@@ -3,6 +3,7 @@
 forward_backward(data, adapter)   gradients accumulate, as sums, in each datum's adapter
 optim_step(adapter, params)       one step of that adapter alone, normalised by its token weights
 sample(prompts, params)           completions, each prompt by its own adapter or the bare base
+                                  (stream(prompt, params): one of them, piece by piece)
 save / load                       weights, optimiser, counts and RNG: exact resume
 """
 
@@ -10,5 +11,14 @@ from trimtab.engine.engine import Engine
 from trimtab.engine.memory import keep_memory
 from trimtab.engine.results import LossResult, StepResult
 from trimtab.engine.sampling import Completion, SamplingParams
+from trimtab.engine.streaming import Stream
 
-__all__ = ["Completion", "Engine", "LossResult", "SamplingParams", "StepResult", "keep_memory"]
+__all__ = [
+    "Completion",
+    "Engine",
+    "LossResult",
+    "SamplingParams",
+    "StepResult",
+    "Stream",
+    "keep_memory",
+]

@@ -23,6 +23,7 @@ from trimtab.engine.head import Head, Kept
 from trimtab.engine.micro import Layout, Micro, Who, layout_of
 from trimtab.engine.results import LossResult, StepResult
 from trimtab.engine.sampling import Completion, SamplingParams
+from trimtab.engine.streaming import Stream
 from trimtab.engine.tenant import Tenant, listed
 from trimtab.errors import (
     DataError,
@@ -145,14 +146,7 @@ class Engine:
         """
         params = params or SamplingParams()
         owners = self._each(prompts, adapter)
-        if self.tokenizer is None:
-            raise DataError("to sample, the engine needs a tokenizer: Engine(model, tokenizer).")
-        for number, (prompt, owner) in enumerate(zip(prompts, owners, strict=True)):
-            self._check_length(
-                len(prompt) + params.max_tokens, owner, f"prompt {number} with max_tokens"
-            )
-            if not prompt:
-                raise DataError(f"prompt {number} is empty; a model needs at least one token.")
+        tokenizer = self._check_prompts(prompts, owners, params)
         repeated = [index for index in range(len(prompts)) for _ in range(params.n)]
         found: dict[int, Completion] = {}
         plan = (
@@ -165,13 +159,48 @@ class Engine:
             seed = None if params.seed is None else params.seed + number
             names = tuple(_owner(owners[index]) for index in chosen)
             route = Route.everyone(names[0]) if len(set(names)) == 1 else Route(names)
-            with self._mode(train=False), self._scope(route):
+            with self._answering(route):
                 rows = sampling.generate(
-                    self.model, self.tokenizer, [prompts[i] for i in chosen], params, seed
+                    self.model, tokenizer, [prompts[i] for i in chosen], params, seed
                 )
             for member, index, row in zip(members, chosen, rows, strict=True):
                 found[member] = Completion(index, *row)
         return [found[member] for member in range(len(repeated))]
+
+    def stream(
+        self, prompt: Sequence[int], params: SamplingParams | None = None, adapter: Who = None
+    ) -> Stream:
+        """One completion in pieces of text, as they are made; joined, they are what `sample` gives.
+
+        Nothing is computed until the first piece is asked for, and nothing after the stream is closed or left.
+
+        Raises:
+            DataError: as `sample`; `ConfigError` where ``params.n`` is not 1.
+        """
+        params = params or SamplingParams()
+        (owner,) = self._each([prompt], adapter)
+        tokenizer = self._check_prompts([prompt], [owner], params)
+        route = Route.everyone(_owner(owner))
+        return Stream(self.model, tokenizer, prompt, params, lambda: self._answering(route))
+
+    def _check_prompts(
+        self, prompts: Sequence[Sequence[int]], owners: Sequence[Who], params: SamplingParams
+    ) -> PreTrainedTokenizerBase:
+        """The tokenizer; raises `DataError` for what cannot be answered."""
+        if self.tokenizer is None:
+            raise DataError("to sample, the engine needs a tokenizer: Engine(model, tokenizer).")
+        for number, (prompt, owner) in enumerate(zip(prompts, owners, strict=True)):
+            self._check_length(
+                len(prompt) + params.max_tokens, owner, f"prompt {number} with max_tokens"
+            )
+            if not prompt:
+                raise DataError(f"prompt {number} is empty; a model needs at least one token.")
+        return self.tokenizer
+
+    @contextmanager
+    def _answering(self, route: Route) -> Iterator[None]:
+        with self._mode(train=False), self._scope(route):
+            yield
 
     # -- state ---------------------------------------------------------------------------------------
 

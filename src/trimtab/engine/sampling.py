@@ -77,7 +77,7 @@ def generate(
     pad = int(tokenizer.pad_token_id)
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    ends = _ends(model, tokenizer)
+    ends = end_ids(model, tokenizer)
     stopping = [_StopStrings(tokenizer, params.stop, width, ends)] if params.stop else []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if params.temperature > 0:
@@ -85,14 +85,14 @@ def generate(
         out = model.generate(
             input_ids=ids,
             attention_mask=mask,
-            generation_config=_config(params, ends, pad),
+            generation_config=generation_config(params, ends, pad),
             stopping_criteria=stopping,
-            **_last_only(model),
+            **last_only(model),
         )
-    return [_ended(row[width:].tolist(), tokenizer, params.stop, ends) for row in out]
+    return [ended(row[width:].tolist(), tokenizer, params.stop, ends) for row in out]
 
 
-def _last_only(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def last_only(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Only the last position goes through the head, as an index rather than a slice.
 
     `generate` asks for the slice ``[-1:]`` of the prompt's hidden states, which is not contiguous; torch then
@@ -104,7 +104,7 @@ def _last_only(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {"logits_to_keep": torch.tensor([-1], device=model.device)}
 
 
-def _config(params: SamplingParams, ends: list[int], pad: int) -> GenerationConfig:
+def generation_config(params: SamplingParams, ends: list[int], pad: int) -> GenerationConfig:
     """Everything said, so that nothing comes from the model's own generation defaults."""
     greedy = params.temperature == 0
     return GenerationConfig(
@@ -123,14 +123,14 @@ def _config(params: SamplingParams, ends: list[int], pad: int) -> GenerationConf
     )
 
 
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids that end an answer: the model's own, and the tokenizer's."""
     own = model.generation_config.eos_token_id if model.generation_config is not None else None
     listed = own if isinstance(own, list) else [own]
     return list(dict.fromkeys(int(e) for e in [*listed, tokenizer.eos_token_id] if e is not None))
 
 
-def _ended(
+def ended(
     tokens: list[int], tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], ends: list[int]
 ) -> tuple[tuple[int, ...], str, Literal["stop", "length"]]:
     """Cut one row at its end token or stop string."""
@@ -139,7 +139,7 @@ def _ended(
         if token in ends:
             tokens, finish = tokens[: place + 1], "stop"
             break
-    text = _text(tokenizer, tokens)
+    text = decoded(tokenizer, tokens)
     places = [text.index(stop) for stop in stops if stop in text]
     if places:
         text, finish = text[: min(places)], "stop"
@@ -152,13 +152,14 @@ def _shortest(
 ) -> list[int]:
     """The tokens up to the one that completes the stop string (rows of a batch may run on)."""
     for count in range(1, len(tokens)):
-        said = _text(tokenizer, tokens[:count])
+        said = decoded(tokenizer, tokens[:count])
         if any(stop in said for stop in stops):
             return tokens[:count]
     return tokens
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+def decoded(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """The text of tokens, without control tokens."""
     return str(
         tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     )
@@ -182,6 +183,6 @@ class _StopStrings(StoppingCriteria):  # type: ignore[misc]
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         rows = input_ids[:, self.start :][:, -self.tail :].tolist()
-        said = [_text(self.tokenizer, row) for row in rows]
+        said = [decoded(self.tokenizer, row) for row in rows]
         hits = [any(stop in text for stop in self.stops) for text in said]
         return torch.tensor(hits, device=input_ids.device)

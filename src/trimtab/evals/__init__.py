@@ -1,19 +1,34 @@
 """Measurements on held-out data: loss and token accuracy, and answers compared with references."""
 
 from trimtab.evals.answers import Accuracy, Answered, Question, answer, questions, score
+from trimtab.evals.evaluate import Evaluation, evaluate, merged
 from trimtab.evals.held_out import HeldOut, held_out
-from trimtab.evals.intervals import Interval, ratio, wilson
+from trimtab.evals.intervals import Interval, bootstrap, mean, ratio, wilson
+from trimtab.evals.metrics import Metric, Scores, check_metrics, compare, metrics, values_of
+from trimtab.evals.tasks import evaluate_tasks
 
 __all__ = [
     "Accuracy",
     "Answered",
+    "Evaluation",
     "HeldOut",
     "Interval",
+    "Metric",
     "Question",
+    "Scores",
     "answer",
+    "bootstrap",
+    "check_metrics",
+    "compare",
+    "evaluate",
+    "evaluate_tasks",
     "held_out",
+    "mean",
+    "merged",
+    "metrics",
     "questions",
     "ratio",
     "score",
+    "values_of",
     "wilson",
 ]

@@ -6,15 +6,28 @@
 
 `ratio`: Σ a_i / Σ b_i over examples (a loss per token), by the delta method: examples are the independent
 units, not tokens.
+
+`bootstrap`: anything that is computed from sums over examples (F1, BLEU, a mean), by drawing the examples
+anew with replacement: the 2.5th and 97.5th percentiles over the draws (Efron and Tibshirani 1993, ch. 13).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
+from trimtab.errors import DataError
+
 Z = 1.959963984540054
+RESAMPLES = 1000
+AT_ONCE = 2_000_000
+"""Cells of counts in memory at a time: examples times resamples."""
+
+Sums = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +72,45 @@ def ratio(parts: Sequence[float], weights: Sequence[float]) -> Interval:
     rests = [a - value * b for a, b in zip(parts, weights, strict=True)]
     spread = Z * math.sqrt(count / (count - 1) * sum(rest * rest for rest in rests)) / weight
     return Interval(value, value - spread, value + spread, count)
+
+
+def bootstrap(
+    rows: Sequence[Sequence[float]] | Sums,
+    value: Callable[[Sums], Sums],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """The value of all examples, with its percentile interval.
+
+    Args:
+        rows: (N, K), what each of N examples adds to the K sums.
+        value: from sums (R, K) to values (R,); not-a-number where a draw has none.
+        resamples: how many times the examples are drawn anew; ``seed`` makes them repeat.
+
+    Raises:
+        DataError: no examples.
+    """
+    table = np.asarray(rows, dtype=np.float64)
+    count = len(table)
+    if count == 0:
+        raise DataError("there are no examples to compute a metric of.")
+    whole = float(value(table.sum(0)[None])[0])
+    if count == 1:
+        return Interval(whole, whole, whole, 1)
+    draw = np.random.default_rng(seed)
+    found: list[Sums] = []
+    left = resamples
+    while left:
+        number = min(left, max(AT_ONCE // count, 1))
+        members = draw.integers(count, size=(number, count)) + np.arange(number)[:, None] * count
+        times = np.bincount(members.ravel(), minlength=number * count).reshape(number, count)
+        found.append(value(times.astype(np.float64) @ table))
+        left -= number
+    low, high = np.nanpercentile(np.concatenate(found), (2.5, 97.5))
+    return Interval(whole, float(low), float(high), count)
+
+
+def mean(values: Sequence[float]) -> Interval:
+    """The plain mean over examples, with its bootstrap interval."""
+    return bootstrap([(one, 1.0) for one in values], lambda sums: sums[:, 0] / sums[:, 1])

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.data import Datum
 from trimtab.engine import Engine
-from trimtab.evals import Accuracy, HeldOut, Interval, Question, answer, held_out, questions, score
+from trimtab.evals import (
+    Accuracy,
+    HeldOut,
+    Interval,
+    Question,
+    answer,
+    check_metrics,
+    compare,
+    held_out,
+    questions,
+    score,
+    values_of,
+)
 from trimtab.train.recipe import EvalRecipe
+
+JUDGES: tuple[Literal["choice", "exact"], ...] = ("choice", "exact")
+"""Metrics that say of each single answer whether it is right, the preferred one first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +42,12 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """``answers`` is None where only the loss was measured."""
+    """``answers`` is None where no metric tells right from wrong; ``metrics`` are all values by name."""
 
     held_out: HeldOut
     answers: Accuracy | None
     samples: tuple[Sample, ...]
+    metrics: Mapping[str, Interval] = field(default_factory=dict)
 
     def fields(self) -> dict[str, Any]:
         """As an event holds it."""
@@ -39,12 +55,13 @@ class Measured:
             "loss": asdict(self.held_out.loss),
             "accuracy": asdict(self.held_out.accuracy),
             "answers": None if self.answers is None else asdict(self.answers),
+            "metrics": {name: asdict(value) for name, value in self.metrics.items()},
             "samples": [asdict(sample) for sample in self.samples],
         }
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Measured:
-        """What `fields` gave."""
+        """What `fields` gave; older events have no ``metrics``."""
         answers = fields["answers"]
         return cls(
             HeldOut(Interval(**fields["loss"]), Interval(**fields["accuracy"])),
@@ -52,6 +69,7 @@ class Measured:
             if answers is None
             else Accuracy(**{**answers, "interval": Interval(**answers["interval"])}),
             tuple(Sample(**sample) for sample in fields["samples"]),
+            {name: Interval(**value) for name, value in fields.get("metrics", {}).items()},
         )
 
 
@@ -60,7 +78,10 @@ class Measure:
 
     Args:
         data: the held-out examples.
-        recipe: which metric, how many answers.
+        recipe: which metrics, how many answers.
+
+    Raises:
+        ConfigError: a metric that does not fit these data, or whose library is not installed.
     """
 
     def __init__(
@@ -74,29 +95,31 @@ class Measure:
         self._data = data
         self._tokenizer = tokenizer
         self._recipe = recipe
-        self._asked = questions(data, tokenizer)
-        self._longest = max(question.length for question in self._asked)
+        asked = questions(data, tokenizer)
+        self._longest = max(question.length for question in asked)
+        self._asked = asked[: recipe.limit if recipe.metrics else recipe.samples]
+        self._references = [question.reference for question in self._asked]
+        check_metrics(recipe.metrics, self._references)
 
     def quick(self, adapter: str | None) -> Measured:
         """Loss and token accuracy only: what is watched while training."""
         return Measured(held_out(self._engine, self._data, adapter), None, ())
 
     def full(self, adapter: str | None) -> Measured:
-        """The loss, the metric of the recipe, and a few answers."""
-        recipe = self._recipe
+        """The loss, the metrics of the recipe, and a few answers."""
+        recipe, asked = self._recipe, self._asked
         loss = held_out(self._engine, self._data, adapter)
-        asked = (
-            self._asked[: recipe.limit]
-            if recipe.metric != "loss"
-            else self._asked[: recipe.samples]
-        )
         most = recipe.max_tokens or self._longest
         texts = answer(self._engine, asked, adapter, max_tokens=most)
-        if recipe.metric == "loss":
-            return Measured(loss, None, tuple(self._samples(asked, texts, [None] * len(asked))))
-        accuracy, done = score(asked, texts, recipe.metric)
-        shown = self._samples(asked, texts, [one.correct for one in done])[: recipe.samples]
-        return Measured(loss, accuracy, tuple(shown))
+        found = values_of(compare(recipe.metrics, self._references, texts))
+        judge = next((name for name in JUDGES if name in recipe.metrics), None)
+        accuracy: Accuracy | None = None
+        right: list[bool | None] = [None] * len(asked)
+        if judge is not None:
+            accuracy, done = score(asked, texts, judge)
+            right = [one.correct for one in done]
+        shown = self._samples(asked, texts, right)[: recipe.samples]
+        return Measured(loss, accuracy, tuple(shown), found)
 
     def _samples(
         self, asked: Sequence[Question], texts: Sequence[str], correct: Sequence[bool | None]

@@ -158,6 +158,9 @@ class BatchRecipe(Config):
         return None if self.tokens is not None else self.size or 16
 
 
+MetricName = Literal["loss", "exact", "choice", "f1", "token_f1", "json", "rouge", "bleu", "chrf"]
+
+
 class EvalRecipe(Config):
     """Measurements on held-out data, before the first step and after the last."""
 
@@ -169,8 +172,9 @@ class EvalRecipe(Config):
     """Stop early after so many measurements without a better held-out loss."""
     min_gain: float = Field(default=0.0, ge=0)
     """How much lower a held-out loss must be to count as better."""
-    metric: Literal["loss", "exact", "choice"] = "loss"
-    """Beside the loss, ask for greedy answers and compare them: exact match, or choice among the labels."""
+    metric: MetricName | tuple[MetricName, ...] = "loss"
+    """Beside the loss, ask for greedy answers and compare them, by one metric or several: exact match, choice among
+    the labels or f1 over them, token_f1, json, rouge, bleu, chrf."""
     limit: int | None = Field(default=None, ge=1)
     """Ask at most so many."""
     samples: int = Field(default=4, ge=0)
@@ -181,7 +185,7 @@ class EvalRecipe(Config):
     @property
     def asks(self) -> bool:
         """Whether answers are compared with references."""
-        return self.metric != "loss"
+        return bool(self.metrics)
 
     @model_validator(mode="after")
     def _patience_needs_measurements(self) -> Self:
@@ -190,6 +194,12 @@ class EvalRecipe(Config):
                 "patience counts measurements in the middle of a run; set every as well"
             )
         return self
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Those that compare answers, each once; the loss is always measured."""
+        named = (self.metric,) if isinstance(self.metric, str) else self.metric
+        return tuple(dict.fromkeys(name for name in named if name != "loss"))
 
 
 class CheckpointRecipe(Config):

@@ -54,6 +54,10 @@ class Screen:
                 f"answers right {answers.interval}, n = {answers.interval.count}, "
                 f"majority class {answers.majority:.4g}"
             )
+        shown = () if answers is None else ("choice", "exact")
+        parts += [
+            f"{name} {value}" for name, value in measured.metrics.items() if name not in shown
+        ]
         self.note(f"{title}: " + "; ".join(parts), "cyan")
 
     def samples(self, before: Measured | None, after: Measured) -> None:

@@ -184,6 +184,28 @@ def read_sources(
     )
 
 
+def read_examples_of(
+    recipe: DataRecipe,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int | None,
+    *,
+    held_out: bool,
+) -> tuple[Corpus, tuple[str, ...]]:
+    """The examples of a recipe's ``path`` and mix, or those that are held out; and what was read, in sentences.
+
+    Raises:
+        DataError: rows that are errors by the recipe, or no example is left.
+    """
+    reader = Reader(recipe, tokenizer, context)
+    source = held_recipe(recipe) if held_out else None
+    chosen = (source,) if source is not None else (recipe, *recipe.mix)
+    found = [reader.portion(reader.open(one)) for one in chosen]
+    portions, notes = [portion for portion, _ in found], tuple(note for _, note in found)
+    if held_out and source is None:
+        _, portions = _split(portions, recipe.fraction)
+    return Corpus(portions), notes
+
+
 def _mixed(
     recipe: DataRecipe, portions: list[Portion], held: Corpus, notes: list[str]
 ) -> tuple[list[Portion], int]:

@@ -1,0 +1,3 @@
+from tests.train.conftest import home, job
+
+__all__ = ["home", "job"]
