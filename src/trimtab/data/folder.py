@@ -165,7 +165,7 @@ class Folder(Source):
         self._starts = [0, *accumulate(count for count in counts if count is not None)]
         self.count: int = self._starts[-1]
         kinds = Counter(part.kind.partition(":")[0] for part in self._parts)
-        self.kind = f"folder of {len(chosen)} files: " + ", ".join(
+        self.kind = f"folder of {_files(len(chosen))}: " + ", ".join(
             f"{count} {kind}" for kind, count in kinds.items()
         )
         content = hashlib.sha256()
@@ -196,10 +196,10 @@ class Folder(Source):
         strange = Counter(file.suffix or "no ending" for file in files if file not in set(known))
         if strange:
             endings = ", ".join(f"{count} with {ending}" for ending, count in strange.items())
-            yield f"{self.name}: {strange.total()} files of an unknown kind were left out ({endings})."
+            yield f"{self.name}: {_files(strange.total())} of an unknown kind left out ({endings})."
         unsplit = [file for file in known if file not in set(chosen) and _split_of(file) is None]
         if unsplit:
-            yield f"{self.name}: {len(unsplit)} files that belong to no split were left out."
+            yield f"{self.name}: {_files(len(unsplit))} of no split left out."
 
 
 @final
@@ -230,6 +230,10 @@ def _ending(path: Path) -> str:
     """The known ending of a file's name, or nothing."""
     name = path.name.lower()
     return next((ending for ending in (*KNOWN, *PACKED) if name.endswith(ending)), "")
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"
 
 
 def _hidden(path: Path) -> bool:
