@@ -181,7 +181,7 @@ def test_data_preview(run: Ran) -> None:
         ),
         (
             ["train", "--model", "model", "--data", "none.jsonl"],
-            "cannot read the data file 'none.jsonl'",
+            "there is no file or folder 'none.jsonl'",
         ),
         (
             ["train", "--model", "none/none", "--data", "train.jsonl"],

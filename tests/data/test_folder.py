@@ -32,6 +32,8 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / ".hidden.jsonl").write_text("{")
     (tmp_path / "run.sh").write_text("echo")
     (tmp_path / "LICENSE").write_text("free")
+    (tmp_path / "README.md").write_text("# About")
+    (tmp_path / "Makefile").write_text("all:")
     return tmp_path
 
 
@@ -47,6 +49,7 @@ def test_folder(folder: Path) -> None:
         "folder of 3 files: 1 CSV with 2 columns (commas), 1 JSONL, 1 text, one document"
     )
     assert source.notes == (
+        f"{folder.name}: LICENSE, README.md left out.",
         f"{folder.name}: 2 files of an unknown kind left out (1 with no ending, 1 with .sh).",
     )
     assert parse_row(rows[-1]) == TextRecord("a document\nof two lines\n", "deep/c.md:1")

@@ -228,6 +228,10 @@ BAD: dict[str, tuple[dict, str]] = {
         {"prompt": "a", "completion": None},
         r"keys prompt, completion \(completion: null",
     ),
+    "a list as text": (
+        {"messages": json.dumps(TURNS)},
+        "'messages' must be a list, found a string. It is JSON as text; decode it with a map",
+    ),
     "an image": (
         chat({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, TURNS[1]),
         r"part 1 of message 1 \(user\) is a part of type 'image_url'; only parts of text",

@@ -39,6 +39,8 @@ SPLITS = {
     "testing": "test",
     "eval": "test",
 }
+# What lies beside the data of many data sets and is none.
+BESIDE = ("readme", "license", "licence", "changelog", "dataset_info", "dataset_infos")
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
@@ -139,7 +141,8 @@ class TextFile(FileSource):
 
 @final
 class Folder(Source):
-    """All known files in a folder and the folders below it, sorted by name; hidden ones are skipped.
+    """All known files in a folder and the folders below it, sorted by name; hidden ones are skipped, and
+    what describes data (a README, a licence).
 
     With ``split``, those whose name, or a folder above them, says train, validation or test. Files of
     several splits and no ``split`` are an error; files of an unknown kind are counted in ``notes``.
@@ -153,7 +156,7 @@ class Folder(Source):
             for file in self.path.rglob("*")
             if file.is_file() and not _hidden(file.relative_to(self.path))
         )
-        known = [file for file in files if _ending(file)]
+        known = [file for file in files if _ending(file) and not _beside(file)]
         if not known:
             found = f" ({len(files)} of another kind)" if files else ""
             raise DataError(
@@ -193,7 +196,12 @@ class Folder(Source):
         return [file for file in files if of[file] == wanted]
 
     def _left_out(self, files: list[Path], known: list[Path], chosen: list[Path]) -> Iterator[str]:
-        strange = Counter(file.suffix or "no ending" for file in files if file not in set(known))
+        beside = [file.name for file in files if _beside(file)]
+        if beside:
+            yield f"{self.name}: {', '.join(beside)} left out."
+        strange = Counter(
+            file.suffix or "no ending" for file in files if not _ending(file) and not _beside(file)
+        )
         if strange:
             endings = ", ".join(f"{count} with {ending}" for ending, count in strange.items())
             yield f"{self.name}: {_files(strange.total())} of an unknown kind left out ({endings})."
@@ -234,6 +242,10 @@ def _ending(path: Path) -> str:
 
 def _files(count: int) -> str:
     return "1 file" if count == 1 else f"{count} files"
+
+
+def _beside(path: Path) -> bool:
+    return path.name.partition(".")[0].lower() in BESIDE
 
 
 def _hidden(path: Path) -> bool:
