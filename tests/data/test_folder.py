@@ -12,6 +12,7 @@ import pytest
 from tests.data import kit
 from tests.data.test_tables import resumes
 from trimtab.data import Folder, JsonFile, JsonlFile, Row, TextRecord, open_source, parse_row
+from trimtab.data.hub import from_hub
 from trimtab.errors import DataError
 
 ROWS = [{"prompt": f"one {number}", "completion": "two"} for number in range(5)]
@@ -220,6 +221,29 @@ def test_data_sets_in_memory_streamed_and_saved(tmp_path: Path) -> None:
         open_source(dataset, split="train")
     with pytest.raises(DataError, match="the data set has no rows"):
         open_source(dataset.select([]))
+
+
+def test_data_sets_that_the_library_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As from the hub, but that a folder stands in for the network.
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "owner"
+    folder.mkdir()
+    for split, rows in (("train", ROWS), ("test", ROWS[:2])):
+        kit.write_jsonl(folder / f"{split}.jsonl", rows)
+    with pytest.raises(DataError, match="has the splits train, test; choose one"):
+        from_hub(str(folder))
+    with pytest.raises(DataError, match="no split 'tset'. Did you mean 'test'"):
+        from_hub(str(folder), split="tset")
+    with pytest.raises(DataError, match="BuilderConfig 'en' not found"):
+        from_hub(str(folder), split="test", config="en")
+    assert from_hub(str(folder), split="train[:3]").count == 3
+    whole = from_hub(str(folder), split="train")
+    stream = from_hub(str(folder), split="train", stream=True)
+    assert [row.value for row in whole.rows()] == ROWS
+    assert list(stream.rows(2)) == list(whole.rows(2))
+    assert (stream.count, whole.count) == (None, 5)
+    assert stream.digest == from_hub(str(folder), split="train", stream=True).digest
+    assert "streamed, split train" in stream.kind
 
 
 def test_a_broken_saved_data_set(tmp_path: Path) -> None:

@@ -141,6 +141,17 @@ def test_files_that_cannot_be_run(tmp_path: Path) -> None:
         load_function(3)  # type: ignore[arg-type]
 
 
+def test_functions_may_change_what_they_are_given() -> None:
+    source = open_source([{"turns": ["a"]}])
+
+    def grow(row: dict) -> dict:
+        row["turns"].append("b")
+        return row
+
+    for _ in range(2):
+        assert [row.value for row in Mapped(source, map=grow).rows()] == [{"turns": ["a", "b"]}]
+
+
 def test_map_results_are_records_like_any(code: Path) -> None:
     with pytest.raises(DataError, match="raised ZeroDivisionError: division by zero"):
         row = next(Mapped(open_source(ROWS), map=lambda row: 1 / 0).rows())

@@ -148,6 +148,12 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {
         b"text|label\na|b\n",
         "must be divided by commas, semicolons or",
     ),
+    "a list by another name": (
+        "a.jsonl",
+        b'[\n{"text": "a"}\n]',
+        "this is a JSON list, and a JSONL",
+    ),
+    "JSONL in UTF-16": ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "UTF-16 text; save it as"),
     "UTF-16": ("a.csv", "text,label\na,b\n".encode("utf-16"), "UTF-16 text; save it as UTF-8"),
     "a spreadsheet": ("a.csv", b"PK\x03\x04...", "a spreadsheet"),
     "gzip by another name": ("a.csv", gzip.compress(b"a,b\n"), "compressed by gzip; let its name"),
