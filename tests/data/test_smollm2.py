@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from recipes import assets
 from tests.data import kit
-from trimtab.data import Message, Renderer, collate
+from trimtab.data import ChatRecord, Message, Renderer, collate, parse_record
 
 
 @pytest.fixture(scope="module")
@@ -38,3 +38,25 @@ def test_the_end_of_turn_keeps_its_weight_among_padding(tokenizer: PreTrainedTok
     ends = (batch.targets == tokenizer.eos_token_id) & (batch.weights > 0)
     assert ends.sum(dim=1).tolist() == [1, 1]
     assert batch.weights[batch.attention_mask == 0].sum() == 0
+
+
+def test_real_conversations_are_what_transformers_makes_of_them(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    try:
+        rows = assets.alpaca()[::5]
+    except assets.UnavailableError as error:
+        pytest.skip(str(error))
+    renderer = Renderer(tokenizer)
+    for row in rows:
+        record = parse_record(row, "")
+        assert isinstance(record, ChatRecord)
+        turns = [{"role": turn.role, "content": turn.content} for turn in record.messages]
+        rendered = renderer.render(record)
+        assert list(rendered.ids) == tokenizer.apply_chat_template(turns, return_dict=False)
+        prompt = tokenizer.apply_chat_template(
+            turns[:1], add_generation_prompt=True, return_dict=False
+        )
+        assert rendered.weights.index(1.0) == len(prompt)
+        assert list(rendered.ids[: len(prompt)]) == prompt == renderer.prompt(record.messages[:1])
+        assert kit.trained(rendered.datum(), tokenizer) == [turns[1]["content"] + "<|im_end|>"]

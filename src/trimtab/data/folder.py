@@ -39,6 +39,8 @@ SPLITS = {
     "testing": "test",
     "eval": "test",
 }
+# What lies beside the data of many data sets and is none.
+BESIDE = ("readme", "license", "licence", "changelog", "dataset_info", "dataset_infos")
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
@@ -139,7 +141,8 @@ class TextFile(FileSource):
 
 @final
 class Folder(Source):
-    """All known files in a folder and the folders below it, sorted by name; hidden ones are skipped.
+    """All known files in a folder and the folders below it, sorted by name; hidden ones are skipped, and
+    what describes data (a README, a licence).
 
     With ``split``, those whose name, or a folder above them, says train, validation or test. Files of
     several splits and no ``split`` are an error; files of an unknown kind are counted in ``notes``.
@@ -153,7 +156,7 @@ class Folder(Source):
             for file in self.path.rglob("*")
             if file.is_file() and not _hidden(file.relative_to(self.path))
         )
-        known = [file for file in files if _ending(file)]
+        known = [file for file in files if _ending(file) and not _beside(file)]
         if not known:
             found = f" ({len(files)} of another kind)" if files else ""
             raise DataError(
@@ -165,7 +168,7 @@ class Folder(Source):
         self._starts = [0, *accumulate(count for count in counts if count is not None)]
         self.count: int = self._starts[-1]
         kinds = Counter(part.kind.partition(":")[0] for part in self._parts)
-        self.kind = f"folder of {len(chosen)} files: " + ", ".join(
+        self.kind = f"folder of {_files(len(chosen))}: " + ", ".join(
             f"{count} {kind}" for kind, count in kinds.items()
         )
         content = hashlib.sha256()
@@ -193,13 +196,18 @@ class Folder(Source):
         return [file for file in files if of[file] == wanted]
 
     def _left_out(self, files: list[Path], known: list[Path], chosen: list[Path]) -> Iterator[str]:
-        strange = Counter(file.suffix or "no ending" for file in files if file not in set(known))
+        beside = [file.name for file in files if _beside(file)]
+        if beside:
+            yield f"{self.name}: {', '.join(beside)} left out."
+        strange = Counter(
+            file.suffix or "no ending" for file in files if not _ending(file) and not _beside(file)
+        )
         if strange:
             endings = ", ".join(f"{count} with {ending}" for ending, count in strange.items())
-            yield f"{self.name}: {strange.total()} files of an unknown kind were left out ({endings})."
+            yield f"{self.name}: {_files(strange.total())} of an unknown kind left out ({endings})."
         unsplit = [file for file in known if file not in set(chosen) and _split_of(file) is None]
         if unsplit:
-            yield f"{self.name}: {len(unsplit)} files that belong to no split were left out."
+            yield f"{self.name}: {_files(len(unsplit))} of no split left out."
 
 
 @final
@@ -230,6 +238,14 @@ def _ending(path: Path) -> str:
     """The known ending of a file's name, or nothing."""
     name = path.name.lower()
     return next((ending for ending in (*KNOWN, *PACKED) if name.endswith(ending)), "")
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"
+
+
+def _beside(path: Path) -> bool:
+    return path.name.partition(".")[0].lower() in BESIDE
 
 
 def _hidden(path: Path) -> bool:

@@ -13,6 +13,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -176,7 +177,10 @@ class Mapped(Source):
         if not isinstance(value, Mapping):
             raise DataError(f"expected an object, found {kind_of(value)}.")
         row = self._renamed(value)
-        if self._filter is not None and not _called(self._filter, "filter", dict(row)):
+        if self._filter is None and self._map is None:
+            return [row]
+        row = deepcopy(row)  # theirs to change; a source may hold its rows in memory
+        if self._filter is not None and not _called(self._filter, "filter", row):
             return []
         if self._map is None:
             return [row]

@@ -47,8 +47,10 @@ class DatasetSource(Source):
                 rows = [{key: batch[key][place] for key in batch} for place in range(size)]
                 yield from table_rows(rows, self.name, index)
                 index += size
-        except OSError as error:  # requests and huggingface_hub raise these
-            raise DataError(f"{self.name}: reading stopped at row {index + 1}: {error}") from error
+        except Exception as error:  # a stream comes over the network, through four libraries
+            raise DataError(
+                f"{self.name}: reading stopped at row {index + 1}: {type(error).__name__}: {error}"
+            ) from error
 
     def _first_rows(self) -> str:
         """What identifies a stream of unknown origin: its first rows."""

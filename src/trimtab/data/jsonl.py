@@ -12,7 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NoReturn, final, overload
 
-from trimtab.data.source import FileSource, Row, check_text, open_bytes
+from trimtab.data.source import BOM, FileSource, Row, check_text, open_bytes
 from trimtab.errors import DataError
 
 
@@ -36,6 +36,11 @@ class JsonlFile(FileSource):
                     check_text(raw, self.name)
                 content.update(raw)
                 if raw.strip():
+                    if not self._offsets and raw.removeprefix(BOM).lstrip().startswith(b"["):
+                        raise DataError(
+                            f"{self.name}: this is a JSON list, and a JSONL file has one object a "
+                            "line; let its name end with .json."
+                        )
                     self._offsets.append(offset)
                     self._numbers.append(number)
                 offset += len(raw)
@@ -143,7 +148,7 @@ class JsonFile(FileSource):
 def open_json(path: Path, name: str = "") -> JsonFile | JsonlFile:
     """A ``.json`` file: a list, or JSONL by another name. Raises `DataError` for one object."""
     with path.open("rb") as file:
-        line = next((line for line in file if line.strip()), b"").removeprefix(b"\xef\xbb\xbf")
+        line = next((line for line in file if line.strip()), b"").removeprefix(BOM)
     if not line.lstrip().startswith(b"{"):
         return JsonFile(path, name)
     try:

@@ -78,7 +78,7 @@ def question(text: str, text_pair: str, config: RenderConfig) -> str:
     before, *between = instruction.split("{text}")
     parts = [before, *between]
     if bool(text_pair) != ("{text_pair}" in instruction):
-        have = "has" if text_pair else "has no"
+        have = "has a" if text_pair else "has no"
         raise ConfigError(
             f"the record {have} second text; the instruction must hold {{text}} and, for pairs alone, "
             "{text_pair}."

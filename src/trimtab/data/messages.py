@@ -58,7 +58,7 @@ class Message:
 def parse_messages(turns: object, what: str, origin: str) -> tuple[Message, ...]:
     """The messages in a list in OpenAI's form. Raises `DataError`; roles are not yet in order."""
     if not isinstance(turns, list | tuple):
-        fail(origin, f"{what!r} must be a list, found {kind_of(turns)}.")
+        fail(origin, f"{what!r} must be a list, found {kind_of(turns)}.{in_text(turns)}")
     prefix = "" if what == "messages" else f"{what}, "
     return tuple(_message(turn, f"{prefix}message {n}", origin) for n, turn in enumerate(turns, 1))
 
@@ -235,6 +235,12 @@ def no_extra(value: Mapping[str, Any], known: Sequence[str], origin: str, what: 
         if key not in known and value[key] is not None:
             hint = suggest(str(key), known) or f" Known: {', '.join(known)}."
             fail(origin, f"unknown key {key!r} in the {what}.{hint}")
+
+
+def in_text(value: object) -> str:
+    """What to do with a cell of a table that holds a list as JSON text."""
+    listed = isinstance(value, str) and value.lstrip()[:1] in ("[", "{")
+    return " It is JSON as text; decode it with a map function." if listed else ""
 
 
 def kind_of(value: object) -> str:

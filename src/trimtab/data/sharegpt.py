@@ -11,6 +11,7 @@ from trimtab.data.messages import (
     Role,
     ToolCall,
     fail,
+    in_text,
     kind_of,
     no_extra,
     parse_calls,
@@ -35,7 +36,7 @@ FROM: dict[str, Role] = {
 def parse_sharegpt(turns: object, system: object, origin: str) -> tuple[Message, ...]:
     """The messages in ShareGPT's ``conversations``; calls and their answers get ids, in order."""
     if not isinstance(turns, list | tuple):
-        fail(origin, f"'conversations' must be a list, found {kind_of(turns)}.")
+        fail(origin, f"'conversations' must be a list, found {kind_of(turns)}.{in_text(turns)}")
     messages = [sharegpt_turn(turn, f"turn {n}", origin) for n, turn in enumerate(turns, 1)]
     if system is not None and text_of(system, "'system'", origin):
         if messages and messages[0].role == "system":

@@ -19,6 +19,8 @@ from typing import IO, cast
 
 from trimtab.errors import DataError
 
+BOM = b"\xef\xbb\xbf"  # opens many UTF-8 files from Windows
+
 
 @dataclass(frozen=True, slots=True)
 class Row:

@@ -12,13 +12,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any, final
 
-from trimtab.data.source import FileSource, Row, check_text, open_bytes, sha256_of
+from trimtab.data.source import BOM, FileSource, Row, check_text, open_bytes, sha256_of
 from trimtab.errors import DataError
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 WIDEST = 2**31 - 1  # bytes of one field; csv's own limit of 128 KiB is less than some documents
 BATCH = 256  # rows of Parquet decoded at a time
-BOM = b"\xef\xbb\xbf"
 
 
 @final

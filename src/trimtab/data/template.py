@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -61,7 +61,7 @@ class Template:
         added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
         controls = sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
         self._controls = tuple(controls)
-        self._endings = self._find_endings()
+        self._lead, self._endings = self._find_surroundings()
 
     @property
     def sources(self) -> tuple[str, str]:
@@ -159,42 +159,74 @@ class Template:
 
     def _by_substitution(self, chat: Chat, turn: int) -> tuple[int, int]:
         """Where the content of that turn lies in the text: where it differs when the content does."""
-        text, origin = chat.text, chat.origin
-        changed = list(chat.messages)
+        text = chat.text
         # Calls and thoughts go, so that the span holds them; the content alone is replaced.
-        changed[turn] = Message("assistant", MARKER)
-        try:
-            other = self.text(changed, tools=chat.tools, origin=origin)
-        except DataError:  # answers of tools to no call
-            other = ""
+        other = self._with(chat, turn, Message("assistant", MARKER))
         if other.count(MARKER) == 1:
             start = other.index(MARKER)
             after = other[start + len(MARKER) :]
             stop = len(text) - len(after)
             if text.startswith(other[:start]) and text.endswith(after) and start < stop:
-                return start, stop
-        raise DataError(
-            f"{origin}: message {turn + 1} (assistant) cannot be found in what the chat template "
-            "renders, so it cannot be told which tokens to train. Give the template generation marks, "
-            "split the conversation, or use train='last'."
-        )
+                led = text.endswith(self._lead, 0, start)
+                return start - (len(self._lead) if led else 0), stop
+        found = self._by_call(chat, turn) if chat.messages[turn].tool_calls else None
+        if found is None:
+            raise DataError(
+                f"{chat.origin}: message {turn + 1} (assistant) cannot be found in what the chat "
+                "template renders, so it cannot be told which tokens to train. Give the template "
+                "generation marks, split the conversation, or use train='last'."
+            )
+        return found
 
-    def _find_endings(self) -> list[str]:
-        """What the template writes after an answer, as learnt from a small conversation."""
-        endings = [str(self._tokenizer.eos_token)] if self._tokenizer.eos_token else []
+    def _by_call(self, chat: Chat, turn: int) -> tuple[int, int] | None:
+        """Where a turn that calls tools lies, if it reads as it does when it is the only one.
+
+        The place is where the text differs when the name of the first call does.
+        """
+        message, asked = chat.messages[turn], Message("user", "a")
+        calls = (replace(message.tool_calls[0], name=MARKER), *message.tool_calls[1:])
+        marked = replace(message, tool_calls=calls)
+        small = Chat((asked, message), chat.tools, chat.origin, "", None)
+        head = self.text([asked], tools=chat.tools, answer=True, origin=chat.origin)
+        alone, alone_marked = self._with(small, 1, message), self._with(small, 1, marked)
+        other = self._with(chat, turn, marked)
+        if not alone.startswith(head) or not alone_marked.count(MARKER) == other.count(MARKER) == 1:
+            return None
+        answer = alone[len(head) : self._trimmed(alone, len(head))]
+        start = other.index(MARKER) - alone_marked.index(MARKER) + len(head)
+        return (start, start + len(answer)) if chat.text.startswith(answer, start) else None
+
+    def _with(self, chat: Chat, turn: int, message: Message) -> str:
+        """The text with another message as that turn; empty where the template refuses it."""
+        changed = list(chat.messages)
+        changed[turn] = message
         try:
-            text = self.text([Message("user", "a"), Message("assistant", MARKER)])
+            return self.text(changed, tools=chat.tools, origin=chat.origin)
         except DataError:
-            return endings
+            return ""
+
+    def _find_surroundings(self) -> tuple[str, tuple[str, ...]]:
+        """What the template writes before an answer though it is not in the generation prompt (a
+        space, mostly), and what after it; as learnt from a small conversation."""
+        lead, endings = "", [str(self._tokenizer.eos_token)] if self._tokenizer.eos_token else []
+        asked = Message("user", "a")
+        try:
+            head = self.text([asked], answer=True)
+            text = self.text([asked, Message("assistant", MARKER)])
+        except DataError:
+            return lead, tuple(endings)
         if MARKER in text:
-            after = text.index(MARKER) + len(MARKER)
+            start = text.index(MARKER)
+            if text.startswith(head):
+                lead = text[len(head) : start]
+            after = start + len(MARKER)
             endings.insert(0, text[after : self._trimmed(text, after)])
-        return [ending for ending in endings if ending]
+        return lead, tuple(ending for ending in endings if ending)
 
     def _through_ending(self, text: str, start: int, stop: int) -> tuple[int, int]:
         """The span with the end of turn that follows it, and without white space after that."""
         trimmed = self._trimmed(text[:stop], start)
-        if trimmed < stop or text.endswith(tuple(self._endings), start, stop):
+        if trimmed < stop or text.endswith(self._endings, start, stop):
             return start, trimmed
         for ending in self._endings:
             if text.startswith(ending, stop):
