@@ -25,6 +25,9 @@ def train(
     name: str = typer.Option(None, "--name", help="Name of the adapter."),
     epochs: int = typer.Option(None, "--epochs", help="Passes over the data."),
     out: str = typer.Option(None, "--out", "-o", help="Folder of the run."),
+    track: list[str] = typer.Option(
+        None, "--track", help="tensorboard, mlflow, wandb or trackio; may be repeated."
+    ),
     resume: bool = typer.Option(False, "--resume", help="Go on from the last checkpoint."),
     quiet: bool = typer.Option(False, "--quiet", "-q", help="Print nothing but errors."),
 ) -> None:
@@ -54,6 +57,8 @@ def train(
         "epochs": epochs, "out": out,
     }  # fmt: skip
     given = [f"{key}={_quoted(value)}" for key, value in options.items() if value is not None]
+    if track:
+        given.append(f"track=[{', '.join(map(_quoted, track))}]")
     if not values and model is None and data is None:
         raise ConfigError("name a recipe, or give --model and --data; see trimtab train --help.")
     recipe = make_recipe(values, [*given, *overrides], where=where)

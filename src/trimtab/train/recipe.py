@@ -93,7 +93,8 @@ class EvalRecipe(Config):
 
     ``metric``: ``loss`` only, or greedy answers too, compared by ``exact`` match or as a ``choice`` among the
     labels; ``limit`` bounds how many are asked. ``samples`` answers are shown; ``max_tokens`` None is the
-    longest reference.
+    longest reference. ``forgetting`` measures an unrelated text before and after: the one that Trimtab brings
+    (True), or a file of yours (its path).
     """
 
     every: int | None = Field(default=None, ge=1)
@@ -101,6 +102,7 @@ class EvalRecipe(Config):
     samples: int = Field(default=4, ge=0)
     limit: int | None = Field(default=None, ge=1)
     max_tokens: int | None = Field(default=None, ge=1)
+    forgetting: bool | str = True
 
 
 class CheckpointRecipe(Config):
@@ -113,7 +115,7 @@ class CheckpointRecipe(Config):
 
 class Recipe(Config):
     """A run. ``steps`` stops earlier or goes on longer than ``epochs``; ``out`` None makes a new folder below
-    ``runs``."""
+    ``runs``. ``track`` names experiment trackers (`trimtab.train.trackers`)."""
 
     model: str
     data: DataRecipe
@@ -129,10 +131,12 @@ class Recipe(Config):
     device: str | None = None
     seed: int = 0
     out: str | None = None
+    track: tuple[str, ...] = ()
 
 
 FREE: Any = {
     "out": True,
+    "track": True,
     "eval": True,
     "checkpoint": True,
     "device": True,

@@ -47,6 +47,7 @@ from trimtab.train.schedule import groups, total_steps
 from trimtab.train.screen import Screen
 from trimtab.train.setup import base_parameters, check_same, plan_rows, resolved, run_folder
 from trimtab.train.sources import Sources, read_sources
+from trimtab.train.trackers import Trackers
 
 PREVIEWS = 2
 RECIPE, EVENTS, CHECKPOINTS, ADAPTER, REPORT = (
@@ -99,6 +100,7 @@ class Run:
     def __init__(
         self, recipe: Recipe, base: Base, adapter: Adapter, screen: Screen, *, resume: bool
     ) -> None:
+        self.trackers = Trackers(recipe.track)
         self.base, self.adapter, self.screen = base, adapter, screen
         self.folder = run_folder(recipe, adapter, resume=resume)
         self.engine = Engine(base, micro_tokens=recipe.batch.micro_tokens)
@@ -152,6 +154,7 @@ class Run:
         self.events = Events(self.folder / EVENTS)
         if resume:
             self.events.add("resume", {"step": self.progress.step})
+        self.trackers.follow(self.events, self.recipe.model_dump(mode="json"), self.screen.note)
 
     def _check_data(self, cursor: Cursor | None) -> None:
         """A finished run, too, belongs to its data."""
