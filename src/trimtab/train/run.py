@@ -48,6 +48,7 @@ from trimtab.train.screen import Screen
 from trimtab.train.setup import base_parameters, check_same, plan_rows, resolved, run_folder
 from trimtab.train.sources import Sources, read_sources
 from trimtab.train.trackers import Trackers
+from trimtab.train.unrelated import Unrelated
 
 PREVIEWS = 2
 RECIPE, EVENTS, CHECKPOINTS, ADAPTER, REPORT = (
@@ -114,6 +115,9 @@ class Run:
             Measure(self.engine, self.sources.held_out, base.tokenizer, self.recipe.eval)
             if self.sources.held_out
             else None
+        )
+        self.unrelated = Unrelated(
+            self.engine, base.tokenizer, self.recipe.eval.forgetting, adapter.name
         )
         self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, self.recipe.checkpoint.keep)
         self.saves_every = self.recipe.checkpoint.every or -(-self.total // 10)
@@ -209,6 +213,7 @@ class Run:
         try:
             self._plan()
             before = self._before()
+            self.unrelated.before(self.events, self.screen)
             stopped = self._loop()
             after = None if stopped else self._finish(before)
         except BaseException as error:
@@ -228,7 +233,11 @@ class Run:
         """The bare base on the held-out data."""
         if self.measure is None:
             return None
-        noted = [event for event in read_events(self.folder / EVENTS) if event.get("of") == "base"]
+        noted = [
+            event
+            for event in read_events(self.folder / EVENTS)
+            if event.get("event") == "eval" and event["of"] == "base"
+        ]
         if noted:  # a resumed run
             return Measured.of(noted[-1])
         before = self.measure.full(None)
@@ -331,6 +340,7 @@ class Run:
             self.screen.measured("adapter", after)
             self.screen.samples(before, after)
             self._note(after)
+        self.unrelated.after(self.progress.step, self.events, self.screen)
         self._save()
         self.adapter.origin.provenance = self._provenance(after)
         self.adapter.save(self.folder / ADAPTER)
