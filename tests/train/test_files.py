@@ -11,12 +11,13 @@ import pytest
 from tests.engine import kit
 from trimtab.data import visit
 from trimtab.errors import DataError, FileFormatError, StorageError
-from trimtab.train.chart import Series, line_chart, nice_ticks, smoothed
+from trimtab.train.chart import Series, kind_of, line_chart, nice_ticks, smoothed
 from trimtab.train.checkpoints import Checkpoints
 from trimtab.train.events import Events, read_events
+from trimtab.train.page import marked, numbered, sized, timed
 from trimtab.train.recipe import BatchRecipe
 from trimtab.train.recipe_file import make_recipe
-from trimtab.train.report import marked, sized, timed, write_report
+from trimtab.train.report import write_report
 from trimtab.train.schedule import groups, total_steps
 from trimtab.train.sources import split
 
@@ -94,14 +95,18 @@ def test_steps_are_counted_as_they_are_made(batch: dict[str, int]) -> None:
 def test_charts() -> None:
     assert nice_ticks(0.0, 9.7) == [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
     assert nice_ticks(1.0, 1.0)[0] < 1 < nice_ticks(1.0, 1.0)[-1]
+    assert len(nice_ticks(1e-3, 1e-3 + 1e-18)) > 3
+    assert smoothed([(1, 0.1), (2, 0.3)], 0) == [(1, 0.1), (2, 0.3)]
     assert smoothed([(1, 1.0), (2, 3.0), (3, 8.0)], 2) == [(1, 1.0), (2, 4.0), (3, 8.0)]
     assert line_chart([Series("a", "first", [])], x_name="x", y_name="y") == ""
     svg = line_chart(
         [Series("<a>", "first", [(0, 1.0), (10, 2.0)], marks=True)], x_name="x", y_name="y"
     )
-    assert svg.startswith("<svg")
-    assert svg.count("<circle") == 2
+    assert svg.count('class="dot first"') == 2
+    assert 'points="0.0,1000.0 1000.0,0.0"' in svg
     assert "&lt;a&gt;" in svg
+    assert line_chart([Series("a", "first", [(2e4, 3e6)])], x_name="x", y_name="y").count(">20k<")
+    assert len({kind_of(number) for number in range(16)}) == 16
 
 
 def test_previews_are_escaped_and_marked() -> None:
@@ -111,6 +116,9 @@ def test_previews_are_escaped_and_marked() -> None:
 def test_sizes_and_durations() -> None:
     assert [sized(n) for n in (12, 29696, 19_500_000, 3 * 2**30)] == [
         "12 bytes", "29.0 KiB", "18.6 MiB", "3.00 GiB"
+    ]  # fmt: skip
+    assert [numbered(n) for n in (0.0, 0.12345, -3.0, 21.777, 314.16, 12345.6, 2e-6, 3e7)] == [
+        "0.0000", "0.1235", "-3.0000", "21.78", "314.2", "12,346", "2e-06", "3e+07"
     ]  # fmt: skip
     assert [timed(s) for s in (3.04, 65, 7300)] == ["3.0 s", "1 min 5 s", "2 h 1 min"]
 

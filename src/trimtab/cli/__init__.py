@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from trimtab.cli import data, generate, inspect, merge, train
+from trimtab.cli import compare, data, generate, inspect, merge, train
 from trimtab.errors import TrimtabError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command("train")(train.train)
+app.command("compare")(compare.compare)
 app.command("generate")(generate.generate)
 app.command("merge")(merge.merge)
 app.command("inspect")(inspect.inspect)

@@ -196,6 +196,7 @@ class Run:
                     "examples": len(sources.train),
                 },
                 "held_out": len(sources.held_out),
+                "held_out_sha256": facts.digest(sources.held_out),
                 "versions": facts.versions(),
                 "machine": facts.machine(self.base.model.device),
             },

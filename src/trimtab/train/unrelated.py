@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -56,13 +57,13 @@ class Unrelated:
 
     def _note(self, adapter: str | None, step: int, events: Events, screen: Screen) -> None:
         found = forgetting(self._engine, self._data, adapter)
-        fields = {"step": step, "of": "base" if adapter is None else "adapter", "text": self._text}
+        of = "base" if adapter is None else "adapter"
+        fields: dict[str, Any] = {"step": step, "of": of, "text": self._text}
         before = self._noted(events)
         if adapter is not None and before is not None and before.weights == found.weights:
             fields["change"] = asdict(found.change(before))
         events.add("forgetting", {**fields, **found.fields()})
-        name = "base" if adapter is None else "adapter"
-        screen.note(f"{name}: perplexity of an unrelated text {found.perplexity}", "cyan")
+        screen.note(f"{of}: perplexity of an unrelated text {found.perplexity}", "cyan")
 
     def _noted(self, events: Events) -> Forgetting | None:
         """The base's measurement in the events so far."""
