@@ -99,7 +99,7 @@ def test_more_runs_than_colours(tmp_path: Path) -> None:
 def test_folders_that_are_no_runs(tmp_path: Path) -> None:
     one = run(tmp_path / "one", 0.5)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileFormatError, match=r"none does not exist"):
+    with pytest.raises(FileFormatError, match=r"there is no folder .*none; name"):
         Comparison.of([one, tmp_path / "none"])
     with pytest.raises(FileFormatError, match=r"empty holds no run that has started"):
         Comparison.of([one, tmp_path / "empty"])

@@ -59,8 +59,11 @@ class RunSummary:
         for event in events:
             kinds.setdefault(str(event.get("event")), []).append(event)
         if "start" not in kinds:
-            what = "holds no run that has started" if folder.is_dir() else "does not exist"
-            raise FileFormatError(f"{folder} {what} (no 'start' in its events.jsonl).")
+            raise FileFormatError(
+                f"{folder} holds no run that has started (no 'start' in its events.jsonl)."
+                if folder.is_dir()
+                else f"there is no folder {folder}; name the folder of a run."
+            )
         try:
             recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
