@@ -17,6 +17,7 @@ from tests.train import kit
 from trimtab.errors import ConfigError, MissingPackageError, UnknownNameError
 from trimtab.train.api import train_recipe
 from trimtab.train.events import Events, read_events
+from trimtab.train.run import Run
 from trimtab.train.trackers import Metrics, Started, Tracked, Tracker, Trackers, trackers
 
 INTERVAL = {"low": 0.0, "high": 9.0, "count": 3}
@@ -73,23 +74,29 @@ def wanted(folder: Path) -> dict[str, dict[int, float]]:
     return found
 
 
-def test_tensorboard(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
+def scalars(folder: Path) -> dict[str, dict[int, float]]:
+    """Every metric by step, as TensorBoard reads them; no step may be there twice."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    read = EventAccumulator(str(folder))
+    read.Reload()
+    found = {}
+    for name in read.Tags()["scalars"]:
+        points = [(event.step, event.value) for event in read.Scalars(name)]
+        found[name] = dict(points)
+        assert len(found[name]) == len(points), name
+    return found
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
     folder = tmp_path / "run"
     first_part(folder, "tensorboard")
     second_part(folder, "tensorboard")
-    read = EventAccumulator(str(folder / "tensorboard"))
-    read.Reload()
-    names = read.Tags()["scalars"]
-    got = {name: [(e.step, e.value) for e in read.Scalars(name)] for name in names}
-    expected = wanted(folder)
+    got, expected = scalars(folder / "tensorboard"), wanted(folder)
     assert got.keys() == expected.keys()
     for name, points in expected.items():
-        assert got[name] == [(s, pytest.approx(v)) for s, v in points.items()], name
-    times = {e["time"] for e in read_events(folder / "events.jsonl")}
-    assert {e.wall_time for e in read.Scalars("train/loss")} <= times
+        assert got[name] == pytest.approx(points), name
 
 
 @pytest.mark.filterwarnings("default")
@@ -273,6 +280,35 @@ def test_a_run_is_tracked_from_its_first_to_its_last_step(home: Path, broken: An
     assert broken.told[-1] == "finished"
     assert {str(n) for n in range(1, 13)} < set(broken.told)
     assert json.loads((done.folder / "trackers.json").read_text()) == {"broken": "1"}
+
+
+def test_an_interrupted_run_and_its_resumption_are_one_tracked_run(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+    recipe = kit.recipe(home, "run", track=["tensorboard"], checkpoint__every=100)
+    original = Run._step
+
+    def step(self: Run, members: Any, cursor: Any) -> None:
+        original(self, members, cursor)
+        if self.progress.step == 7:
+            raise KeyboardInterrupt  # as a process that is killed: nothing is saved after step 4
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_step", step)
+        with pytest.raises(KeyboardInterrupt):
+            train_recipe(recipe, quiet=True)
+    train_recipe(recipe, resume=True, quiet=True)
+    events = read_events(home / "run" / "events.jsonl")
+    assert [e["step"] for e in events if e["event"] == "resume"] == [4]
+    metrics = Metrics()
+    points = [point for event in events if (point := metrics.of(event))]
+    got = scalars(home / "run" / "tensorboard")
+    assert got["train/loss"].keys() == set(range(1, 13))
+    assert got.keys() == {name for point in points for name in point.values}
+    for point in points:
+        for name, value in point.values.items():
+            assert got[name][point.step] == pytest.approx(value), (name, point.step)
 
 
 def test_a_tool_that_does_not_exist_leaves_no_folder(home: Path) -> None:

@@ -45,14 +45,19 @@ class Unrelated:
             longest = min(engine.context(adapter) or LONGEST, LONGEST, engine.micro_tokens)
             self._data = paragraphs(text, tokenizer, longest=longest)
 
+    @property
+    def measures(self) -> bool:
+        """Whether there is a text to measure."""
+        return bool(self._data)
+
     def before(self, events: Events, screen: Screen) -> None:
         """The bare base, unless it was measured before the run was resumed."""
-        if self._data and self._noted(events) is None:
+        if self.measures and self._noted(events) is None:
             self._note(None, 0, events, screen)
 
     def after(self, step: int, events: Events, screen: Screen) -> None:
         """The adapter at the end of the run."""
-        if self._data:
+        if self.measures:
             self._note(self._adapter, step, events, screen)
 
     def _note(self, adapter: str | None, step: int, events: Events, screen: Screen) -> None:
