@@ -11,7 +11,7 @@ import pytest
 from tests.engine import kit
 from trimtab.data import visit
 from trimtab.errors import DataError, FileFormatError, StorageError
-from trimtab.train.chart import Series, kind_of, line_chart, nice_ticks, smoothed
+from trimtab.train.chart import Series, kind_of, line_chart, nice_ticks, reach_of, smoothed, thinned
 from trimtab.train.checkpoints import Checkpoints
 from trimtab.train.events import Events, read_events
 from trimtab.train.page import marked, numbered, sized, timed
@@ -107,6 +107,19 @@ def test_charts() -> None:
     assert "&lt;a&gt;" in svg
     assert line_chart([Series("a", "first", [(2e4, 3e6)])], x_name="x", y_name="y").count(">20k<")
     assert len({kind_of(number) for number in range(16)}) == 16
+
+
+def test_a_long_line_is_thinned_and_keeps_its_peaks() -> None:
+    points = [(float(n), math.sin(n / 900)) for n in range(9000)]
+    points[4321] = (4321.0, 7.0)
+    points[4322] = (4322.0, -7.0)
+    thin = thinned(points, 100)
+    assert len(thin) <= 200
+    assert thin == sorted(thin)
+    assert {points[4321], points[4322]} <= set(thin)
+    assert set(thin) <= set(points)
+    assert thinned(points[:150], 100) == points[:150]
+    assert [reach_of(points[:n]) for n in (10, 100, 400, 5000)] == [0, 5, 10, 100]
 
 
 def test_previews_are_escaped_and_marked() -> None:

@@ -13,6 +13,7 @@ from html import escape
 
 SIZE = 1000  # both sides of the plot, in its own units
 COLOURS = 8
+MOST = 600  # stretches of a long line, each drawn by its lowest and its highest point
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +51,12 @@ def line_chart(series: Sequence[Series], *, x_name: str, y_name: str, tall: bool
         y = down(tick) * SIZE
         parts.append(f'<line class="grid" x1="0" x2="{SIZE}" y1="{y:.1f}" y2="{y:.1f}"/>')
     for one in shown:
-        placed = [(across(x) * SIZE, down(y) * SIZE) for x, y in one.points]
+        points = one.points if one.marks else thinned(one.points, MOST)
+        placed = [(across(x) * SIZE, down(y) * SIZE) for x, y in points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
         parts.append(f'<polyline class="line {one.kind}" points="{path}"/>')
         if one.marks or len(placed) == 1:
-            for (x, y), (step, value) in zip(placed, one.points, strict=True):
+            for (x, y), (step, value) in zip(placed, points, strict=True):
                 title = f"<title>{escape(one.name)}, {escape(x_name)} {step:g}: {value:.4g}</title>"
                 # A line of no length with round ends is a dot that stays round when stretched.
                 parts.append(
@@ -94,6 +96,24 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     first = math.floor(low / step)
     last = math.ceil(high / step)
     return [float(f"{number * step:.12g}") for number in range(first, last + 1)]
+
+
+def thinned(points: Sequence[tuple[float, float]], count: int) -> list[tuple[float, float]]:
+    """At most two points of each of ``count`` stretches, the lowest and the highest: no peak is lost."""
+    if len(points) <= 2 * count:
+        return list(points)
+    found: list[tuple[float, float]] = []
+    for number in range(count):
+        first, last = (n * len(points) // count for n in (number, number + 1))
+        stretch = points[first:last]
+        ends = {min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])}
+        found += sorted(ends)
+    return found
+
+
+def reach_of(points: Sequence[tuple[float, float]]) -> int:
+    """How far to smooth a curve of that many points; 0 where there are few."""
+    return min(max(10, len(points) // 50), len(points) // 20)
 
 
 def smoothed(points: Sequence[tuple[float, float]], reach: int) -> list[tuple[float, float]]:

@@ -13,12 +13,11 @@ from markupsafe import Markup
 
 from trimtab.errors import ConfigError
 from trimtab.evals.intervals import Interval
-from trimtab.train.chart import Series, kind_of, legend, line_chart, smoothed
+from trimtab.train.chart import Series, kind_of, legend, line_chart, reach_of, smoothed
 from trimtab.train.page import numbered, sized, timed, write_page
 from trimtab.train.summary import RunSummary
 from trimtab.train.trackers.tracker import flat
 
-SMOOTHING = 10
 NONE = "–"
 ASIDE = ("out", "name", "track", "checkpoint.")
 """Options that say where and how a run is kept, and nothing about what it computes."""
@@ -241,7 +240,7 @@ def _numbers(run: RunSummary) -> dict[str, Any]:
 
 def _training_curve(run: RunSummary) -> list[tuple[float, float]]:
     points = run.curve("loss")
-    return smoothed(points, min(SMOOTHING, max(len(points) // 20, 1)))
+    return smoothed(points, max(reach_of(points), 1))
 
 
 def _held_out_curve(run: RunSummary) -> list[tuple[float, float]]:

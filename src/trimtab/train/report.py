@@ -11,12 +11,11 @@ from markupsafe import Markup
 
 from trimtab.evals.intervals import Interval
 from trimtab.train.advice import advice, forgetting_sentence, gap_sentence
-from trimtab.train.chart import Series, legend, line_chart, smoothed
+from trimtab.train.chart import Series, legend, line_chart, reach_of, smoothed
 from trimtab.train.events import Event
 from trimtab.train.page import write_page
-from trimtab.train.summary import Metric, Points, RunSummary
+from trimtab.train.summary import Metric, RunSummary
 
-SMOOTHING = 10
 MIDDLES = 2
 """Of how many measurements in the middle of a run the samples are shown."""
 
@@ -102,7 +101,7 @@ def _spread(events: Sequence[Event]) -> list[Event]:
 
 def _loss_chart(run: RunSummary) -> str:
     points = run.curve("loss")
-    reach = _reach(points)
+    reach = reach_of(points)
     lines = [
         Series("training loss", "faint", points if reach else []),
         Series("training loss", "c1", smoothed(points, reach)),
@@ -122,14 +121,10 @@ def _small_charts(run: RunSummary) -> list[tuple[str, str]]:
         ("Tokens a second", run.speed_curve, True),
         ("Learning rate", run.curve("lr"), False),
     ):
-        reach = _reach(points) if smooth else 0
+        reach = reach_of(points) if smooth else 0
         lines = [
             Series(title, "faint", points if reach else []),
             Series(title, "c1", smoothed(points, reach)),
         ]
         found.append((title, line_chart(lines, x_name="step", y_name=title, tall=False)))
     return found
-
-
-def _reach(points: Points) -> int:
-    return min(SMOOTHING, len(points) // 20)

@@ -20,6 +20,7 @@ from trimtab.train.trackers.tracker import Status, Tracked, Tracker
 
 IDS = "trackers.json"
 PATIENCE = 3
+LONGEST = 300  # characters of a tool's message that are shown
 ENDS: Mapping[str, Status] = {"end": "finished", "interrupted": "interrupted", "error": "failed"}
 
 trackers: Registry[type[Tracker]] = Registry(
@@ -173,4 +174,5 @@ def _write_ids(path: Path, ids: Mapping[str, str]) -> None:
 
 def _line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
+    text = text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
     return text if text.endswith((".", "!", "?")) else f"{text}."
