@@ -16,6 +16,7 @@ on working. A message says what is wrong, where, and what to do.
     ├── FileFormatError (ValueError)      a file that is torn, foreign, incomplete or has extra keys
     ├── DataError (ValueError)            a record or an example that cannot be used
     ├── ModelError (ValueError)           a model folder or tokenizer that cannot be used
+    ├── MissingPackageError (ImportError) an optional package that is not installed
     ├── StorageError (OSError)            a write that did not succeed; nothing saved before is lost
     └── TrainingError (RuntimeError)      a run that had to stop
         └── NonFiniteLossError            the loss became NaN or infinite
@@ -77,6 +78,10 @@ class DataError(TrimtabError, ValueError):
 
 class ModelError(TrimtabError, ValueError):
     """A model folder or tokenizer that cannot be used."""
+
+
+class MissingPackageError(TrimtabError, ImportError):
+    """An optional package that is not installed; the message says how to install it."""
 
 
 class StorageError(TrimtabError, OSError):

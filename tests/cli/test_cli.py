@@ -41,6 +41,7 @@ def test_help_is_quick_and_without_torch() -> None:
         ["--help"],
         ["train", "--help"],
         ["data", "preview", "--help"],
+        ["compare", "--help"],
         ["--version"],
     ):
         done = subprocess.run(
@@ -133,6 +134,11 @@ def test_data_preview(run: Ran) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["compare", "model", "made"], "holds no run that has started"),
+        (
+            ["train", "--model", "model", "--data", "train.jsonl", "--track", "tensorbord"],
+            "unknown tracker 'tensorbord'. Did you mean 'tensorboard'",
+        ),
         (["train"], "name a recipe, or give --model and --data"),
         (["train", "missing.yaml"], "cannot read the recipe 'missing.yaml'"),
         (["train", "model"], "model is a folder; name a recipe file, or add --resume"),

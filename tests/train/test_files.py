@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from trimtab.errors import FileFormatError, StorageError
-from trimtab.train.chart import Series, line_chart, nice_ticks, smoothed
+from trimtab.train.chart import Series, kind_of, line_chart, nice_ticks, reach_of, smoothed, thinned
 from trimtab.train.checkpoints import Checkpoints
 from trimtab.train.events import Events, read_events
-from trimtab.train.report import marked, sized, timed, write_report
+from trimtab.train.page import marked, numbered, sized, timed
+from trimtab.train.report import write_report
 
 
 def test_events_survive_a_torn_line_and_a_resume(tmp_path: Path) -> None:
@@ -62,14 +63,31 @@ def test_retention_keeps_the_last_and_the_best(tmp_path: Path) -> None:
 def test_charts() -> None:
     assert nice_ticks(0.0, 9.7) == [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
     assert nice_ticks(1.0, 1.0)[0] < 1 < nice_ticks(1.0, 1.0)[-1]
+    assert len(nice_ticks(1e-3, 1e-3 + 1e-18)) > 3
+    assert smoothed([(1, 0.1), (2, 0.3)], 0) == [(1, 0.1), (2, 0.3)]
     assert smoothed([(1, 1.0), (2, 3.0), (3, 8.0)], 2) == [(1, 1.0), (2, 4.0), (3, 8.0)]
     assert line_chart([Series("a", "first", [])], x_name="x", y_name="y") == ""
     svg = line_chart(
         [Series("<a>", "first", [(0, 1.0), (10, 2.0)], marks=True)], x_name="x", y_name="y"
     )
-    assert svg.startswith("<svg")
-    assert svg.count("<circle") == 2
+    assert svg.count('class="dot first"') == 2
+    assert 'points="0.0,1000.0 1000.0,0.0"' in svg
     assert "&lt;a&gt;" in svg
+    assert line_chart([Series("a", "first", [(2e4, 3e6)])], x_name="x", y_name="y").count(">20k<")
+    assert len({kind_of(number) for number in range(16)}) == 16
+
+
+def test_a_long_line_is_thinned_and_keeps_its_peaks() -> None:
+    points = [(float(n), math.sin(n / 900)) for n in range(9000)]
+    points[4321] = (4321.0, 7.0)
+    points[4322] = (4322.0, -7.0)
+    thin = thinned(points, 100)
+    assert len(thin) <= 200
+    assert thin == sorted(thin)
+    assert {points[4321], points[4322]} <= set(thin)
+    assert set(thin) <= set(points)
+    assert thinned(points[:150], 100) == points[:150]
+    assert [reach_of(points[:n]) for n in (10, 100, 400, 5000)] == [0, 5, 10, 100]
 
 
 def test_previews_are_escaped_and_marked() -> None:
@@ -79,6 +97,9 @@ def test_previews_are_escaped_and_marked() -> None:
 def test_sizes_and_durations() -> None:
     assert [sized(n) for n in (12, 29696, 19_500_000, 3 * 2**30)] == [
         "12 bytes", "29.0 KiB", "18.6 MiB", "3.00 GiB"
+    ]  # fmt: skip
+    assert [numbered(n) for n in (0.0, 0.12345, -3.0, 21.777, 314.16, 12345.6, 2e-6, 3e7)] == [
+        "0.0000", "0.1235", "-3.0000", "21.78", "314.2", "12,346", "2e-06", "3e+07"
     ]  # fmt: skip
     assert [timed(s) for s in (3.04, 65, 7300)] == ["3.0 s", "1 min 5 s", "2 h 1 min"]
 

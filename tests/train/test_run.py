@@ -50,7 +50,11 @@ def test_what_a_run_leaves(straight: Outcome, job: Path) -> None:
     assert steps[-1][1] < steps[0][1] - 0.5
     names = sorted(p.name for p in (folder / "checkpoints").iterdir())
     best = min(
-        (e for e in read_events(folder / "events.jsonl") if e.get("of") == "adapter"),
+        (
+            e
+            for e in read_events(folder / "events.jsonl")
+            if e["event"] == "eval" and e["of"] == "adapter"
+        ),
         key=lambda e: e["loss"]["value"],
     )
     assert set(names) == {"step-000009", "step-000012", f"step-{best['step']:06d}"}

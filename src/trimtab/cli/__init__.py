@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from trimtab.cli import chat, data, eval, generate, inspect, merge, plan, recipe, train
+from trimtab.cli import chat, compare, data, eval, generate, inspect, merge, plan, recipe, train
 from trimtab.errors import TrimtabError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("plan")(plan.plan)
 app.command("eval")(eval.evaluate)
+app.command("compare")(compare.compare)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("merge")(merge.merge)

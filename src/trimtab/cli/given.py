@@ -61,5 +61,7 @@ def _parted(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _quoted(value: object) -> str:
-    """An option's text as YAML that means just that text."""
+    """An option's value as YAML that means just that."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_quoted, value))}]"
     return f"'{value.replace(chr(39), chr(39) * 2)}'" if isinstance(value, str) else str(value)

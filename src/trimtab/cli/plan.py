@@ -30,8 +30,8 @@ def plan(
     }  # fmt: skip
     wanted = given.given_recipe(arguments or [], options)
 
+    from trimtab.train.page import sized, timed
     from trimtab.train.plan import plan as predict
-    from trimtab.train.report import sized, timed
 
     found = predict(wanted)
     if as_json:

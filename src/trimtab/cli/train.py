@@ -22,6 +22,9 @@ def train(
     resume: bool = typer.Option(
         False, "--resume", help="Go on from the last checkpoint of the run's folder."
     ),
+    track: list[str] = typer.Option(
+        None, "--track", help="tensorboard, mlflow, wandb or trackio; may be repeated."
+    ),
     quiet: bool = typer.Option(False, "--quiet", "-q", help="Print nothing but errors."),
 ) -> None:
     """Fine-tune an adapter.
@@ -44,7 +47,7 @@ def train(
         "model": model, "data.path": data, "data.held_out": held_out, "method": method, "name": name,
         "epochs": epochs, "out": out,
     }  # fmt: skip
-    recipe = given.given_recipe(arguments, options)
+    recipe = given.given_recipe(arguments, {**options, "track": track or None})
 
     from trimtab.train.api import train_recipe
 

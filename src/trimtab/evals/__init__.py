@@ -2,6 +2,7 @@
 
 from trimtab.evals.answers import Accuracy, Answered, Question, answer, questions, score
 from trimtab.evals.evaluate import Evaluation, evaluate, merged
+from trimtab.evals.forgetting import Forgetting, forgetting, general_text, paragraphs
 from trimtab.evals.held_out import HeldOut, held_out
 from trimtab.evals.intervals import Interval, bootstrap, mean, ratio, wilson
 from trimtab.evals.metrics import Metric, Scores, check_metrics, compare, metrics, values_of
@@ -11,6 +12,7 @@ __all__ = [
     "Accuracy",
     "Answered",
     "Evaluation",
+    "Forgetting",
     "HeldOut",
     "Interval",
     "Metric",
@@ -22,10 +24,13 @@ __all__ = [
     "compare",
     "evaluate",
     "evaluate_tasks",
+    "forgetting",
+    "general_text",
     "held_out",
     "mean",
     "merged",
     "metrics",
+    "paragraphs",
     "questions",
     "ratio",
     "score",

@@ -11,13 +11,15 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from trimtab.errors import StorageError
 
 Event = dict[str, Any]
+UNDONE = ("step", "eval", "forgetting", "checkpoint", "end")
+"""What no longer counts when a run resumes at an earlier step."""
 
 
 class Events:
@@ -25,6 +27,7 @@ class Events:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._listeners: list[Callable[[Event], None]] = []
         try:
             self._file = path.open("a+b", buffering=0)
             size = self._file.seek(0, os.SEEK_END)
@@ -36,14 +39,18 @@ class Events:
             raise _refused(path, error) from error
 
     def add(self, kind: str, fields: Mapping[str, Any]) -> None:
-        """Append one event. Raises `StorageError` if the disk refuses it."""
-        line = json.dumps(
-            {"event": kind, "time": round(time.time(), 3), **_plain(fields)}, allow_nan=False
-        )
+        """Append one event, then tell the listeners. Raises `StorageError` if the disk refuses it."""
+        event = {"event": kind, "time": round(time.time(), 3), **_plain(fields)}
         try:
-            self._file.write(f"{line}\n".encode())
+            self._file.write(f"{json.dumps(event, allow_nan=False)}\n".encode())
         except OSError as error:
             raise _refused(self.path, error) from error
+        for listener in self._listeners:
+            listener(event)
+
+    def listen(self, listener: Callable[[Event], None]) -> None:
+        """Call ``listener`` with every event from here on, once it is written."""
+        self._listeners.append(listener)
 
     def close(self) -> None:
         """Flush to disk and close."""
@@ -60,25 +67,28 @@ class Events:
 def read_events(path: Path) -> list[Event]:
     """All whole events, in order; those that a later resume undid are left out."""
     kept: list[Event] = []
-    if not path.exists():
-        return kept
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            event = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            continue  # torn by a kill
-        if not isinstance(event, dict):
-            continue
+    for event in every_event(path):
         if event.get("event") == "resume":
             kept = [old for old in kept if not _undone(old, event["step"])]
         kept.append(event)
     return kept
 
 
+def every_event(path: Path) -> Iterator[Event]:
+    """All whole events, in order, also those that a later resume undid."""
+    if not path.exists():
+        return
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            event = json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            continue  # torn by a kill
+        if isinstance(event, dict):
+            yield event
+
+
 def _undone(event: Event, step: int) -> bool:
-    return (
-        event.get("event") in ("step", "eval", "checkpoint", "end") and event.get("step", 0) > step
-    )
+    return event.get("event") in UNDONE and event.get("step", 0) > step
 
 
 def _plain(value: Any) -> Any:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from trimtab.data import Datum
 
 PACKAGES = ("trimtab", "torch", "transformers", "tokenizers", "safetensors")
 
@@ -62,6 +66,14 @@ def whole_memory(device: torch.device) -> int | None:
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None
+
+
+def digest(data: Sequence[Datum]) -> str:
+    """SHA-256 of examples as the model sees them: their tokens, targets and weights."""
+    found = hashlib.sha256()
+    for datum in data:
+        found.update(repr((datum.tokens, datum.targets, datum.weights)).encode())
+    return found.hexdigest()
 
 
 def _processor() -> str:

@@ -181,6 +181,8 @@ class EvalRecipe(Config):
     """Answers that are shown."""
     max_tokens: int | None = Field(default=None, ge=1)
     """Longest answer; empty is the longest reference."""
+    forgetting: bool | str = True
+    """Measure an unrelated text before and after: the one that Trimtab brings, or a text file of yours."""
 
     @property
     def asks(self) -> bool:
@@ -244,6 +246,8 @@ class Recipe(Config):
     """Of the order of the examples, of new tensors, and of dropout."""
     out: str | None = None
     """Folder of the run; empty makes a new one below runs."""
+    track: tuple[str, ...] = ()
+    """Experiment trackers that follow the run: tensorboard, mlflow, wandb, trackio."""
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -259,6 +263,7 @@ class Recipe(Config):
 
 FREE: Any = {
     "out": True,
+    "track": True,
     "eval": True,
     "checkpoint": True,
     "device": True,

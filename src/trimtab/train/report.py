@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-from trimtab.data.preview import CLOSE, OPEN
-from trimtab.errors import FileFormatError, StorageError
-from trimtab.train.chart import Series, line_chart, smoothed
-from trimtab.train.events import Event, read_events
+from trimtab.evals.intervals import Interval
+from trimtab.train.advice import advice, forgetting_sentence, gap_sentence
+from trimtab.train.chart import Series, legend, line_chart, reach_of, smoothed
+from trimtab.train.events import Event
+from trimtab.train.page import write_page
+from trimtab.train.summary import Metric, RunSummary
 
-SMOOTHING = 10
-METRICS: tuple[tuple[str, str, Callable[[Event], Any]], ...] = (
-    ("answers right", "share of examples", lambda event: (event["answers"] or {}).get("interval")),
-    ("held-out loss", "nats per token", lambda event: event["loss"]),
-    ("token accuracy", "share of tokens", lambda event: event["accuracy"]),
-)
+MIDDLES = 2
+"""Of how many measurements in the middle of a run the samples are shown."""
 
 
 def write_report(folder: Path) -> Path:
@@ -31,146 +27,104 @@ def write_report(folder: Path) -> Path:
         FileFormatError: the folder holds no run.
         StorageError: the disk refused.
     """
-    events = read_events(folder / "events.jsonl")
-    start = next((event for event in reversed(events) if event.get("event") == "start"), None)
-    if start is None:
-        raise FileFormatError(
-            f"{folder} holds no run that has started (no 'start' in events.jsonl)."
-        )
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    environment = Environment(
-        loader=PackageLoader("trimtab.train", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-    )
-    environment.filters |= {"tokens": marked, "size": sized, "duration": timed}
-    page = environment.get_template("report.html.j2").render(_facts(folder, events, start, recipe))
-    path = folder / "report.html"
-    temporary = folder / ".report.html"
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(f"cannot write {path}: {error.strerror or error}.") from error
-    return path
+    run = RunSummary.read(folder)
+    return write_page(folder / "report.html", "report.html.j2", _facts(run))
 
 
-def _facts(
-    folder: Path, events: list[Event], start: Event, recipe: dict[str, Any]
-) -> dict[str, Any]:
+def _facts(run: RunSummary) -> dict[str, Any]:
     """Everything the page shows."""
-    steps = [event for event in events if event.get("event") == "step"]
-    evals = [event for event in events if event.get("event") == "eval"]
-    before = next((event for event in evals if event["of"] == "base"), None)
-    measured = [event for event in evals if event["of"] == "adapter"]
-    end = next((event for event in reversed(events) if event.get("event") == "end"), None)
-    after = measured[-1] if measured and end is not None else None
-    seconds = sum(event["seconds"] for event in steps)
-    tokens = steps[-1]["tokens"] if steps else 0
     return {
-        "folder": folder.name,
-        "start": start,
-        "recipe": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
-        "finished": end is not None,
-        "last": steps[-1]["step"] if steps else 0,
-        "rows": _rows(before, after),
-        "answers": (after or before or {}).get("answers"),
-        "samples": _samples(before, after),
-        "loss_chart": Markup(_loss_chart(steps, before, measured)),
-        "rate_chart": Markup(_rate_chart(steps)),
-        "seconds": seconds,
-        "tokens": tokens,
-        "speed": tokens / seconds if seconds else 0.0,
-        "peak": end["peak_bytes"] if end is not None else 0,
+        "run": run,
+        "start": run.start,
+        "recipe": yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True),
+        "rows": [_row(metric) for metric in run.metrics],
+        "answers": (run.after or run.before or {}).get("answers"),
+        "samples": _samples(run),
+        "loss_chart": Markup(_loss_chart(run)),
+        "charts": [(name, Markup(chart)) for name, chart in _small_charts(run) if chart],
+        "train_loss": run.training_loss(),
+        "gap_sentence": gap_sentence(run),
+        "forgetting_sentence": forgetting_sentence(run),
+        "unrelated": [(of, found) for of in ("base", "adapter") if (found := run.forgetting(of))],
+        "text": run.unrelated[-1].get("text", "") if run.unrelated else "",
+        "advice": advice(run),
+        "notes": [text for name, text in run.start["plan"] if name in ("data", "careful")],
     }
 
 
-def _rows(before: Event | None, after: Event | None) -> list[dict[str, Any]]:
-    """Metric by metric, before and after."""
-    rows = []
-    for name, unit, pick in METRICS:
-        old, new = (None if event is None else pick(event) for event in (before, after))
-        if old is None and new is None:
-            continue
-        apart = (
-            old is not None
-            and new is not None
-            and (old["high"] < new["low"] or new["high"] < old["low"])
-        )
-        rows.append({"name": name, "unit": unit, "before": old, "after": new, "apart": apart})
-    return rows
+def _row(metric: Metric) -> dict[str, Any]:
+    """A metric, and where its two intervals lie on a common scale, in per cent."""
+    known = [one for one in (metric.before, metric.after) if one is not None]
+    low, high = min(one.low for one in known), max(one.high for one in known)
+    room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+    low, high = low - room, high + room
+
+    def place(one: Interval | None) -> dict[str, float] | None:
+        if one is None:
+            return None
+        left, right, at = (100 * (x - low) / (high - low) for x in (one.low, one.high, one.value))
+        return {"left": round(left, 2), "width": round(right - left, 2), "at": round(at, 2)}
+
+    return {
+        "name": metric.name,
+        "unit": metric.unit,
+        "before": metric.before,
+        "after": metric.after,
+        "apart": metric.apart,
+        "strips": [("base", place(metric.before)), ("adapter", place(metric.after))],
+    }
 
 
-def _samples(before: Event | None, after: Event | None) -> list[dict[str, Any]]:
-    """Answers before and after to the same prompts."""
-    old = before["samples"] if before is not None else []
-    new = after["samples"] if after is not None else []
+def _samples(run: RunSummary) -> list[dict[str, Any]]:
+    """Answers to the same prompts: of the base, in the middle of the run, and of the adapter."""
+    columns: list[tuple[str, Sequence[dict[str, Any]]]] = []
+    if run.before is not None:
+        columns.append(("base", run.before["samples"]))
+    middle = [event for event in run.measured if event is not run.after and event.get("samples")]
+    columns += [(f"step {event['step']}", event["samples"]) for event in _spread(middle)]
+    if run.after is not None:
+        columns.append(("adapter", run.after["samples"]))
     found = []
-    for number in range(max(len(old), len(new))):
-        first = old[number] if number < len(old) else None
-        second = new[number] if number < len(new) else None
-        shown = first or second or {}
-        found.append(
-            {
-                "prompt": shown["prompt"],
-                "reference": shown["reference"],
-                "before": first,
-                "after": second,
-            }
-        )
+    for number in range(max((len(samples) for _, samples in columns), default=0)):
+        shown = [(name, samples[number]) for name, samples in columns if number < len(samples)]
+        first = shown[0][1]
+        found.append({"prompt": first["prompt"], "reference": first["reference"], "answers": shown})
     return found
 
 
-def _loss_chart(steps: list[Event], before: Event | None, measured: list[Event]) -> str:
-    points = [
-        (float(s["step"]), float(s["loss"])) for s in steps if isinstance(s["loss"], int | float)
+def _spread(events: Sequence[Event]) -> list[Event]:
+    """At most `MIDDLES` events, evenly chosen."""
+    if len(events) <= MIDDLES:
+        return list(events)
+    return [events[(n + 1) * len(events) // (MIDDLES + 1)] for n in range(MIDDLES)]
+
+
+def _loss_chart(run: RunSummary) -> str:
+    points = run.curve("loss")
+    reach = reach_of(points)
+    lines = [
+        Series("training loss", "faint", points if reach else []),
+        Series("training loss", "c1", smoothed(points, reach)),
+        Series("held-out loss", "c2", run.held_out_curve, marks=True),
     ]
-    reach = min(SMOOTHING, len(points) // 20)
-    held = [(0.0, before["loss"]["value"])] if before is not None else []
-    held += [(float(event["step"]), event["loss"]["value"]) for event in measured]
-    return line_chart(
-        [
-            Series("training loss", "faint", points if reach else []),
-            Series("training loss", "first", smoothed(points, reach)),
-            Series("held-out loss", "second", held, marks=True),
-        ],
-        x_name="step",
-        y_name="loss",
-    )
+    keys = [("training", "c1")] if points else []
+    keys += [("held out", "c2")] if run.held_out_curve else []
+    chart = line_chart(lines, x_name="step", y_name="loss")
+    return chart + legend(keys) if chart else ""
 
 
-def _rate_chart(steps: list[Event]) -> str:
-    points = [(float(step["step"]), float(step["lr"])) for step in steps]
-    return line_chart(
-        [Series("learning rate", "first", points)], x_name="step", y_name="learning rate"
-    )
-
-
-def sized(count: float) -> str:
-    """Bytes in the unit that suits them."""
-    for unit in ("bytes", "KiB", "MiB"):
-        if count < 1024:
-            return (
-                f"{count:.0f} {unit}" if unit == "bytes" or count >= 100 else f"{count:.1f} {unit}"
-            )
-        count /= 1024
-    return f"{count:.2f} GiB"
-
-
-def timed(seconds: float) -> str:
-    """A duration in hours, minutes or seconds."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s"
-    hours, minutes = divmod(whole // 60, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {whole % 60} s"
-
-
-def marked(text: str) -> Markup:
-    """A preview with its brackets turned into marks."""
-    pieces = re.split(f"{OPEN}(.*?){CLOSE}", text, flags=re.DOTALL)
-    return Markup("").join(
-        Markup("<mark>{}</mark>").format(piece) if number % 2 else escape(piece)
-        for number, piece in enumerate(pieces)
-    )
+def _small_charts(run: RunSummary) -> list[tuple[str, str]]:
+    """Title and chart of what is looked at when something went wrong."""
+    found = []
+    for title, points, smooth in (
+        ("Gradient norm, before clipping", run.curve("grad_norm"), True),
+        ("Tokens a second", run.speed_curve, True),
+        ("Learning rate", run.curve("lr"), False),
+    ):
+        reach = reach_of(points) if smooth else 0
+        lines = [
+            Series(title, "faint", points if reach else []),
+            Series(title, "c1", smoothed(points, reach)),
+        ]
+        found.append((title, line_chart(lines, x_name="step", y_name=title, tall=False)))
+    return found

@@ -54,6 +54,8 @@ from trimtab.train.setup import (
     total_steps,
 )
 from trimtab.train.sources import Sources, read_sources
+from trimtab.train.trackers import Trackers
+from trimtab.train.unrelated import Unrelated
 
 PREVIEWS = 2
 RECIPE, EVENTS, CHECKPOINTS, ADAPTER, REPORT = (
@@ -92,6 +94,7 @@ class Run:
         data: object = None,
         held_out: object = None,
     ) -> None:
+        self.trackers = Trackers(recipe.track)
         self.base, self.adapter, self.screen = base, adapter, screen
         self.folder = run_folder(recipe, adapter, resume=resume)
         self.engine = Engine(base, micro_tokens=recipe.batch.micro_tokens)
@@ -110,6 +113,9 @@ class Run:
             Measure(self.engine, self.sources.held_out, base.tokenizer, self.recipe.eval)
             if self.sources.held_out
             else None
+        )
+        self.unrelated = Unrelated(
+            self.engine, base.tokenizer, self.recipe.eval.forgetting, adapter.name
         )
         self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, self.recipe.checkpoint.keep)
         self.saves_every = self.recipe.checkpoint.every or -(-self.total // 10)
@@ -150,6 +156,7 @@ class Run:
         self.events = Events(self.folder / EVENTS)
         if resume:
             self.events.add("resume", {"step": self.progress.step})
+        self.trackers.follow(self.events, self.recipe.model_dump(mode="json"), self.screen.note)
 
     def _check_data(self, cursor: Cursor | None) -> None:
         """A finished run, too, belongs to its data."""
@@ -188,7 +195,7 @@ class Run:
                     "notes": list(sources.notes),
                 },
                 "held_out": len(sources.held_out),
-                "held_out_sha256": sources.held_digest,
+                "held_out_sha256": facts.digest(sources.held_out),
                 "versions": facts.versions(),
                 "machine": facts.machine(self.base.model.device),
             },
@@ -206,6 +213,7 @@ class Run:
         try:
             self._plan()
             before = self._before()
+            self.unrelated.before(self.events, self.screen)
             stopped = self._loop()
             after = None if stopped else self._finish(before)
         except BaseException as error:
@@ -225,7 +233,11 @@ class Run:
         """The bare base on the held-out data."""
         if self.measure is None:
             return None
-        noted = [event for event in read_events(self.folder / EVENTS) if event.get("of") == "base"]
+        noted = [
+            event
+            for event in read_events(self.folder / EVENTS)
+            if event.get("event") == "eval" and event["of"] == "base"
+        ]
         if noted:  # a resumed run
             return Measured.of(noted[-1])
         before = self.measure.full(None)
@@ -371,6 +383,7 @@ class Run:
         if after is not None:
             self.screen.measured("adapter", after)
             self.screen.samples(before, after)
+        self.unrelated.after(step, self.events, self.screen)
         self.adapter.origin.provenance = self._provenance(after, step)
         self.adapter.save(self.folder / ADAPTER)
         self.events.add(

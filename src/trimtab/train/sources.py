@@ -43,7 +43,7 @@ class Sources:
 
     ``feed`` gives the steps; ``sample`` is all training examples, or the first few of a stream; ``whole`` tells
     which. ``notes`` are the sentences that say what was read, cut and dropped. ``contents`` are (name, digest) of
-    the sources; ``held_digest`` is that of the held-out examples; ``overlap`` counts held-out examples that are
+    the sources; ``overlap`` counts held-out examples that are
     trained on as well.
     """
 
@@ -51,7 +51,6 @@ class Sources:
     sample: Sequence[Datum]
     whole: bool
     held_out: Sequence[Datum]
-    held_digest: str
     contents: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
     overlap: int
@@ -156,7 +155,7 @@ def read_sources(
     held_source = held_recipe(recipe.data)
     if held_source is not None:
         portion, note = reader.portion(reader.open(held_source, held_out))
-        held, notes = [portion], [f"held out: {note}"]
+        held, notes = [portion], [f"held out, {note}"]
     if recipe.data.stream:
         return _streamed(recipe, reader, Corpus(held), notes, data)
     portions, found = [], []
@@ -179,9 +178,7 @@ def read_sources(
     feed = CorpusFeed(
         corpus, examples=recipe.batch.examples, tokens=recipe.batch.tokens, seed=recipe.seed
     )
-    return Sources(
-        feed, corpus, True, measured, measured.digest, contents, (*found, *notes), overlap
-    )
+    return Sources(feed, corpus, True, measured, contents, (*found, *notes), overlap)
 
 
 def read_examples_of(
@@ -269,6 +266,4 @@ def _streamed(
     if not sample:
         raise DataError(f"{source.name}: the stream has no example. {looked}")
     notes.insert(0, f"{source.name} ({source.kind}), streamed: of the first rows, {looked}")
-    return Sources(
-        feed, sample, False, held, held.digest, ((source.name, source.digest),), tuple(notes), 0
-    )
+    return Sources(feed, sample, False, held, ((source.name, source.digest),), tuple(notes), 0)
