@@ -220,6 +220,10 @@ BAD: dict[str, tuple[dict, str]] = {
         {"messages": TURNS, "prompt": "a", "completion": "b"},
         r"fit several shapes of record: chat \(messages\) and prompt/completion .*'columns'",
     ),
+    "two pairs": (
+        {"text": "a", "text_pair": "b", "text2": "c"},
+        r"fit several shapes of record: text pair \(text, text_pair\) and text pair \(text, text2\)",
+    ),
     "metadata": (
         {"text": "a", "label": 1, "id": 7, "url": "x"},
         r"unknown keys 'id', 'url' in the record \(labelled text\).*Name the columns .*'ignore'",

@@ -122,7 +122,7 @@ def test_losses_of_data_are_read_from_the_plans_own_words(tmp_path: Path) -> Non
     outcomes.truncated, outcomes.lost_tokens = 300, 5000
     outcomes.dropped["malformed"] = 300
     plan = [
-        ["data", f"d.jsonl: {outcomes}"],
+        ["data", f"d.jsonl (CSV (commas): a, b): {outcomes}"],
         ["careful", "3 held-out examples are trained on as well"],
     ]
     found = advice(summary(tmp_path, FALLING, *evals((0, 2.0), (100, 0.5)), begin={"plan": plan}))

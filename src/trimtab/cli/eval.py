@@ -152,7 +152,7 @@ def _job(
     whole = data is None and tasks is None
     source = recipe.data if whole else None
     if data is not None:
-        source = recipe.data.replace(path=data, held_out=None, fraction=0.0)
+        source = recipe.data.replace(path=data, mix=(), held_out=None, fraction=0.0)
     if whole and recipe.data.held_out is None and not recipe.data.fraction:
         raise DataError(f"{run} was trained without held-out data; give --data, or --tasks.")
     _check_data(source, metrics)

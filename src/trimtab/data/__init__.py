@@ -18,11 +18,13 @@ from trimtab.data.examples import (
     strict,
 )
 from trimtab.data.feed import CorpusFeed, Cursor, Feed, StreamFeed
-from trimtab.data.folder import Folder, PythonRows, TextFile, open_source
+from trimtab.data.folder import Folder
 from trimtab.data.functions import Mapped, UserFunction, load_function
 from trimtab.data.hub import DatasetSource
 from trimtab.data.jsonl import JsonFile, JsonlFile
+from trimtab.data.memory import PythonRows
 from trimtab.data.messages import Message, ToolCall
+from trimtab.data.open import open_source
 from trimtab.data.preview import preview
 from trimtab.data.records import (
     ChatRecord,
@@ -39,6 +41,7 @@ from trimtab.data.shapes import parse_record, parse_row
 from trimtab.data.source import Row, Source
 from trimtab.data.stats import TokenStats
 from trimtab.data.tables import CsvFile, ParquetFile
+from trimtab.data.text import TextFile
 from trimtab.data.tokenise import tokenise
 
 __all__ = [

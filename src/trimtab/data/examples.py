@@ -16,7 +16,7 @@ from pydantic import Field
 
 from trimtab.config import Config
 from trimtab.data.datum import Datum
-from trimtab.data.folder import open_source
+from trimtab.data.open import open_source
 from trimtab.data.records import Record, TextRecord
 from trimtab.data.render import Renderer
 from trimtab.data.shapes import parse_row

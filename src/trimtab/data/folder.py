@@ -1,30 +1,23 @@
-"""Many files as one source, documents as files, and `open_source`, which finds the source for anything."""
+"""One file, by the ending of its name, and a folder of files as one source."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
-from trimtab.data.hub import (
-    choose_split,
-    from_hub,
-    is_dataset,
-    is_saved,
-    of_object,
-    saved_dataset,
-)
+from trimtab.data.hub import choose_split
 from trimtab.data.jsonl import JsonlFile, open_json
-from trimtab.data.source import FileSource, Row, Source, check_text, sha256_of
+from trimtab.data.source import Row, Source
 from trimtab.data.tables import CsvFile, ParquetFile
-from trimtab.errors import DataError, suggest
+from trimtab.data.text import TextFile
+from trimtab.errors import DataError
 
 KNOWN = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
 PACKED = tuple(f"{ending}.gz" for ending in (".jsonl", ".ndjson", ".csv", ".tsv"))
@@ -41,57 +34,11 @@ SPLITS = {
 }
 # What lies beside the data of many data sets and is none.
 BESIDE = ("readme", "license", "licence", "changelog", "dataset_info", "dataset_infos")
-HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-
-
-def open_source(
-    what: object, *, split: str | None = None, config: str | None = None, stream: bool = False
-) -> Source:
-    """The source for a path, an id on the hub, an object of `datasets`, or rows made in Python.
-
-    Args:
-        what: A file (``.jsonl .ndjson .json .csv .tsv .parquet .txt .md``, and JSONL or CSV with
-            ``.gz``), a folder of them, a folder of `datasets.save_to_disk`, ``owner/name`` of the hub,
-            a `Dataset` or `IterableDataset`, or dicts in a list or any iterable.
-        split: Which of the splits of a folder or a data set.
-        config: Which configuration of a data set of the hub.
-        stream: Read a data set of the hub as it is downloaded. Files are always read so.
-
-    Raises:
-        DataError: no such source, or it holds nothing.
-    """
-    if isinstance(what, str | Path):
-        path = Path(what).expanduser()
-        if not path.exists():
-            if isinstance(what, str) and _may_be_id(what):
-                return from_hub(what, split=split, config=config, stream=stream)
-            raise DataError(f"there is no file or folder {str(what)!r}.{_near(path)}")
-        if config is not None:
-            raise DataError(f"config={config!r} is for data sets of the hub, and {what} is a path.")
-        if path.is_dir():
-            if is_saved(path):
-                return saved_dataset(path, split=split)
-            return Folder(path, split)
-        if split is not None:
-            raise DataError(f"split={split!r} was given, and {path.name} is one file.")
-        return open_file(path)
-    if is_dataset(what):
-        return of_object(what, split=split)
-    if split is not None or config is not None:
-        raise DataError("split and config are for data sets and folders.")
-    if isinstance(what, Source):
-        return what
-    if isinstance(what, Iterable) and not isinstance(what, Mapping | bytes):
-        return PythonRows(what)
-    raise DataError(
-        f"cannot read data from an object of type {type(what).__name__}; give a path, an id of the "
-        "hub, a data set, or a list of dicts."
-    )
 
 
 def open_file(path: Path, name: str = "") -> Source:
     """The source of one file, by the ending of its name."""
-    ending = _ending(path)
+    ending = known_ending(path)
     if ending.startswith((".jsonl", ".ndjson")):
         return JsonlFile(path, name)
     if ending.startswith((".csv", ".tsv")):
@@ -107,36 +54,6 @@ def open_file(path: Path, name: str = "") -> Source:
         f"{name or path.name}: a name with {found} does not tell what the file holds. "
         f"Known: {', '.join((*KNOWN, *PACKED))}."
     )
-
-
-@final
-class TextFile(FileSource):
-    """A text file as one document."""
-
-    kind = "text, one document"
-    count = 1
-
-    def __init__(self, path: Path | str, name: str = "") -> None:
-        super().__init__(path, name)
-        with self.reading(), self.path.open("rb") as file:
-            check_text(file.read(4), self.name)
-            self.digest = sha256_of(self.path)
-
-    def rows(self, start: int = 0) -> Iterator[Row]:
-        if start:
-            return
-        self.check_unchanged()
-        with self.reading():
-            raw = self.path.read_bytes()
-        origin = f"{self.name}:1"
-        try:
-            text = raw.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            line = raw.count(b"\n", 0, error.start) + 1
-            fault = f"not UTF-8 (byte {error.start + 1}); convert the file."
-            yield Row(None, f"{self.name}:{line}", fault)
-            return
-        yield Row({"text": text}, origin)
 
 
 @final
@@ -156,7 +73,7 @@ class Folder(Source):
             for file in self.path.rglob("*")
             if file.is_file() and not _hidden(file.relative_to(self.path))
         )
-        known = [file for file in files if _ending(file) and not _beside(file)]
+        known = [file for file in files if known_ending(file) and not _beside(file)]
         if not known:
             found = f" ({len(files)} of another kind)" if files else ""
             raise DataError(
@@ -200,7 +117,9 @@ class Folder(Source):
         if beside:
             yield f"{self.name}: {', '.join(beside)} left out."
         strange = Counter(
-            file.suffix or "no ending" for file in files if not _ending(file) and not _beside(file)
+            file.suffix or "no ending"
+            for file in files
+            if not known_ending(file) and not _beside(file)
         )
         if strange:
             endings = ", ".join(f"{count} with {ending}" for ending, count in strange.items())
@@ -210,31 +129,7 @@ class Folder(Source):
             yield f"{self.name}: {_files(len(unsplit))} of no split left out."
 
 
-@final
-class PythonRows(Source):
-    """Rows made in Python, held in memory. ``digest`` is that of them as JSON."""
-
-    def __init__(self, values: Iterable[Any], name: str = "rows") -> None:
-        self.name = name
-        self._values = list(values)
-        self.count: int = len(self._values)
-        if not self._values:
-            raise DataError("the list of rows is empty.")
-        self.kind = "rows in memory"
-        content = hashlib.sha256()
-        for value in self._values:
-            content.update(
-                json.dumps(value, ensure_ascii=False, default=repr).encode("utf-8", "replace")
-            )
-            content.update(b"\n")
-        self.digest = content.hexdigest()
-
-    def rows(self, start: int = 0) -> Iterator[Row]:
-        for index in range(start, self.count):
-            yield Row(self._values[index], f"{self.name}:{index + 1}", "", index)
-
-
-def _ending(path: Path) -> str:
+def known_ending(path: Path) -> str:
     """The known ending of a file's name, or nothing."""
     name = path.name.lower()
     return next((ending for ending in (*KNOWN, *PACKED) if name.endswith(ending)), "")
@@ -258,17 +153,3 @@ def _split_of(path: Path) -> str | None:
         if word in SPLITS:
             return SPLITS[word]
     return None
-
-
-def _may_be_id(text: str) -> bool:
-    if not HUB_ID.fullmatch(text) or _ending(Path(text)):
-        return False
-    return not Path(text).parent.exists()
-
-
-def _near(path: Path) -> str:
-    """Names in the folder where the file should be that are like its own."""
-    folder = path.parent
-    if not folder.is_dir():
-        return f" There is no folder {str(folder)!r} either."
-    return suggest(path.name, sorted(entry.name for entry in folder.iterdir()))

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from trimtab.data.messages import (
     Message,
@@ -81,8 +81,7 @@ def parse_record(value: object, origin: str) -> Record:
 
 def _shape(keys: frozenset[str], value: Value, origin: str) -> Shape:
     candidates = [shape for shape in SHAPES if keys.issuperset(shape.required)]
-    extra = {shape.name: keys.difference(shape.required, shape.optional) for shape in candidates}
-    fitting = [shape for shape in candidates if not extra[shape.name]]
+    fitting = [shape for shape in candidates if keys.issubset((*shape.required, *shape.optional))]
     if fitting:
         return max(fitting, key=lambda shape: len(shape.required))
     if not candidates:
@@ -97,7 +96,7 @@ def _shape(keys: frozenset[str], value: Value, origin: str) -> Shape:
         fail(origin, f"the keys {_list(value)} fit several shapes of record: {names}. {CHOOSE}")
     shape = largest[0]
     known = (*shape.required, *shape.optional)
-    unknown = [key for key in value if key in extra[shape.name]]
+    unknown = [key for key in value if key in keys.difference(known)]
     hint = suggest(str(unknown[0]), known) or f" Known: {', '.join(known)}."
     plural = "s" if len(unknown) > 1 else ""
     fail(
@@ -110,7 +109,7 @@ def _shape(keys: frozenset[str], value: Value, origin: str) -> Shape:
 CHOOSE = "Name the columns that are meant with 'columns', or those to leave out with 'ignore'."
 
 
-def _unknown(value: Value, origin: str) -> Any:
+def _unknown(value: Value, origin: str) -> NoReturn:
     known = [key for shape in SHAPES for key in shape.required]
     hint = "".join(dict.fromkeys(suggest(str(key), known) for key in value))
     shapes = " or ".join("{" + ", ".join(shape.required) + "}" for shape in SHAPES[:10])
