@@ -87,6 +87,7 @@ def test_eval_measures_the_base_and_each_adapter(run: Ran, home: Path) -> None:
     for text in ("base", "small", "second", "loss", "token accuracy", "f1_macro", "chrf", "n = 8"):
         assert text in out, text
     assert "second, by class" in out and "unreadable" in out
+    assert "Always answering 'yes' would be right" in out
     found = json.loads((home / "results.json").read_text())
     assert found["adapters"] == {"small": "first", "second": "second"}  # a name twice
     assert [row["adapter"] for row in found["results"]] == [None, "small", "second"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -10,8 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
+from tests import tiny
 from tests.data import kit as data_kit
 from tests.engine import kit
 from trimtab.adapt.attach import attach
@@ -65,6 +72,29 @@ def test_a_stream_is_what_sample_gives(
         assert stream.completion == whole
     if params.temperature:  # greedy, this model may repeat a byte that is no character
         assert len(pieces) > 3
+
+
+def windowed() -> MistralForCausalLM:
+    """Keys and values of the last 8 tokens only."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=8, max_position_embeddings=128,
+    )  # fmt: skip
+    return MistralForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("build", [tiny.gpt2, tiny.mixtral, windowed])
+def test_caches_of_other_models(build: Callable[[], PreTrainedModel]) -> None:
+    base = kit.base(build())
+    attach(base.model, "lora(rank=2)", "a")
+    engine = Engine(base)
+    for params in WAYS:
+        for name in ("a", None):
+            (whole,) = engine.sample([[5, 9, 11, 40, 41]], params, name)
+            stream = engine.stream([5, 9, 11, 40, 41], params, name)
+            assert "".join(stream) == whole.text
+            assert stream.completion == whole
 
 
 def test_stop_strings_end_a_stream_where_they_end_a_sample(base: Base) -> None:

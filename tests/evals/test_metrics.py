@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
-from typing import get_args
+from collections.abc import Sequence
+from typing import ClassVar, final, get_args
 
 import numpy as np
 import pytest
 
 from trimtab.errors import ConfigError, DataError, UnknownNameError
-from trimtab.evals import Scores, bootstrap, check_metrics, compare, mean, metrics, values_of
+from trimtab.evals import (
+    Metric,
+    Scores,
+    bootstrap,
+    check_metrics,
+    compare,
+    mean,
+    metrics,
+    values_of,
+)
 from trimtab.evals.json_fields import fields, parsed
 from trimtab.evals.texts_alike import token_f1
 from trimtab.train.recipe import EvalRecipe, MetricName
@@ -151,6 +161,24 @@ def test_every_metric_of_a_recipe_is_registered_and_scores_perfect_answers_best(
             assert value.value == pytest.approx(best), name
     assert EvalRecipe(metric="loss").metrics == ()
     assert EvalRecipe.parse({"metric": ["f1", "loss", "choice", "f1"]}).metrics == ("f1", "choice")
+
+
+@final
+class Length(Metric):
+    """The mean length of answers."""
+
+    kind: ClassVar[str] = "length"
+
+    def measure(self, references: Sequence[str], answers: Sequence[str]) -> Scores:
+        return Scores({"length": mean([len(text) for text in answers])})
+
+
+def test_a_metric_of_another_package() -> None:
+    metrics.add("length", Length)
+    try:
+        assert scores("length", ["a", "b"], ["abc", "a"]).values["length"].value == 2.0
+    finally:
+        metrics.remove("length")
 
 
 def test_values_of_several_metrics() -> None:

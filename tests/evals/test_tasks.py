@@ -240,6 +240,21 @@ def test_a_folder_that_is_none(base: Base, folder: Path) -> None:
         evaluate_tasks(base, ["x"], include=folder / "none")
 
 
+def test_many_requests_are_asked_in_parts(
+    base: Base, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (whole,) = evaluate_tasks(base, TASKS, ("a",), include=folder)
+    monkeypatch.setattr("trimtab.evals.harness.PART", 3)
+    (parts,) = evaluate_tasks(base, TASKS, ("a",), include=folder)
+    for name, value in whole.metrics.items():
+        assert parts.metrics[name].value == pytest.approx(value.value, rel=1e-5), name
+
+
+def test_an_encoder_has_no_likelihood_of_what_follows(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="a causal model is needed"):
+        evaluate_tasks(kit.base(kit.bert()), ["tiny_choice"], include=folder)
+
+
 def test_without_lm_eval_the_extra_is_named(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trimtab.evals.tasks.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'trimtab\[lm-eval\]'"):

@@ -61,7 +61,7 @@ def chat(
         adapter=names[0] if names else None,
         system=system,
     )
-    Chat(talk, names).run(base.name)
+    Chat(talk, names).run(Path(model).name if Path(model).exists() else model)
 
 
 class Chat:

@@ -83,15 +83,15 @@ def evaluate(
         "adapters": dict(zip(attached, job.adapters, strict=True)),
     }
     rows: list[Evaluation] = []
-    with Console(stderr=True).status("measuring"):
-        if job.data is not None:
+    if job.data is not None:
+        with Console(stderr=True).status("measuring"):
             rows = _measured(job, base, names, facts)
-        if tasks is not None:
-            listed = [task.strip() for task in tasks.split(",") if task.strip()]
-            done = evaluate_tasks(
-                base, listed, names, include=include, limit=limit, fewshot=fewshot, chat=chat
-            )
-            rows = merged(rows, done) if rows else done
+    if tasks is not None:
+        listed = [task.strip() for task in tasks.split(",") if task.strip()]
+        done = evaluate_tasks(
+            base, listed, names, include=include, limit=limit, fewshot=fewshot, chat=chat
+        )
+        rows = merged(rows, done) if rows else done
     show(Console(highlight=False), rows, facts)
     if out is not None:
         write(out, rows, facts)

@@ -11,6 +11,7 @@ are spread over tokens, and not where a stop string may have begun.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -140,17 +141,21 @@ def _tokens(
     config.return_dict_in_generate = True
     draws = _Draws(model.device, params)
     ids = torch.tensor([list(prompt)], device=model.device)
-    cache: Any = None
+    # A model that keeps its state otherwise is shown the whole text anew for each token.
+    keeps = "past_key_values" in inspect.signature(model.forward).parameters
+    cache: dict[str, Any] = {}
     for _ in range(params.max_tokens):
         with draws, scope(), torch.no_grad():
             out = model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=config,
-                past_key_values=cache,
+                **cache,
                 **last_only(model),
             )
-        ids, cache = out.sequences, out.past_key_values
+        ids = out.sequences
+        if keeps:
+            cache = {"past_key_values": out.past_key_values}
         yield int(ids[0, -1])
 
 

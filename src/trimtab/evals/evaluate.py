@@ -80,6 +80,7 @@ def evaluate(
     if not used:
         raise DataError("there are no examples to evaluate on.")
     engine = Engine(base, micro_tokens=max(MICRO_TOKENS, *map(len, used)))
+    metrics = tuple(dict.fromkeys(metrics))
     to_answer = questions(used[:asked], base.tokenizer)
     references = [question.reference for question in to_answer]
     check_metrics(metrics, references)

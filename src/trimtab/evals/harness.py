@@ -8,12 +8,14 @@ that the numbers are comparable with published ones. Import this module only whe
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, final
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from rich.console import Console
+from rich.progress import track
 
 from trimtab.data import Datum
 from trimtab.engine import Engine, SamplingParams
@@ -23,6 +25,8 @@ MOST_TOKENS = 256
 """Tokens of an answer where the task does not say, as in HFLM."""
 LONGEST = 2048
 """Tokens of an input where the model does not say, as in HFLM."""
+PART = 256
+"""Requests between two steps of the progress bar."""
 SAMPLING = {"temperature", "top_p", "top_k", "seed"}
 IGNORED = {"do_sample", "use_cache", "num_beams"}
 
@@ -90,9 +94,19 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         if not data:
             return []
         self._engine.micro_tokens = max(self._engine.micro_tokens, *map(len, data))
-        found = self._engine.forward(data, self._adapter)
-        rows = zip(found.sums, found.hits, found.weights, strict=True)
-        return [(-nll, hits == weight) for nll, hits, weight in rows]
+        found = [(0.0, False)] * len(data)
+        for part in _in_parts([len(datum) for datum in data], "likelihoods"):
+            result = self._engine.forward([data[place] for place in part], self._adapter)
+            rows = zip(part, result.sums, result.hits, result.weights, strict=True)
+            for place, nll, hits, weight in rows:
+                found[place] = (-nll, hits == weight)
+        return found
+
+    def loglikelihood(
+        self, requests: Sequence[Any], disable_tqdm: bool = True
+    ) -> list[tuple[float, bool]]:
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return found
 
     def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
         """Log-probability in nats of each whole text, in windows as long as the context."""
@@ -128,9 +142,11 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
                     f"a task asks for {params.max_tokens} tokens, and the model's context is {self._longest}."
                 )
             prompts = [self.tok_encode(requests[number].args[0])[-room:] for number in members]
-            answers = self._engine.sample(prompts, params, self._adapter)
-            for number, answer in zip(members, answers, strict=True):
-                found[number] = answer.text
+            for part in _in_parts([len(prompt) for prompt in prompts], "answers"):
+                chosen = [prompts[place] for place in part]
+                answers = self._engine.sample(chosen, params, self._adapter)
+                for place, answer in zip(part, answers, strict=True):
+                    found[members[place]] = answer.text
         return found
 
     def _datum(self, context: list[int], answer: list[int]) -> Datum:
@@ -159,3 +175,12 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         return SamplingParams.parse(
             {"temperature": 0.0, **chosen, "max_tokens": most, "stop": [s for s in stops if s]}
         )
+
+
+def _in_parts(lengths: Sequence[int], what: str) -> Iterator[list[int]]:
+    """Indices, those of like length together and the longest first; with a bar where there are many."""
+    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    parts = [order[start : start + PART] for start in range(0, len(order), PART)]
+    console = Console(stderr=True)
+    quiet = len(parts) == 1 or not console.is_terminal
+    return iter(track(parts, what, console=console, transient=True, disable=quiet))
