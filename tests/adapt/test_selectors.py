@@ -135,13 +135,9 @@ def test_every_role_names_modules_that_are_called(name: str) -> None:
     model = models.CASES[name].make()
     for role in ROLES:
         if found := anatomy_of(model).role(role):
-            tt.attach(
-                model,
-                tt.Bottleneck(size=1, targets=role)
-                if "norms" not in role
-                else tt.BitFit(targets=role),
-                role,
-            )
+            kind = {"norms": tt.BitFit, "all": tt.Full}.get(role)
+            method = kind(targets=role) if kind else tt.Bottleneck(size=1, targets=role)
+            tt.attach(model, method, role)
             reached = tt.probe(model)
             assert reached == [], f"{role}: {found}"
             tt.detach(model, role)

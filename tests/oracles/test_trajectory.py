@@ -113,3 +113,23 @@ def test_full_training_of_a_tied_embedding_leaves_its_twin_alone() -> None:
     losses_of(model, adapter.parameters())
     assert torch.equal(model.lm_head.weight, before)
     assert not torch.equal(adapter.tensors["model.embed_tokens.modules_to_save.weight"], before)
+
+
+@pytest.mark.parametrize(
+    "make", [kit.bert, kit.llama, models.mixtral], ids=["bert", "llama", "mixtral"]
+)
+def test_full_training_of_all_is_plain_fine_tuning(make: kit.Make) -> None:
+    """Of all layers; the router of a mixture of experts is none, and stays as it is."""
+    plain = make().double()
+    trained = {n: p for n, p in plain.named_parameters() if not n.endswith("mlp.gate.weight")}
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_(name in trained)
+    model = make()
+    adapter = tt.attach(model, tt.Full(targets="all"), "default")
+    model.double()
+    assert adapter.count == sum(parameter.numel() for parameter in trained.values())
+    ours = losses_of(model, adapter.parameters(), decay=0.1)
+    assert_same_course(ours, losses_of(plain, trained.values(), decay=0.1))
+    merged = tt.merge(model, "default")
+    for name, parameter in trained.items():
+        kit.assert_close(merged.get_parameter(name), parameter, name)

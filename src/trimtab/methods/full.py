@@ -5,7 +5,7 @@
 It is how a classification head belongs to an adapter (``LoRA(train=("score",))``), per adapter and under the
 same routes; the frozen module stays as it is. With ``targets="all"`` it is full fine-tuning of the model, kept
 beside the base instead of in it. Copies are their own: a head that is tied to the embedding is trained apart
-from it.
+from it; and what is no layer, such as the router of a mixture of experts, stays as it is.
 """
 
 from __future__ import annotations

@@ -167,6 +167,21 @@ class Anatomy:
             if (layer := view(m)) is not None and layer.kind == "norm"
         ]
 
+    @cached_property
+    def whole(self) -> list[str]:
+        """Every layer with a weight; but no embedding that only lends its weight to those that are called."""
+        called = set(self.role("embeddings"))
+        owners = {id(self.modules[path].weight) for path in called}
+        lenders = {
+            path
+            for path, module in self.modules.items()
+            if path not in called
+            and isinstance(module, nn.Embedding)
+            and id(module.weight) in owners
+        }
+        found = [path for path in self.modules if self.weighted(path) and path not in lenders]
+        return [*found, *self.experts]
+
     def role(self, role: str) -> list[str]:
         """Paths of a role, in model order; empty where this architecture has none."""
         if role == "all-linear":
@@ -176,7 +191,7 @@ class Anatomy:
         if role == "norms":
             return self.norms
         if role == "all":
-            return [*(path for path in self.modules if self.weighted(path)), *self.experts]
+            return self.whole
         globs = {
             "attention": self.family.attention,
             "mlp": self.family.mlp,
