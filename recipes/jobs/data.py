@@ -74,11 +74,6 @@ def topics(train: int = 600, held_out: int = 300) -> None:
         pq.write_table(table, folder() / f"{name}.parquet")
 
 
-def first_words(row: dict[str, str], words: int = 60) -> dict[str, str]:
-    """A row with the beginning of its text only: the map function of the job ``topics``."""
-    return {**row, "text": " ".join(row["text"].split()[:words])}
-
-
 def _write(path: Path, text: str) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 

@@ -14,7 +14,8 @@ from trimtab.errors import DataError
 
 @dataclass
 class Checked:
-    """What was found in one source. ``repeated`` are pairs (origin, origin of the first such row); ``first`` is
+    """What was found in one source. ``problems`` are rows that are malformed, or errors by the configuration;
+    ``repeated`` are pairs (origin, origin of the first such row); ``first`` is
     the first origin by key."""
 
     outcomes: Outcomes
@@ -37,7 +38,8 @@ def check(source: Source, config: ExampleConfig, renderer: Renderer | None = Non
     found = Checked(Outcomes(config))
     for key, origin, problem in _found(source, renderer, found.outcomes):
         if problem is not None:
-            found.problems.append(problem)
+            if problem.fatal or problem.kind == "malformed":
+                found.problems.append(problem)
         elif key in found.first:
             found.repeated.append((origin, found.first[key]))
         else:
