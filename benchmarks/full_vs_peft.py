@@ -34,7 +34,7 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "(IA)³": ({"kind": "ia3"}, (5e-3, 2e-2)),
     "bottleneck": ({"kind": "bottleneck"}, (2e-4, 1e-3)),
 }
-ROWS = (480, 300)
+ROWS = (400, 300)
 
 
 def one(method: dict[str, Any], lr: float, files: tuple[Path, Path], out: Path) -> dict[str, Any]:

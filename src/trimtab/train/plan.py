@@ -26,6 +26,7 @@ from trimtab.train import facts
 from trimtab.train.recipe import Recipe
 from trimtab.train.setup import Rows, plan_rows, resolved, total_steps
 from trimtab.train.sources import Sources, read_sources
+from trimtab.train.unrelated import Unrelated
 
 PROBES = 4
 """Steps at random that are timed, beside the heaviest."""
@@ -72,7 +73,7 @@ def plan(recipe: Recipe) -> Plan:
     total = total_steps(whole, sources)
     probe = _Probe(whole, base, engine, adapter.name)
     rate, tokens = probe.steps(sources, total)
-    measuring = probe.measuring(sources, total)
+    measuring = probe.measuring(sources, total) + probe.unrelated(adapter.name)
     return Plan(
         rows=plan_rows(whole, base, adapter, sources, total=total),
         steps=total,
@@ -135,10 +136,21 @@ class _Probe:
         held_out(self.engine, [data[place] for place in some], None)
         self._wait()
         loss = (time.perf_counter() - began) * sum(sizes) / sum(sizes[place] for place in some)
-        times = 2 + (0 if recipe.every is None else (total - 1) // recipe.every)
-        answers = self._answers(data)
-        full = times if recipe.midway == "answers" else 2
-        return times * loss + full * answers
+        middle = 0 if recipe.every is None else (total - 1) // recipe.every
+        losses = 2 + middle + (self.recipe.checkpoint.final == "best")
+        asked = 2 + (middle if recipe.midway == "answers" else 0)
+        return losses * loss + asked * self._answers(data)
+
+    def unrelated(self, adapter: str) -> float:
+        """Seconds of measuring the unrelated text, before and after."""
+        text = Unrelated(self.engine, self.base.tokenizer, self.recipe.eval.forgetting, adapter)
+        some = text.data[:2]
+        if not some:
+            return 0.0
+        began = time.perf_counter()
+        held_out(self.engine, some, None)
+        self._wait()
+        return 2 * (time.perf_counter() - began) * _size(text.data) / _size(some)
 
     def _answers(self, data: Sequence[Datum]) -> float:
         """Seconds of asking once for all answers of the recipe."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from trimtab.data import Datum
 from trimtab.engine import Engine
 from trimtab.evals.forgetting import (
     LONGEST,
@@ -22,7 +23,7 @@ from trimtab.train.screen import Screen
 
 
 class Unrelated:
-    """Measures what the recipe's ``eval.forgetting`` names.
+    """Measures what the recipe's ``eval.forgetting`` names; ``data`` is that text, paragraph by paragraph.
 
     A model that is not causal predicts no next token: nothing is measured.
 
@@ -39,16 +40,16 @@ class Unrelated:
     ) -> None:
         self._engine, self._adapter = engine, adapter
         self._text = "general.txt" if option is True else Path(str(option)).name
-        self._data = []
+        self.data: list[Datum] = []
         if option is not False and engine.causal:
             text = general_text() if option is True else read_text(str(option))
             longest = min(engine.context(adapter) or LONGEST, LONGEST, engine.micro_tokens)
-            self._data = paragraphs(text, tokenizer, longest=longest)
+            self.data = paragraphs(text, tokenizer, longest=longest)
 
     @property
     def measures(self) -> bool:
         """Whether there is a text to measure."""
-        return bool(self._data)
+        return bool(self.data)
 
     def before(self, events: Events, screen: Screen) -> None:
         """The bare base, unless it was measured before the run was resumed."""
@@ -61,7 +62,7 @@ class Unrelated:
             self._note(self._adapter, step, events, screen)
 
     def _note(self, adapter: str | None, step: int, events: Events, screen: Screen) -> None:
-        found = forgetting(self._engine, self._data, adapter)
+        found = forgetting(self._engine, self.data, adapter)
         of = "base" if adapter is None else "adapter"
         fields: dict[str, Any] = {"step": step, "of": of, "text": self._text}
         before = self._noted(events)
