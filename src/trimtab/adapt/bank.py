@@ -59,6 +59,7 @@ class Bank(nn.Module):
         self._scope: Route | None = None
         self._context: Context | None = None
         self._depth = 0
+        self._outermost: list[nn.Module] = []  # the module whose forward is open; no child of ours
         self._last: Context | None = None
         self._encoded: tuple[Tensor, dict[Any, Any]] | None = None
         self._memories: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
@@ -83,6 +84,7 @@ class Bank(nn.Module):
             "_last": None,
             "_context": None,
             "_depth": 0,
+            "_outermost": [],
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -110,12 +112,12 @@ class Bank(nn.Module):
     @contextmanager
     def scope(self, route: Route, plan: Plan | None = None) -> Iterator[None]:
         """Route all forwards inside the ``with``; scopes nest, the innermost holds."""
-        before, before_plan = self._scope, self.plan
+        before = self._scope, self.plan, self._depth, self._context
         self._scope, self.plan = route, plan
         try:
             yield
-        finally:
-            self._scope, self.plan = before, before_plan
+        finally:  # the last two: torch closes no forward that a KeyboardInterrupt left
+            self._scope, self.plan, self._depth, self._context = before
 
     # -- contexts --------------------------------------------------------------------------------------
 
@@ -149,9 +151,12 @@ class Bank(nn.Module):
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Entry hook: open the context of this forward."""
+        if self._depth and self._outermost[0] is module:
+            self._depth = 0  # a KeyboardInterrupt left it open
         self._depth += 1
         if self._depth > 1:
             return
+        self._outermost[:] = [module]
         try:
             self._context = self._open(module, args, kwargs)
         except Exception:
