@@ -25,7 +25,7 @@ def blocks(language: str) -> list[str]:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in which the README's names of a model and of a data file exist."""
     kit.model_folder(tmp_path / "SmolLM2-135M-Instruct")
-    kit.data_file(tmp_path / "tickets.jsonl", 16)
+    kit.data_file(tmp_path / "tickets.jsonl", 40)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

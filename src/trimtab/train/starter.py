@@ -24,6 +24,8 @@ from trimtab.train.recipe_file import load_yaml, make_recipe
 
 LOOKED_AT = 20_000
 MOST_LABELS = 50
+FEW, HELD_OUT, TIMES = 30, 50, 6
+"""Below so many rows none are held out; else about so many at least; measurements in a run."""
 BY_SHAPE = {"labelled text": "classify", "text pair": "classify", "text": "text"}
 """The task that a shape of record suggests; any other is a chat."""
 
@@ -65,6 +67,7 @@ def starter(model: str, source: Source, path: str, task: str | None = None) -> t
         )
     if isinstance(first, LabelledRecord):
         values["data"] |= _labelled(source)
+    _fit(values, 1 + sum(1 for _ in records))
     recipe = make_recipe(values, where=task)
     head = [
         tasks()[task],
@@ -76,6 +79,21 @@ def starter(model: str, source: Source, path: str, task: str | None = None) -> t
 def _records(source: Source) -> Iterator[Record]:
     for row in islice(source.rows(), LOOKED_AT):
         yield parse_row(row)
+
+
+def _fit(values: dict[str, Any], rows: int) -> None:
+    """Hold out enough of few rows to measure on, or nothing of very few; and measure a few times in the run."""
+    data, measured = values["data"], values["eval"]
+    if rows < FEW:
+        del data["fraction"], measured["every"]
+        measured.pop("patience", None)
+        values.pop("checkpoint", None)
+        return
+    data["fraction"] = min(max(data["fraction"], round(HELD_OUT / rows, 2)), 0.3)
+    size = values["batch"].get("size")
+    if size is not None:
+        steps = values["epochs"] * rows * (1 - data["fraction"]) / size
+        measured["every"] = max(round(steps / TIMES), 1)
 
 
 def _labelled(source: Source) -> dict[str, Any]:
