@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from trimtab.config import Config
 from trimtab.optim.params import AdamParams
-from trimtab.optim.schedule import ScheduleName
+from trimtab.optim.schedule import ScheduleName, learning_rate, part_of
 
 DEFAULT_METHOD = "lora"
 
@@ -121,6 +121,18 @@ class OptimRecipe(Config):
     """Decay of AdamW's mean of squared gradients."""
     eps: float = Field(default=1e-8, gt=0)
     """AdamW's ε."""
+
+    def rate(self, step: int, total: int) -> float:
+        """The learning rate of ``step`` (from 0) of ``total``, once the method's default is filled in."""
+        return learning_rate(
+            self.schedule,
+            self.lr or 0.0,
+            step,
+            total,
+            warmup=part_of(self.warmup, total),
+            decay=part_of(self.decay, total),
+            floor=self.floor,
+        )
 
     def params(self, lr: float) -> AdamParams:
         """What one step is told, once the method's defaults are filled in."""

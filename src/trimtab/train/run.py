@@ -17,24 +17,20 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from trimtab.adapt.acting import using
 from trimtab.adapt.adapter import Adapter
-from trimtab.adapt.probe import probe
 from trimtab.data import Cursor, Datum, preview
 from trimtab.engine import Engine, LossResult, StepResult
 from trimtab.errors import (
     DataError,
     NonFiniteLossError,
     StorageError,
-    TargetError,
     TrimtabError,
 )
 from trimtab.models.load import Base
-from trimtab.optim.schedule import learning_rate, part_of
 from trimtab.train import facts
 from trimtab.train.checkpoints import Checkpoints
 from trimtab.train.events import Events, read_events
@@ -46,11 +42,13 @@ from trimtab.train.recipe_file import write_recipe
 from trimtab.train.report import write_report
 from trimtab.train.screen import Screen
 from trimtab.train.setup import (
-    base_parameters,
     check_same,
+    check_sites,
     plan_rows,
+    provenance,
     resolved,
     run_folder,
+    start_facts,
     total_steps,
 )
 from trimtab.train.sources import Sources, read_sources
@@ -120,20 +118,10 @@ class Run:
         self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, self.recipe.checkpoint.keep)
         self.saves_every = self.recipe.checkpoint.every or -(-self.total // 10)
         self.progress = Progress()
-        self._check_sites()
+        check_sites(base, adapter)
         self._open(resume)
 
     # -- before --------------------------------------------------------------------------------------
-
-    def _check_sites(self) -> None:
-        """A site that no forward reaches would never be trained."""
-        with using(self.base.model, self.adapter.name):
-            silent = set(probe(self.base.model)) & {site.path for site in self.adapter.sites}
-        if silent:
-            raise TargetError(
-                f"{len(silent)} of {len(self.adapter.sites)} sites of adapter {self.adapter.name!r} are never reached "
-                f"by the model, e.g. {min(silent)!r}; leave them out of the method's targets."
-            )
 
     def _open(self, resume: bool) -> None:
         """The folder, its recipe and events; and on resume, the last checkpoint."""
@@ -184,20 +172,7 @@ class Run:
                 "plan": rows,
                 "previews": [str(text) for text in previews],
                 "total": self.total,
-                "parameters": self.adapter.count,
-                "bytes": self.adapter.nbytes,
-                "model_parameters": base_parameters(self.base, self.adapter),
-                "data": {
-                    "name": sources.name,
-                    "sha256": sources.contents[0][1],
-                    "sources": [list(content) for content in sources.contents],
-                    "examples": len(sources.sample) if sources.whole else None,
-                    "notes": list(sources.notes),
-                },
-                "held_out": len(sources.held_out),
-                "held_out_sha256": facts.digest(sources.held_out),
-                "versions": facts.versions(),
-                "machine": facts.machine(self.base.model.device),
+                **start_facts(self.base, self.adapter, sources),
             },
         )
 
@@ -274,7 +249,7 @@ class Run:
         began = time.perf_counter()
         lengths = [len(datum) for datum in members]
         self.engine.micro_tokens = max(recipe.batch.micro_tokens, *lengths)
-        lr = self._rate()
+        lr = recipe.optim.rate(progress.step, self.total)
         loss: LossResult = self.engine.forward_backward(members, name)
         done: StepResult = self.engine.optim_step(name, recipe.optim.params(lr))
         seconds = time.perf_counter() - began
@@ -301,19 +276,6 @@ class Run:
             loss.mean,
             sum(lengths) / seconds,
             facts.peak_memory(self.base.model.device),
-        )
-
-    def _rate(self) -> float:
-        """The learning rate of the next step."""
-        optim = self.recipe.optim
-        return learning_rate(
-            optim.schedule,
-            optim.lr or 0.0,
-            self.progress.step,
-            self.total,
-            warmup=part_of(optim.warmup, self.total),
-            decay=part_of(optim.decay, self.total),
-            floor=optim.floor,
         )
 
     def _due(self, every: int | None) -> bool:
@@ -384,7 +346,13 @@ class Run:
             self.screen.measured("adapter", after)
             self.screen.samples(before, after)
         self.unrelated.after(step, self.events, self.screen)
-        self.adapter.origin.provenance = self._provenance(after, step)
+        metrics = {} if after is None else after.fields()
+        self.adapter.origin.provenance = {
+            **provenance(self.recipe, self.sources),
+            "step": step,
+            "tokens": progress.tokens,
+            "metrics": {name: value for name, value in metrics.items() if name != "samples"},
+        }
         self.adapter.save(self.folder / ADAPTER)
         self.events.add(
             "end",
@@ -399,19 +367,6 @@ class Run:
             f"adapter: {self.folder / ADAPTER}\nreport: {self.folder / REPORT}", "green"
         )
         return after
-
-    def _provenance(self, after: Measured | None, step: int) -> dict[str, Any]:
-        metrics: dict[str, Any] = {}
-        if after is not None:
-            metrics = {k: v for k, v in after.fields().items() if k != "samples"}
-        return {
-            "recipe": self.recipe.model_dump(mode="json"),
-            "data": {"name": self.sources.name, "sha256": self.sources.contents[0][1]},
-            "step": step,
-            "tokens": self.progress.tokens,
-            "metrics": metrics,
-            "versions": facts.versions(),
-        }
 
     def _located(self, error: NonFiniteLossError | StorageError) -> TrimtabError:
         """The error with what is saved and how to go on."""

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+from trimtab.adapt.acting import using
 from trimtab.adapt.adapter import Adapter
+from trimtab.adapt.probe import probe
 from trimtab.data import TokenStats
-from trimtab.errors import ConfigError
+from trimtab.errors import ConfigError, TargetError
 from trimtab.models.load import Base
+from trimtab.train import facts
 from trimtab.train.recipe import Recipe, differences
 from trimtab.train.recipe_file import read_recipe
 from trimtab.train.sources import Sources
@@ -116,3 +120,43 @@ def plan_rows(
 def base_parameters(base: Base, adapter: Adapter) -> int:
     """Parameters of the model without this adapter's."""
     return sum(p.numel() for p in base.model.parameters()) - adapter.count
+
+
+def check_sites(base: Base, adapter: Adapter) -> None:
+    """Raise `TargetError` for a site that no forward reaches: it would never be trained."""
+    with using(base.model, adapter.name):
+        silent = set(probe(base.model)) & {site.path for site in adapter.sites}
+    if silent:
+        raise TargetError(
+            f"{len(silent)} of {len(adapter.sites)} sites of adapter {adapter.name!r} are never reached "
+            f"by the model, e.g. {min(silent)!r}; leave them out of the method's targets."
+        )
+
+
+def start_facts(base: Base, adapter: Adapter, sources: Sources) -> dict[str, Any]:
+    """What a run notes at its start, beside its plan."""
+    return {
+        "parameters": adapter.count,
+        "bytes": adapter.nbytes,
+        "model_parameters": base_parameters(base, adapter),
+        "data": {
+            "name": sources.name,
+            "sha256": sources.contents[0][1],
+            "sources": [list(content) for content in sources.contents],
+            "examples": len(sources.sample) if sources.whole else None,
+            "notes": list(sources.notes),
+        },
+        "held_out": len(sources.held_out),
+        "held_out_sha256": facts.digest(sources.held_out),
+        "versions": facts.versions(),
+        "machine": facts.machine(base.model.device),
+    }
+
+
+def provenance(recipe: Recipe, sources: Sources) -> dict[str, Any]:
+    """Where an adapter comes from."""
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "data": {"name": sources.name, "sha256": sources.contents[0][1]},
+        "versions": facts.versions(),
+    }
