@@ -8,6 +8,7 @@ from typing import Any
 
 from trimtab.adapt.acting import using
 from trimtab.adapt.adapter import Adapter
+from trimtab.adapt.contract import Method
 from trimtab.adapt.probe import probe
 from trimtab.data import TokenStats
 from trimtab.errors import ConfigError, TargetError
@@ -88,14 +89,10 @@ def plan_rows(
 ) -> Rows:
     """The facts of a run, name by name, as they are shown before it starts."""
     method, whole = adapter.method, base_parameters(base, adapter)
-    options = method.model_dump(exclude_defaults=True, mode="json")
     sites = Counter(site.path.rpartition(".")[2] for site in adapter.sites)
     rows = [
         ("model", f"{base.name}: {whole:,} parameters, {recipe.dtype}, on {base.model.device}"),
-        (
-            "method",
-            f"{method.kind}({', '.join(f'{key}={value}' for key, value in options.items())})",
-        ),
+        ("method", shown_method(method)),
         ("sites", f"{len(adapter.sites)}: " + ", ".join(f"{n} × {k}" for k, n in sites.items())),
         ("trained", f"{adapter.count:,} parameters ({adapter.count / whole:.2%} of the model)"),
         *(("data", note) for note in sources.notes),
@@ -115,6 +112,18 @@ def plan_rows(
     if sources.overlap:
         rows.append(("careful", f"{sources.overlap} held-out examples are trained on as well"))
     return rows
+
+
+def shown_method(method: Method) -> str:
+    """A method with the options that were chosen, and its sizes."""
+    chosen = method.model_dump(exclude_defaults=True, mode="json")
+    options = method.model_dump(mode="json")
+    shown = [
+        f"{key}={value:g}" if type(value) in (int, float) else f"{key}={value}"
+        for key, value in options.items()
+        if key in chosen or (type(value) in (int, float) and value)
+    ]
+    return f"{method.kind}({', '.join(shown)})"
 
 
 def base_parameters(base: Base, adapter: Adapter) -> int:
