@@ -119,7 +119,7 @@ def shown_method(method: Method) -> str:
     chosen = method.model_dump(exclude_defaults=True, mode="json")
     options = method.model_dump(mode="json")
     shown = [
-        f"{key}={value:g}" if type(value) in (int, float) else f"{key}={value}"
+        f"{key}={value:g}" if type(value) in (int, float) else f"{key}={value!r}"
         for key, value in options.items()
         if key in chosen or (type(value) in (int, float) and value)
     ]
