@@ -22,11 +22,9 @@ from rich.console import Console
 import trimtab as tt
 from recipes import assets
 from trimtab.data import Renderer, load_examples
-from trimtab.engine import Engine
 from trimtab.train.api import train_recipe
 from trimtab.train.events import read_events
-from trimtab.train.measure import Measure, Measured
-from trimtab.train.recipe import EvalRecipe, Recipe
+from trimtab.train.recipe import Recipe
 from trimtab.train.recipe_file import make_recipe
 from trimtab.train.run import Outcome
 
@@ -52,37 +50,28 @@ def recipe(model: Path, data: tuple[Path, Path], out: Path) -> Recipe:
     )
 
 
-def measure_saved(model: Path, adapter: Path, held_out: Path) -> Measured:
-    """The held-out measurement of a saved adapter, from its folder alone."""
-    base = tt.load(str(model), dtype="bfloat16")
-    saved = tt.attach(base.model, tt.Adapter.load(adapter))
-    data = load_examples(held_out, Renderer(base.tokenizer))
-    measure = Measure(Engine(base), data, base.tokenizer, EvalRecipe.parse(EVAL))
-    return measure.full(saved.name)
-
-
-def check_reload(outcome: Outcome, model: Path, held_out: Path) -> None:
-    """A new process reads the adapter from disk and must get the same numbers."""
-    arguments = ["--measure", str(model), str(outcome.folder / "adapter"), str(held_out)]
-    done = subprocess.run(
-        [sys.executable, "-m", "recipes.demo", *arguments],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    reloaded = json.loads(done.stdout.splitlines()[-1])
-    assert outcome.after is not None
-    here = metric(outcome.after)
-    same = "the same to the last digit" if here == reloaded else "NOT the same"
-    console.print(f"\n[bold]Loaded in a new process[/]: {reloaded}\n{same} as {here}")
-    if here != reloaded:
+def check_reload(outcome: Outcome) -> None:
+    """A new process reads the run and the adapter from disk and must get the same numbers."""
+    assert outcome.after is not None and outcome.after.answers is not None
+    found = outcome.folder / "measured_again.json"
+    command = [
+        sys.executable,
+        "-m",
+        "trimtab",
+        "eval",
+        str(outcome.folder),
+        "--no-base",
+        "--out",
+        str(found),
+    ]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    (row,) = json.loads(found.read_text(encoding="utf-8"))["results"]
+    again = (row["metrics"]["choice"]["value"], row["loss"]["value"])
+    here = (outcome.after.answers.interval.value, outcome.after.held_out.loss.value)
+    same = "the same to the last digit" if here == again else f"NOT the same as {here}"
+    console.print(f"\n[bold]Measured in a new process[/]: accuracy and loss {again}, {same}")
+    if here != again:
         raise SystemExit(1)
-
-
-def metric(measured: Measured) -> dict[str, float]:
-    """What must be equal after a reload."""
-    assert measured.answers is not None
-    return {"accuracy": measured.answers.interval.value, "loss": measured.held_out.loss.value}
 
 
 @torch.no_grad()
@@ -121,33 +110,26 @@ def verdict(outcome: Outcome) -> None:
     console.print(f"  gain {gain:+.3f}, intervals {'disjoint' if apart else 'overlapping'}")
 
 
-def summary(folder: Path) -> dict[str, Any]:
-    """The run in numbers, read from its events."""
-    events = list(read_events(folder / "events.jsonl"))
-    measured = {
-        event["of"]: event["answers"]["interval"] for event in events if event.get("answers")
-    }
-    sides = {"before": measured["base"], "after": measured["adapter"]}
-    numbers = {
-        side: {"accuracy": found["value"], "low": found["low"], "high": found["high"]}
-        for side, found in sides.items()
-    }
-    seconds = sum(event["seconds"] for event in events if event["event"] == "step")
-    return {**numbers, "count": measured["base"]["count"], "train_seconds": round(seconds, 1)}
+def summary(outcome: Outcome) -> dict[str, Any]:
+    """The run in numbers."""
+    numbers: dict[str, Any] = {}
+    for side, measured in (("before", outcome.before), ("after", outcome.after)):
+        assert measured and measured.answers
+        found = measured.answers.interval
+        numbers[side] = {"accuracy": found.value, "low": found.low, "high": found.high}
+        numbers["count"] = found.count
+    steps = [e for e in read_events(outcome.folder / "events.jsonl") if e["event"] == "step"]
+    return {**numbers, "train_seconds": round(sum(event["seconds"] for event in steps), 1)}
 
 
 def main() -> None:
-    """Run the demonstration, or (in the new process) measure a saved adapter."""
+    """Run the demonstration."""
     parser = argparse.ArgumentParser(description="Trimtab's demonstration on a real model.")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument(
         "--rows", nargs=2, type=int, default=(640, 400), metavar=("TRAIN", "HELD_OUT")
     )
-    parser.add_argument("--measure", nargs=3, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.measure:
-        print(json.dumps(metric(measure_saved(*options.measure))))
-        return
     out, number = options.out, 1
     while out.exists():  # no run is ever overwritten
         number += 1
@@ -161,11 +143,9 @@ def main() -> None:
         raise SystemExit(130)
     console.rule("before and after")
     verdict(outcome)
-    check_reload(outcome, model, data[1])
+    check_reload(outcome)
     check_merge(outcome, model, data[1])
-    (outcome.folder / "summary.json").write_text(
-        json.dumps(summary(outcome.folder), indent=2) + "\n"
-    )
+    (outcome.folder / "summary.json").write_text(json.dumps(summary(outcome), indent=2) + "\n")
     console.print(f"\n[bold green]Report:[/] {(outcome.folder / 'report.html').resolve()}")
 
 

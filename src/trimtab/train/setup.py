@@ -116,13 +116,15 @@ def plan_rows(
 
 def shown_method(method: Method) -> str:
     """A method with the options that were chosen, and its sizes."""
-    chosen = method.model_dump(exclude_defaults=True, mode="json")
-    options = method.model_dump(mode="json")
-    shown = [
-        f"{key}={value:g}" if type(value) in (int, float) else f"{key}={value!r}"
-        for key, value in options.items()
-        if key in chosen or (type(value) in (int, float) and value)
-    ]
+    chosen = method.model_dump(exclude_defaults=True)
+    shown = []
+    for key, value in method:
+        if isinstance(value, Method):
+            shown.append(f"{key}={shown_method(value)}")
+        elif type(value) in (int, float) and (value or key in chosen):
+            shown.append(f"{key}={value:g}")
+        elif key in chosen:
+            shown.append(f"{key}={value!r}")
     return f"{method.kind}({', '.join(shown)})"
 
 
