@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import pytest
 
 from tests.data import kit
@@ -19,8 +20,10 @@ from trimtab.data import (
     JsonlFile,
     Outcomes,
     Renderer,
+    Source,
     StreamFeed,
     load_examples,
+    open_source,
     read_examples,
     strict,
     tokenise,
@@ -116,3 +119,23 @@ def test_an_error_leaves_nothing_in_the_cache(tmp_path: Path, file: JsonlFile) -
     with pytest.raises(DataError, match=r"a\.jsonl:11: broken JSON"):
         tokenise(file, Renderer(kit.byte_level()), strictly, folder=tmp_path / "cache")
     assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
+
+
+def test_a_stream_of_unknown_content_is_never_taken_from_the_cache(tmp_path: Path) -> None:
+    """Its digest covers the first rows only; the change lies behind them."""
+    renderer = Renderer(kit.byte_level())
+
+    def source(last: str) -> Source:
+        def made() -> Iterator[object]:
+            yield from [*rows(80), {"prompt": "the last", "completion": last}]
+
+        return open_source(datasets.IterableDataset.from_generator(made))
+
+    config = ExampleConfig(context=60)
+    found = [
+        tokenise(source(last), renderer, config, folder=tmp_path)[0] for last in ("a", "b", "b")
+    ]
+    assert source("a").digest == source("b").digest
+    assert found[0].file[80] != found[1].file[80] == found[2].file[80]
+    assert found[0].digest != found[1].digest == found[2].digest
+    assert not list(tmp_path.iterdir())

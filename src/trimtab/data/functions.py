@@ -140,6 +140,7 @@ class Mapped(Source):
         self.dropped = 0
         self.name = source.name
         self.notes = source.notes
+        self.certain = source.certain
         self.count = None if functions else source.count
         self.kind = "; ".join([source.kind, *(f"through {f.name}" for f in functions)])
         self.digest = hashlib.sha256(

@@ -19,7 +19,8 @@ from trimtab.errors import DataError, suggest
 
 @final
 class DatasetSource(Source):
-    """A `datasets.Dataset` or `IterableDataset`. ``digest`` is its fingerprint where none is given."""
+    """A `datasets.Dataset` or `IterableDataset`. ``digest`` is its fingerprint where none is given; that of
+    a stream of unknown origin covers its first rows only, and is not certain."""
 
     def __init__(self, dataset: Any, name: str = "", digest: str = "") -> None:
         import datasets
@@ -34,6 +35,7 @@ class DatasetSource(Source):
         self.count = None if self._streamed else len(dataset)
         if self.count == 0:
             raise DataError(f"{self.name}: the data set has no rows.")
+        self.certain = bool(digest) or not self._streamed
         self.digest = digest or (self._first_rows() if self._streamed else dataset._fingerprint)
 
     def rows(self, start: int = 0) -> Iterator[Row]:

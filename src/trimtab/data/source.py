@@ -44,7 +44,8 @@ class Source(ABC):
     ``name`` is short, ``kind`` are words for a person ("CSV with 2 columns (commas): text, label").
     ``digest`` identifies the content. ``count`` is the number of rows, where it is known before they
     are read. ``notes`` are sentences on what was left out; ``dropped`` counts the rows that a person's
-    own functions left out, since the last call of `rows`.
+    own functions left out, since the last call of `rows`. ``certain`` tells that ``digest`` is of all the
+    content: what is made of an uncertain source is never taken from a cache.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Source(ABC):
     count: int | None
     notes: tuple[str, ...] = ()
     dropped: int = 0
+    certain: bool = True
 
     @abstractmethod
     def rows(self, start: int = 0) -> Iterator[Row]:

@@ -10,6 +10,7 @@ ids: its tokens, and the last one's target):
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -111,6 +112,14 @@ class TokenFile(Sequence[Datum]):
         if size == 0:
             return np.empty(0, kind)
         return np.memmap(path, dtype=kind, mode="r", shape=(size,))
+
+    def digest(self) -> str:
+        """SHA-256 of all the examples."""
+        content = hashlib.sha256()
+        for name in TYPES:
+            with (self.folder / f"{name}.bin").open("rb") as file:
+                content.update(hashlib.file_digest(file, "sha256").digest())
+        return content.hexdigest()
 
     def __len__(self) -> int:
         return len(self._ends)

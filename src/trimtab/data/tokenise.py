@@ -1,15 +1,18 @@
 """Tokenise a source once: the result lies in a cache, named by a hash of everything that it depends on.
 
 The name covers the content of the source and of the user's functions, the tokenizer, the chat template, what is
-trained and how examples are limited. So nothing in the cache can be out of date; an entry that was not used for
+trained and how examples are limited. So nothing in the cache can be out of date, and a source whose content cannot
+be told beforehand (a stream of Python's) is tokenised anew each time. An entry that was not used for
 a month is removed when another one is written.
 """
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +55,8 @@ def tokenise(
         DataError: one error for all rows that are errors by ``config``; nothing is kept then.
         StorageError: the disk refused.
     """
+    if not source.certain:
+        return _uncached(source, renderer, config, progress)
     digest = _name(source, renderer, config)
     target = (folder or token_cache()) / digest
     file = _open(target)
@@ -66,8 +71,22 @@ def tokenise(
         Path(f"{target}.lock").unlink(missing_ok=True)
         _forget_old(target.parent)
     os.utime(target / META)
-    portion = Portion(file, np.arange(len(file), dtype=np.int64), source.name, digest)
-    return portion, Outcomes.of(file.facts["outcomes"])
+    return _portion(file, source, digest), Outcomes.of(file.facts["outcomes"])
+
+
+def _uncached(
+    source: Source, renderer: Renderer, config: ExampleConfig, progress: Progress | None
+) -> tuple[Portion, Outcomes]:
+    """In a folder that goes with the process; named by what was found in the source."""
+    scratch = Path(tempfile.mkdtemp(prefix="trimtab-"))
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    _write(scratch / "tokens", source, renderer, config, progress)
+    file = TokenFile(scratch / "tokens")
+    return _portion(file, source, file.digest()), Outcomes.of(file.facts["outcomes"])
+
+
+def _portion(file: TokenFile, source: Source, digest: str) -> Portion:
+    return Portion(file, np.arange(len(file), dtype=np.int64), source.name, digest)
 
 
 def _name(source: Source, renderer: Renderer, config: ExampleConfig) -> str:
