@@ -65,7 +65,7 @@ def test_train_resume_and_generate(run: Ran, home: Path) -> None:
     code, out, err = run("train", *options, "--out", "made", "optim.lr=1e-3", "batch.size=4")
     assert (code, err) == (0, "")
     assert "adapter: made/adapter" in out
-    assert "lora(rank=2)" in out
+    assert "lora(rank=2, alpha=32)" in out
     code, out, _ = run("train", "made", "--resume")
     assert code == 0
     code, out, _ = run(

@@ -13,7 +13,7 @@ from trimtab.adapt.attach import attach
 from trimtab.data import Datum, Renderer, load_examples
 from trimtab.engine import Engine
 from trimtab.errors import AttachError, ConfigError, DataError, UnknownNameError
-from trimtab.evals import evaluate, held_out
+from trimtab.evals import evaluate, held_out, some
 from trimtab.models.load import Base, load
 from trimtab.train.measure import Measure, Measured
 from trimtab.train.recipe import EvalRecipe
@@ -54,9 +54,17 @@ def test_each_row_is_what_it_is_alone(base: Base, data: list[Datum]) -> None:
 
 def test_limit_and_loss_only(base: Base, data: list[Datum]) -> None:
     (row,) = evaluate(base, data, limit=5)
-    assert row.held_out == held_out(Engine(base), data[:5], None)
+    assert row.held_out == held_out(Engine(base), some(data, 5), None)
     assert (row.metrics, row.answers) == ({}, ())
     assert row.fields()["loss"]["count"] == 5
+
+
+def test_some_of_a_sorted_or_alternating_file_are_a_sample_of_it() -> None:
+    in_order, in_turns = ["a"] * 200 + ["b"] * 200, ["a", "b"] * 200
+    for items in (in_order, in_turns):
+        assert 20 <= some(items, 60).count("a") <= 40
+    assert some(range(9), 4) == sorted(set(some(range(9), 4)))
+    assert some(in_turns, None) == some(in_turns, 400) == in_turns
 
 
 def test_what_cannot_be_measured_is_said_at_once(base: Base, data: list[Datum]) -> None:

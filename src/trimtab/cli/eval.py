@@ -195,7 +195,7 @@ def _measured(
     """Every adapter on the examples."""
     from trimtab.engine import Engine
     from trimtab.evals import evaluate as measure
-    from trimtab.evals import questions
+    from trimtab.evals import questions, some
     from trimtab.train.sources import read_examples_of
 
     assert job.data is not None
@@ -204,13 +204,13 @@ def _measured(
     examples, notes = read_examples_of(
         job.data, base.tokenizer, min(limits, default=None), held_out=job.held_out
     )
-    used = examples[: job.limit]
+    used = some(examples, job.limit)
     held = job.data.held_out
     facts["data"] = job.data.path if held is None else held if isinstance(held, str) else held.path
     facts["examples"] = len(used)
     facts["notes"] = list(notes)
     if job.metrics:
-        asked = questions(used[: job.asked], base.tokenizer)
+        asked = questions(some(used, job.asked), base.tokenizer)
         facts["references"] = [one.reference for one in asked]
     return measure(
         base, used, names, metrics=job.metrics, asked=job.asked, max_tokens=job.max_tokens

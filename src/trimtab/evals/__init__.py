@@ -1,6 +1,6 @@
 """Measurements on held-out data: loss and token accuracy, and answers compared with references."""
 
-from trimtab.evals.answers import Accuracy, Answered, Question, answer, questions, score
+from trimtab.evals.answers import Accuracy, Answered, Question, answer, questions, score, some
 from trimtab.evals.evaluate import Evaluation, evaluate, merged
 from trimtab.evals.forgetting import Forgetting, forgetting, general_text, paragraphs
 from trimtab.evals.held_out import HeldOut, held_out
@@ -34,6 +34,7 @@ __all__ = [
     "questions",
     "ratio",
     "score",
+    "some",
     "values_of",
     "wilson",
 ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Literal
+from typing import Literal, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,6 +19,7 @@ from trimtab.errors import ConfigError
 from trimtab.evals.intervals import Interval, wilson
 
 MOST_CHOICES = 50
+T = TypeVar("T")
 Metric = Literal["exact", "choice"]
 
 
@@ -48,6 +50,15 @@ class Accuracy:
     majority: float
     commonest: str
     unreadable: int = 0
+
+
+def some(items: Sequence[T], count: int | None) -> list[T]:
+    """``count`` of the items (None: all), drawn the same way each time, in their order: the first ones of a file
+    that is sorted by label would be no sample of it."""
+    if count is None or count >= len(items):
+        return list(items)
+    chosen = sorted(random.Random(0).sample(range(len(items)), count))
+    return [items[place] for place in chosen]
 
 
 def questions(data: Sequence[Datum], tokenizer: PreTrainedTokenizerBase) -> list[Question]:

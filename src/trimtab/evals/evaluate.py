@@ -11,7 +11,7 @@ from trimtab.adapt.bank import bank_of
 from trimtab.data import Datum
 from trimtab.engine import Engine
 from trimtab.errors import DataError
-from trimtab.evals.answers import answer, questions
+from trimtab.evals.answers import answer, questions, some
 from trimtab.evals.held_out import HeldOut, held_out
 from trimtab.evals.intervals import Interval
 from trimtab.evals.metrics import Scores, check_metrics, compare, values_of
@@ -68,7 +68,7 @@ def evaluate(
             each is the reference of its answer.
         adapters: names; None is the bare base.
         metrics: names of `trimtab.evals.metrics`; answers are greedy. Without one, only the loss is measured.
-        limit: how many of the first examples are used; ``asked``: how many of those are answered.
+        limit: how many of the examples are used; ``asked``: how many of those are answered (see `some`).
         max_tokens: most tokens of an answer; by default those of the longest reference.
 
     Raises:
@@ -76,12 +76,12 @@ def evaluate(
         UnknownNameError: no such metric or adapter (`AttachError` where none is attached).
         ConfigError: a metric that does not fit the data. All this is raised before anything is measured.
     """
-    used = data[:limit]
+    used = some(data, limit)
     if not used:
         raise DataError("there are no examples to evaluate on.")
     engine = Engine(base, micro_tokens=max(MICRO_TOKENS, *map(len, used)))
     metrics = tuple(dict.fromkeys(metrics))
-    to_answer = questions(used[:asked], base.tokenizer)
+    to_answer = questions(some(used, asked), base.tokenizer)
     references = [question.reference for question in to_answer]
     check_metrics(metrics, references)
     for name in adapters:

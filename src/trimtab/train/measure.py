@@ -21,6 +21,7 @@ from trimtab.evals import (
     held_out,
     questions,
     score,
+    some,
     values_of,
 )
 from trimtab.train.recipe import EvalRecipe
@@ -97,7 +98,7 @@ class Measure:
         self._recipe = recipe
         asked = questions(data, tokenizer)
         self._longest = max(question.length for question in asked)
-        self._asked = asked[: recipe.limit if recipe.metrics else recipe.samples]
+        self._asked = some(asked, recipe.limit if recipe.metrics else recipe.samples)
         self._references = [question.reference for question in self._asked]
         check_metrics(recipe.metrics, self._references)
 
@@ -118,7 +119,7 @@ class Measure:
         if judge is not None:
             accuracy, done = score(asked, texts, judge)
             right = [one.correct for one in done]
-        shown = self._samples(asked, texts, right)[: recipe.samples]
+        shown = some(self._samples(asked, texts, right), recipe.samples)
         return Measured(loss, accuracy, tuple(shown), found)
 
     def _samples(

@@ -20,7 +20,7 @@ from trimtab.adapt.attach import attach
 from trimtab.adapt.parse import method_from
 from trimtab.data import CorpusFeed, Datum
 from trimtab.engine import Engine, SamplingParams, keep_memory
-from trimtab.evals import held_out, questions
+from trimtab.evals import held_out, questions, some
 from trimtab.models.load import Base, load
 from trimtab.train import facts
 from trimtab.train.recipe import Recipe
@@ -159,7 +159,7 @@ class _Probe:
         count = min(count, recipe.limit or count, len(data))
         if count == 0:
             return 0.0
-        asked = questions(data[:count], self.base.tokenizer)
+        asked = questions(some(data, count), self.base.tokenizer)
         most = recipe.max_tokens or max(question.length for question in asked)
         prompts = [question.prompt for question in asked[:ASKED]]
         said = min(most, SAID)

@@ -14,6 +14,7 @@ from trimtab.errors import FileFormatError
 from trimtab.evals.forgetting import Forgetting
 from trimtab.evals.intervals import Interval, ratio
 from trimtab.train.events import Event, read_events
+from trimtab.train.measure import JUDGES
 
 Points = list[tuple[float, float]]
 ENDING = 10
@@ -220,8 +221,11 @@ def _metrics(event: Event | None) -> dict[str, Interval]:
     found = {}
     if event.get("answers"):
         found["answers right"] = Interval(**event["answers"]["interval"])
-    for name, interval in (event.get("metrics") or {}).items():
-        found[name] = Interval(**interval)
+    others = event.get("metrics") or {}
+    judge = next((name for name in JUDGES if name in others), None)  # what "answers right" is
+    for name, interval in others.items():
+        if name != judge:
+            found[name] = Interval(**interval)
     found["held-out loss"] = Interval(**event["loss"])
     found["token accuracy"] = Interval(**event["accuracy"])
     return found
