@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 
@@ -27,8 +28,9 @@ class Ran:
         self._capsys = capsys
         self._monkeypatch = monkeypatch
 
-    def __call__(self, *arguments: object) -> tuple[int, str, str]:
+    def __call__(self, *arguments: object, lines: str = "") -> tuple[int, str, str]:
         self._monkeypatch.setattr(sys, "argv", ["trimtab", *map(str, arguments)])
+        self._monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
         with pytest.raises(SystemExit) as ended:
             main()
         shown = self._capsys.readouterr()

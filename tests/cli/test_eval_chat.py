@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import pty
@@ -16,11 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.cli.conftest import Ran
 from tests.data.kit import write_jsonl
 from tests.engine import kit as engine_kit
 from tests.train import kit
 from trimtab.adapt.attach import attach, detach
-from trimtab.cli import main
 from trimtab.cli.conversation import Conversation
 from trimtab.data import RenderConfig, Renderer, load_examples
 from trimtab.engine import Engine, SamplingParams
@@ -52,27 +51,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Ran:
-    """What a command printed, and its exit code."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch) -> None:
-        self._capsys, self._patch = capsys, patch
-
-    def __call__(self, *arguments: object, lines: str = "") -> tuple[int, str, str]:
-        self._patch.setattr(sys, "argv", ["trimtab", *map(str, arguments)])
-        self._patch.setattr(sys, "stdin", io.StringIO(lines))
-        with pytest.raises(SystemExit) as ended:
-            main()
-        shown = self._capsys.readouterr()
-        code = ended.value.code
-        return (code if isinstance(code, int) else 0), shown.out, shown.err
-
-
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, home: Path) -> Ran:
-    monkeypatch.chdir(home)
+def run(run: Ran, monkeypatch: pytest.MonkeyPatch) -> Ran:
     monkeypatch.setenv("COLUMNS", "150")
-    return Ran(capsys, monkeypatch)
+    return run
 
 
 # -- eval --------------------------------------------------------------------------------------------
