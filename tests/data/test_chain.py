@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -139,3 +140,26 @@ def test_a_stream_of_unknown_content_is_never_taken_from_the_cache(tmp_path: Pat
     assert found[0].file[80] != found[1].file[80] == found[2].file[80]
     assert found[0].digest != found[1].digest == found[2].digest
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["stream", "cache"])
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path, kind: str) -> None:
+    """Of the first rows and of three times as many; a million are measured in benchmarks/stream.py."""
+    renderer, config = Renderer(kit.byte_level()), ExampleConfig(context=300)
+    peaks = []
+    for count in (1000, 3000):
+        long = [{"prompt": f"{n} " + "ship " * 20, "completion": "sea"} for n in range(count)]
+        source = JsonlFile(kit.write_jsonl(tmp_path / f"{count}.jsonl", long))
+        tracemalloc.start()
+        if kind == "stream":
+
+            def read(start: int, source: JsonlFile = source) -> Iterator:
+                return strict(read_examples(source, renderer, Outcomes(config), start))
+
+            feed = StreamFeed(read, source.digest, examples=8, tokens=None, seed=0, window=200)
+            assert sum(len(step) for step, _ in feed.steps(1)) == count
+        else:
+            assert len(tokenise(source, renderer, config, folder=tmp_path / "c")[0].file) == count
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 2000 * 80, peaks  # bytes: some numbers a row, but no row itself
