@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import signal
 import subprocess
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -188,6 +191,34 @@ def test_errors_are_one_line_and_code_2(run: Ran, arguments: list[str], message:
     assert err.startswith("trimtab: ")
     assert err.count("\n") == 1
     assert out == ""
+
+
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_ends_the_command_cleanly(
+    run: Ran, home: Path, which: signal.Signals
+) -> None:
+    out = f"signalled-{which.name}"
+    options = ["--model", "model", "--data", "train.jsonl", "steps=4000", f"out={out}"]
+    options += ["checkpoint.every=2000", "eval.forgetting=false"]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "trimtab", "train", *options],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=home,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    events = home / out / "events.jsonl"
+    while not (events.exists() and '"event": "step"' in events.read_text()):
+        assert child.poll() is None, child.communicate()
+        time.sleep(0.05)
+    child.send_signal(which)
+    said, errors = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert "resume the run to go on" in said
+    assert "Traceback" not in errors
+    noted = [json.loads(line) for line in events.read_text().splitlines()]
+    (stopped,) = [event["step"] for event in noted if event["event"] == "interrupted"]
+    kept = [path.name for path in (home / out / "checkpoints").iterdir()]
+    assert kept == [f"step-{stopped:06d}"]
+    assert "Not finished" in (home / out / "report.html").read_text()
 
 
 def test_all_bad_rows_are_listed(run: Ran, home: Path) -> None:
