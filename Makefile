@@ -6,7 +6,8 @@
 #   make laws         the full product of the laws (method x backend x architecture); slow
 #   make test-gpu     tests that need a CUDA device
 #   make test-oldest  the tests on the oldest supported torch and transformers; a large download
-#   make bench        Trimtab and its peers side by side
+#   make jobs         three real jobs, each from a file to a report (about twenty minutes on two cores)
+#   make bench        every benchmark, which takes hours; one of them: make bench ARGS=lora_step
 #   make clean        remove environments and caches, but not the downloaded assets
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ ARGS   ?=
 TEST_ENV := TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest
 
-.PHONY: setup lint test laws test-gpu test-oldest bench demo clean
+.PHONY: setup lint test laws test-gpu test-oldest bench demo jobs clean
 
 setup: $(STAMP)
 
@@ -60,6 +61,10 @@ bench: setup
 
 demo: setup
 	$(BIN)/python -m recipes.demo $(ARGS)
+
+jobs: setup
+	$(BIN)/python -m recipes.jobs.data
+	for job in instructions sentiment topics; do $(BIN)/trimtab train recipes/jobs/$$job.yaml || exit 1; done
 
 clean:
 	rm -rf .venv .venv-oldest build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -34,7 +36,7 @@ def folder() -> Path:
 def instructions() -> None:
     """999 instructions with answers."""
     text = json.dumps(assets.alpaca(), ensure_ascii=False, indent=1)
-    _write(folder() / "instructions.json", text)
+    _write(folder() / "instructions.json", f"{text}\n".encode())
 
 
 def sentiment(train: int = 640, held_out: int = 400) -> None:
@@ -45,9 +47,9 @@ def sentiment(train: int = 640, held_out: int = 400) -> None:
         for line in source.read_text(encoding="utf-8").splitlines():
             question, answer = (turn["content"] for turn in json.loads(line)["messages"])
             rows.append((question.partition("Review: ")[2], answer))
-        path = folder() / f"{name}.csv"
-        with path.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([("text", "label"), *rows])
+        table = io.StringIO(newline="")
+        csv.writer(table).writerows([("text", "label"), *rows])
+        _write(folder() / f"{name}.csv", table.getvalue().encode())
 
 
 def topics(train: int = 600, held_out: int = 300) -> None:
@@ -71,11 +73,18 @@ def topics(train: int = 600, held_out: int = 300) -> None:
         table = pa.table(
             {"text": [text for text, _ in rows], "label": [label for _, label in rows]}
         )
-        pq.write_table(table, folder() / f"{name}.parquet")
+        content = io.BytesIO()
+        pq.write_table(table, content)
+        _write(folder() / f"{name}.parquet", content.getvalue())
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text + "\n", encoding="utf-8")
+def _write(path: Path, content: bytes) -> None:
+    """Write a file at once; one that holds this already is left alone (a run may be reading it)."""
+    if path.exists() and path.read_bytes() == content:
+        return
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_bytes(content)
+    partial.replace(path)
 
 
 def main() -> int:
