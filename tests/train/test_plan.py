@@ -12,6 +12,7 @@ from tests.train.kit import go
 from trimtab.errors import DataError
 from trimtab.train.events import read_events
 from trimtab.train.plan import Plan, plan
+from trimtab.train.setup import saves
 
 
 @pytest.mark.parametrize(
@@ -36,7 +37,10 @@ def test_it_counts_what_the_run_counts(home: Path, options: dict[str, Any]) -> N
     assert found.tokens == pytest.approx(end["tokens"], rel=0.1)
     assert dict(found.rows)["trained"] == dict(start["plan"])["trained"]
     assert found.peak > 50e6 and found.fits
-    assert found.training > 0
+    assert found.training > 0 and found.saving > 0
+    written = len([event for event in events if event["event"] == "checkpoint"])
+    measured = options.get("data__held_out", "") is not None
+    assert saves(kit.recipe(home, "run", **options), done.steps, measured=measured) == written
     assert found.measuring > 0
 
 
@@ -52,7 +56,8 @@ def test_it_stops_at_what_would_stop_the_run(home: Path) -> None:
 
 
 def test_what_does_not_fit_is_said() -> None:
-    parts = {"rows": [], "steps": 1, "tokens": 1, "trained": 1, "training": 1.0, "measuring": 2.0}
+    parts = {"rows": [], "steps": 1, "tokens": 1, "trained": 1, "training": 1.0}
+    parts |= {"measuring": 1.5, "saving": 0.5}
     assert not Plan(**parts, peak=2**34, available=2**33).fits
     assert Plan(**parts, peak=2**34, available=None).fits
     assert Plan(**parts, peak=1, available=2).seconds == 3.0

@@ -47,7 +47,10 @@ def plan(
         table.add_column(overflow="fold")
         for name, value in found.rows:
             table.add_row(name, Text(value))
-        parts = f"training {timed(found.training)}, measuring {timed(found.measuring)}"
+        parts = (
+            f"training {timed(found.training)}, measuring {timed(found.measuring)}, "
+            f"saving {timed(found.saving)}"
+        )
         table.add_row("time", f"about {timed(found.seconds)}: {parts}; {found.tokens:,} tokens")
         room = "" if found.available is None else f" of {sized(found.available)}"
         table.add_row("peak memory", f"about {sized(found.peak)}{room}")

@@ -3,16 +3,18 @@
 Nothing is guessed from tables. The base is loaded, the adapter attached, the data tokenised, and a few real steps
 are computed: the one with the most tokens, the one with the longest example, and some at random. Time per token
 and the peak of memory are what those show; held-out measurements are timed the same way on a few examples.
-Nothing is written but the cache of tokens.
+Nothing stays on disk but the cache of tokens.
 """
 
 from __future__ import annotations
 
 import random
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import torch
 
@@ -24,7 +26,7 @@ from trimtab.evals import held_out, questions, some
 from trimtab.models.load import Base, load
 from trimtab.train import facts
 from trimtab.train.recipe import Recipe
-from trimtab.train.setup import Rows, plan_rows, resolved, total_steps
+from trimtab.train.setup import Rows, plan_rows, resolved, saves, total_steps
 from trimtab.train.sources import Sources, read_sources
 from trimtab.train.unrelated import Unrelated
 
@@ -46,12 +48,13 @@ class Plan:
     trained: int
     training: float
     measuring: float
+    saving: float
     peak: int
     available: int | None
 
     @property
     def seconds(self) -> float:
-        return self.training + self.measuring
+        return self.training + self.measuring + self.saving
 
     @property
     def fits(self) -> bool:
@@ -81,6 +84,7 @@ def plan(recipe: Recipe) -> Plan:
         trained=adapter.count,
         training=tokens * rate,
         measuring=measuring,
+        saving=probe.saving(sources, total),
         peak=facts.peak_memory(base.model.device),
         available=facts.whole_memory(base.model.device),
     )
@@ -140,6 +144,14 @@ class _Probe:
         losses = 2 + middle + (self.recipe.checkpoint.final == "best")
         asked = 2 + (middle if recipe.midway == "answers" else 0)
         return losses * loss + asked * self._answers(data)
+
+    def saving(self, sources: Sources, total: int) -> float:
+        """Seconds of writing all checkpoints, and the adapter at the end."""
+        times = saves(self.recipe, total, measured=bool(len(sources.held_out)))
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory(prefix="trimtab-") as folder:
+            self.engine.save(self.name, Path(folder) / "step-000001")
+        return (time.perf_counter() - began) * (times + 1)
 
     def unrelated(self, adapter: str) -> float:
         """Seconds of measuring the unrelated text, before and after."""

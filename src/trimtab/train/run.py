@@ -48,6 +48,7 @@ from trimtab.train.setup import (
     provenance,
     resolved,
     run_folder,
+    saves_every,
     start_facts,
     total_steps,
 )
@@ -116,7 +117,7 @@ class Run:
             self.engine, base.tokenizer, self.recipe.eval.forgetting, adapter.name
         )
         self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, self.recipe.checkpoint.keep)
-        self.saves_every = self.recipe.checkpoint.every or -(-self.total // 10)
+        self.saves_every = saves_every(self.recipe, self.total)
         self.progress = Progress()
         check_sites(base, adapter)
         self._open(resume)

@@ -77,6 +77,20 @@ def total_steps(recipe: Recipe, sources: Sources) -> int:
     return total
 
 
+def saves_every(recipe: Recipe, total: int) -> int:
+    """Steps between checkpoints."""
+    return recipe.checkpoint.every or -(-total // 10)
+
+
+def saves(recipe: Recipe, total: int, *, measured: bool) -> int:
+    """How many checkpoints a run writes: those that are due, one after each measurement (``measured``:
+    there are held-out data), and the last."""
+    every = {saves_every(recipe, total)}
+    if recipe.eval.every is not None and measured:
+        every.add(recipe.eval.every)
+    return 1 + sum(any(step % one == 0 for one in every) for step in range(1, total))
+
+
 def size_of_step(recipe: Recipe) -> str:
     """How much data an optimiser step sees, in words."""
     if recipe.batch.tokens is not None:
