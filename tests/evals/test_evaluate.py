@@ -115,3 +115,16 @@ def test_a_run_refuses_a_metric_that_does_not_fit_before_it_trains(
     one_label = load_examples(path, Renderer(base.tokenizer))
     with pytest.raises(ConfigError, match="all 4 references are 'yes'"):
         Measure(Engine(base), one_label, base.tokenizer, EvalRecipe(metric="f1"))
+
+
+def test_a_change_is_told_example_by_example(base: Base, data: list[Datum]) -> None:
+    """Only of the same examples."""
+    engine = Engine(base)
+    before, after = (held_out(engine, data, name) for name in (None, "a"))
+    change = after.change(before)
+    assert change is not None
+    assert change.value == pytest.approx(after.loss.value - before.loss.value)
+    assert change.low < change.value < change.high
+    assert after.change(held_out(engine, data[1:], None)) is None
+    itself = before.change(before)
+    assert itself is not None and (itself.low, itself.high) == (0.0, 0.0)

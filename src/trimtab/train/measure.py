@@ -26,6 +26,8 @@ from trimtab.evals import (
 )
 from trimtab.train.recipe import EvalRecipe
 
+EACH = ("samples", "sums", "weights")
+"""What `Measured.fields` says of single examples."""
 JUDGES: tuple[Literal["choice", "exact"], ...] = ("choice", "exact")
 """Metrics that say of each single answer whether it is right, the preferred one first."""
 
@@ -58,14 +60,21 @@ class Measured:
             "answers": None if self.answers is None else asdict(self.answers),
             "metrics": {name: asdict(value) for name, value in self.metrics.items()},
             "samples": [asdict(sample) for sample in self.samples],
+            "sums": list(self.held_out.sums),
+            "weights": list(self.held_out.weights),
         }
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Measured:
-        """What `fields` gave; older events have no ``metrics``."""
+        """What `fields` gave; older events have no ``metrics``, and no ``sums``."""
         answers = fields["answers"]
         return cls(
-            HeldOut(Interval(**fields["loss"]), Interval(**fields["accuracy"])),
+            HeldOut(
+                Interval(**fields["loss"]),
+                Interval(**fields["accuracy"]),
+                tuple(fields.get("sums", ())),
+                tuple(fields.get("weights", ())),
+            ),
             None
             if answers is None
             else Accuracy(**{**answers, "interval": Interval(**answers["interval"])}),
@@ -104,7 +113,8 @@ class Measure:
 
     def quick(self, adapter: str | None) -> Measured:
         """Loss and token accuracy only: what is watched while training."""
-        return Measured(held_out(self._engine, self._data, adapter), None, ())
+        found = held_out(self._engine, self._data, adapter)
+        return Measured(HeldOut(found.loss, found.accuracy), None, ())
 
     def full(self, adapter: str | None) -> Measured:
         """The loss, the metrics of the recipe, and a few answers."""

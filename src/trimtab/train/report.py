@@ -38,6 +38,7 @@ def _facts(run: RunSummary) -> dict[str, Any]:
         "start": run.start,
         "recipe": yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True),
         "rows": [_row(metric) for metric in run.metrics],
+        "change": run.change,
         "answers": (run.after or run.before or {}).get("answers"),
         "samples": _samples(run),
         "loss_chart": Markup(_loss_chart(run)),

@@ -35,7 +35,7 @@ from trimtab.train import facts
 from trimtab.train.checkpoints import Checkpoints
 from trimtab.train.events import Events, read_events
 from trimtab.train.interrupt import Interrupt
-from trimtab.train.measure import Measure, Measured
+from trimtab.train.measure import EACH, Measure, Measured
 from trimtab.train.progress import Progress
 from trimtab.train.recipe import Recipe
 from trimtab.train.recipe_file import write_recipe
@@ -352,7 +352,7 @@ class Run:
             **provenance(self.recipe, self.sources),
             "step": step,
             "tokens": progress.tokens,
-            "metrics": {name: value for name, value in metrics.items() if name != "samples"},
+            "metrics": {name: value for name, value in metrics.items() if name not in EACH},
         }
         self.adapter.save(self.folder / ADAPTER)
         self.events.add(

@@ -14,7 +14,7 @@ from trimtab.errors import FileFormatError
 from trimtab.evals.forgetting import Forgetting
 from trimtab.evals.intervals import Interval, ratio
 from trimtab.train.events import Event, read_events
-from trimtab.train.measure import JUDGES
+from trimtab.train.measure import JUDGES, Measured
 
 Points = list[tuple[float, float]]
 ENDING = 10
@@ -140,6 +140,13 @@ class RunSummary:
             Metric(name, UNITS.get(name, ""), old.get(name), new.get(name))
             for name in [*(n for n in names if n not in last), *last]
         ]
+
+    @cached_property
+    def change(self) -> Interval | None:
+        """By how much the held-out loss changed, example by example."""
+        if self.before is None or self.after is None:
+            return None
+        return Measured.of(self.after).held_out.change(Measured.of(self.before).held_out)
 
     # -- curves --------------------------------------------------------------------------------------
 
