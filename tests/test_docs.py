@@ -17,3 +17,17 @@ def test_each_shape_is_what_it_is_called() -> None:
     assert len(shown) == 9
     for name, row in shown:
         assert parse_record(json.loads(row), "docs").shape == name
+
+
+def test_the_numbers_of_the_jobs_are_those_of_their_reports() -> None:
+    text = (DOCS.parent / "recipes" / "jobs" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[(\w+)\].*$", text, re.MULTILINE)
+    assert rows == ["instructions", "sentiment", "topics"]
+    for line in text.splitlines():
+        if found := re.match(r"\| \[(\w+)\]", line):
+            report = (DOCS / "reports" / f"{found[1]}.html").read_text(encoding="utf-8")
+            numbers = re.findall(r"-?\d\.\d{4}", line)
+            assert len(numbers) >= 2
+            for number in numbers:
+                assert number in report, (found[1], number)
+            assert not re.search(r"(src|href)=|@import|<script", report)

@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,8 @@ def tokenise(
                 file = TokenFile(target)
         Path(f"{target}.lock").unlink(missing_ok=True)
         _forget_old(target.parent)
-    os.utime(target / META)
+    with suppress(OSError):  # a cache that others keep, and this process only reads
+        os.utime(target / META)
     return _portion(file, source, digest), Outcomes.of(file.facts["outcomes"])
 
 
