@@ -123,7 +123,9 @@ def table(found: dict[str, Any]) -> str:
         "",
         f"SmolLM2-135M-Instruct, {found['rows'][0]} film reviews to learn from, {found['rows'][1]} held out; "
         f"bf16 base, {found['machine']['cpu']}, {found['machine']['cores']} cores; commit {found['commit']}. "
-        "Best of two learning rates for each, by held-out loss. Made by `python -m benchmarks full_vs_peft`.",
+        "Best of two learning rates for each, by held-out loss. Made by `python -m benchmarks full_vs_peft`. "
+        "Full fine-tuning trains a copy of every weight in float32 beside the base, and the tied head apart from "
+        "the embedding: hence more parameters than the model has.",
         "",
         "![accuracy by trained parameters](full_vs_peft.svg)",
         "",
