@@ -77,3 +77,28 @@ def test_the_ratios_are_those_of_the_committed_benchmark() -> None:
     for pair in ratios:
         for ratio in pair:
             assert f"{ratio} ×" in README, ratio
+
+
+def test_full_fine_tuning_is_told_as_it_was_measured() -> None:
+    table = (ROOT / "benchmarks/results/full_vs_peft.md").read_text(encoding="utf-8")
+    paragraph = next(text for text in README.split("\n\n") if "full_vs_peft.md" in text)
+    said = re.findall(r"\d\.\d{3}|\d\.\d\d GiB|(?<=at )\d{3}", paragraph)
+    assert len(said) == 6
+    for number in said:
+        assert number in table, number
+
+
+def test_the_plan_is_as_near_as_told() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/plan_accuracy.json").read_text())["rows"]
+    assert len(rows) >= 4
+    for row in rows:
+        for name in ("seconds", "peak"):
+            assert 0.7 <= row["predicted"][name] / row["measured"][name] <= 1.3, row["run"]
+
+
+def test_the_million_rows_are_told_as_they_were_measured() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/stream.json").read_text())["rows"]
+    for row in rows:
+        assert row["rows"] == 1_000_000
+        assert f"{row['rows'] / row['seconds']:,.0f} rows/s" in README
+        assert (row["peak"] - row["peak_at_a_tenth"]) / (0.9 * row["rows"]) < 150  # bytes a row
