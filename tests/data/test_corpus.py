@@ -195,3 +195,21 @@ def test_a_stream_visits_all_and_resumes_at_the_exact_step(
         started.clear()
         assert list(feed().steps(2, cursor)) == steps[place + 1 :]
         assert started[0] == cursor["row"]  # nothing before the window is read again
+
+
+def test_what_was_packed_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = Corpus([portion(tmp_path / "a", [3, 5, 2, 7, 1, 4] * 5)])
+
+    def epoch(number: int, **changes: int) -> list[list[int]]:
+        options = {"examples": None, "tokens": 9, "seed": 1, **changes}
+        return CorpusFeed(corpus, **options, cache=tmp_path / "c").epoch(number)
+
+    made = [epoch(0), epoch(1), epoch(0, seed=2), epoch(0, tokens=12)]
+    files = sorted((tmp_path / "c" / "packed").iterdir())
+    assert len(files) == 4
+    with monkeypatch.context() as patch:
+        patch.setattr("trimtab.data.feed.pack", lambda *_: 1 / 0)
+        assert [epoch(0), epoch(1), epoch(0, seed=2), epoch(0, tokens=12)] == made
+    for file in files:
+        file.write_bytes(file.read_bytes()[:-5])  # torn: packed anew
+    assert [epoch(0), epoch(1)] == made[:2]

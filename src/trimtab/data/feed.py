@@ -12,15 +12,18 @@ tokenises as it goes, in constant memory, and shuffles within windows of the row
 
 from __future__ import annotations
 
+import hashlib
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TypedDict
 
 from trimtab.data.batch import pack
 from trimtab.data.corpus import Corpus
 from trimtab.data.datum import Datum
 from trimtab.data.examples import Example
+from trimtab.data.tokenise import PACKED, kept_lists, token_cache
 from trimtab.errors import DataError
 
 WINDOW = 4096
@@ -63,12 +66,21 @@ class CorpusFeed(Feed):
 
     Args:
         examples, tokens: how much a step holds; exactly one of them.
+        cache: where what was packed is kept, named by a hash of the examples, budget, seed and epoch; None is
+            beside the tokens (`token_cache`).
     """
 
     def __init__(
-        self, corpus: Corpus, *, examples: int | None, tokens: int | None, seed: int
+        self,
+        corpus: Corpus,
+        *,
+        examples: int | None,
+        tokens: int | None,
+        seed: int,
+        cache: Path | None = None,
     ) -> None:
         self.corpus, self.seed = corpus, seed
+        self._cache = (cache or token_cache()) / PACKED
         self._cut = _Cut(examples, tokens)
         self.digest = f"{corpus.digest}:{self._cut}"
         if tokens is not None and int(corpus.lengths.max()) > tokens:
@@ -80,6 +92,12 @@ class CorpusFeed(Feed):
 
     def epoch(self, epoch: int) -> list[list[int]]:
         """The steps of that epoch, as indices into the corpus."""
+        if self._cut.tokens is None:  # nothing is packed
+            return self._steps_of(epoch)
+        name = hashlib.sha256(f"{self.digest}:{self.seed}:{epoch}".encode()).hexdigest()[:32]
+        return kept_lists(self._cache / f"{name}.npy", lambda: self._steps_of(epoch))
+
+    def _steps_of(self, epoch: int) -> list[list[int]]:
         order = self.corpus.order(epoch, self.seed)
         found: list[list[int]] = []
         for number, start in enumerate(range(0, len(order), self._cut.window)):

@@ -1,9 +1,9 @@
 """Tokenise a source once: the result lies in a cache, named by a hash of everything that it depends on.
 
 The name covers the content of the source and of the user's functions, the tokenizer, the chat template, what is
-trained and how examples are limited. So nothing in the cache can be out of date, and a source whose content cannot
-be told beforehand (a stream of Python's) is tokenised anew each time. An entry that was not used for
-a month is removed when another one is written.
+trained and how examples are limited; how they are packed into steps is kept beside them. So nothing in the cache
+can be out of date, and a source whose content cannot be told beforehand (a stream of Python's) is tokenised anew
+each time. What was not used for a month is removed when something is written.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from trimtab.data.token_file import META, SCHEMA, TokenFile, TokenWriter
 from trimtab.errors import FileFormatError
 
 MONTH = 30 * 86400.0
+PACKED = "packed"
+"""The folder in the cache for how examples were packed into steps."""
 Progress = Callable[[int, int | None], None]
 
 
@@ -121,7 +123,28 @@ def _write(
         writer.close({"name": source.name, "content": source.digest, "outcomes": outcomes.fields()})
 
 
+def kept_lists(path: Path, make: Callable[[], list[list[int]]]) -> list[list[int]]:
+    """Lists of numbers as they were kept in ``path``; else made now, and kept where the disk allows."""
+    with suppress(OSError, ValueError, EOFError):
+        flat = np.load(path, allow_pickle=False)
+        ends = flat[1 : flat[0] + 1]
+        os.utime(path)
+        return [part.tolist() for part in np.split(flat[flat[0] + 1 :], ends[:-1])]
+    lists = make()
+    ends = np.cumsum([len(one) for one in lists])
+    flat = np.concatenate([[len(lists)], ends, *lists]).astype("<i8")
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.stem}.{os.getpid()}.npy")
+        np.save(partial, flat)
+        partial.replace(path)
+    return lists
+
+
 def _forget_old(folder: Path) -> None:
+    for file in (folder / PACKED).glob("*.npy"):
+        if time.time() - file.stat().st_mtime > MONTH:
+            file.unlink(missing_ok=True)
     for entry in folder.iterdir():
         meta = entry / META
         if meta.is_file() and time.time() - meta.stat().st_mtime > MONTH:
