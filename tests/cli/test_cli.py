@@ -181,6 +181,11 @@ def test_data_preview(run: Ran) -> None:
             "is for plain text",
         ),
         (["recipe", "check", "train.jsonl"], "train.jsonl"),
+        (["recipe", "schema", "-o", "none/s.json"], "cannot write none/s.json: No such file"),
+        (
+            ["recipe", "init", "-m", "m", "-d", "train.jsonl", "-o", "none/r.yaml"],
+            "cannot write none/r.yaml: No such file",
+        ),
         (["plan", "--model", "model"], "data: Field required"),
     ],
 )

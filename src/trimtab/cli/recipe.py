@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from trimtab.errors import ConfigError
+from trimtab.errors import ConfigError, StorageError
 
 app = typer.Typer(help="Begin a recipe; check one.", no_args_is_help=True)
 
@@ -35,7 +35,7 @@ def init(
     if str(out) == "-":
         typer.echo(text, nl=False)
         return
-    out.write_text(text, encoding="utf-8")
+    _write(out, text)
     typer.echo(
         f"{out}: a recipe for {chosen}. Next: trimtab data preview {out}, trimtab plan {out}, trimtab train {out}"
     )
@@ -67,7 +67,7 @@ def schema(
     if out is None:
         typer.echo(text)
     else:
-        out.write_text(text + "\n", encoding="utf-8")
+        _write(out, text + "\n")
 
 
 @app.command("check")
@@ -79,3 +79,12 @@ def check(
     from trimtab.train.recipe_file import read_recipe, recipe_text
 
     typer.echo(recipe_text(read_recipe(file, overrides or [])), nl=False)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path}: {error.strerror or error}; name another file with --out."
+        ) from error
