@@ -76,6 +76,10 @@ class SiteBase(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name.startswith(
+                "__"
+            ):  # how the layer copies or pickles itself is not how a site does
+                raise
             return getattr(super().__getattr__(BASE), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
