@@ -89,9 +89,13 @@ class Method(Config, ABC):
     short_names: ClassVar[Mapping[str, str]] = {}
 
     targets: str | tuple[str, ...] = ()
+    """Where it acts: roles, names, globs or ``re:`` patterns; where it is empty, the method knows."""
     exclude: str | tuple[str, ...] = ()
+    """Of what ``targets`` select, what is left out."""
     layers: tuple[int, ...] | None = None
+    """Only in the blocks of these numbers; negative ones count from the last."""
     train: tuple[str, ...] = ()
+    """Modules that are trained in full beside it, such as a classification head."""
 
     @field_validator("targets", "exclude", "layers", "train", mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""Full training of chosen modules as an adapter: a copy of each weight, used in place of the frozen one.
+"""Full training of chosen modules (no paper: plain fine-tuning): a copy of each weight, in place of the frozen one.
 
     y = f(x; W', b'),   W' and b' start as copies
 
