@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 _PLACES = {
     "Adapter": "trimtab.adapt.adapter",
     "Method": "trimtab.adapt.contract",
+    "Stepper": "trimtab.adapt.stepper",
     "add": "trimtab.adapt.arithmetic",
     "attach": "trimtab.adapt.attach",
     "captured": "trimtab.adapt.checkpoint",
@@ -26,8 +27,10 @@ _PLACES = {
     "detach": "trimtab.adapt.attach",
     "disable": "trimtab.adapt.acting",
     "enable": "trimtab.adapt.acting",
+    "exported": "trimtab.adapt.export",
     "interpolate": "trimtab.adapt.arithmetic",
     "merge": "trimtab.adapt.merge",
+    "parameter_groups": "trimtab.optim.adam",
     "probe": "trimtab.adapt.probe",
     "resolve": "trimtab.adapt.describe",
     "rows": "trimtab.adapt.acting",
@@ -93,8 +96,10 @@ if TYPE_CHECKING:
     from trimtab.adapt.contract import Method as Method
     from trimtab.adapt.describe import describe as describe
     from trimtab.adapt.describe import resolve as resolve
+    from trimtab.adapt.export import exported as exported
     from trimtab.adapt.merge import merge as merge
     from trimtab.adapt.probe import probe as probe
+    from trimtab.adapt.stepper import Stepper as Stepper
     from trimtab.methods.bitfit import BitFit as BitFit
     from trimtab.methods.bottleneck import Bottleneck as Bottleneck
     from trimtab.methods.dora import DoRA as DoRA
@@ -104,4 +109,5 @@ if TYPE_CHECKING:
     from trimtab.methods.prefix import Prefix as Prefix
     from trimtab.methods.spottune import SpotTune as SpotTune
     from trimtab.models.load import load as load
+    from trimtab.optim.adam import parameter_groups as parameter_groups
     from trimtab.train.api import train as train

@@ -40,19 +40,25 @@ Init = Callable[[tuple[int, ...], torch.Generator], Tensor]
 Params = Mapping[str, Tensor]
 """The tensors of one adapter at one site, by the short names that the method gave them."""
 
+Sites = Mapping["Place", Params]
+"""The masters of one adapter by place; those of the whole adapter at ``Place("")``."""
+
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """One trained tensor: where it lies, its shape and its first value.
+    """One tensor of an adapter: where it lies, its shape and its first value.
 
     ``name`` is its slot (``lora_A.weight``, ``ia3_l``) in PEFT's grammar: in memory the adapter's name is
     inserted before a last ``.weight``, else appended. ``cast`` False keeps the master's dtype in the hooks.
+    ``stored`` False is for what ``init`` draws again, from a seed of the method: it is neither trained nor
+    written to disk, but a checksum of it is, so that another draw is noticed.
     """
 
     name: str
     shape: tuple[int, ...]
     init: Init
     cast: bool = True
+    stored: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,14 @@ class Place:
 
     path: str
     role: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far training is: optimiser steps done, this one included, and how many there will be (if known)."""
+
+    step: int
+    total: int | None
 
 
 class Method(Config, ABC):
@@ -125,6 +139,11 @@ class Method(Config, ABC):
         """Tensors of the whole adapter, kept beside the model's root."""
         return {}
 
+    @property
+    def fixed(self) -> frozenset[str]:
+        """Slots that belong to the adapter and its file but are never trained (indices, kept first values)."""
+        return frozenset()
+
     # -- the edits -------------------------------------------------------------------------------------
 
     def enter(self, p: Params, x: Tensor, at: At) -> Tensor:
@@ -151,6 +170,34 @@ class Method(Config, ABC):
     def merged(self, p: Params, layer: Layer, role: str) -> tuple[Tensor, Tensor | None] | None:
         """A closed form of the merged ``(W', b')`` in fp32, or None: push the identity."""
         return None
+
+    # -- training --------------------------------------------------------------------------------------
+
+    @property
+    def rates(self) -> Mapping[str, float]:
+        """Slot -> factor on the learning rate, for slots that do not learn at the rate itself."""
+        return {}
+
+    def before_step(self, sites: Sites) -> None:
+        """Change gradients before an optimiser step, in place."""
+
+    def after_step(self, sites: Sites, memory: dict[str, Tensor], progress: Progress) -> None:
+        """Change tensors after an optimiser step, in place (a budget schedule). Gradients are still there.
+
+        ``memory`` is the method's own between steps; it is saved and resumed with the optimiser's state.
+        """
+
+    # -- the form to share -----------------------------------------------------------------------------
+
+    def plain(self) -> Method:
+        """The simplest method that has the same edit once training is over; by default this one."""
+        return self
+
+    def plain_tensors(
+        self, tensors: Mapping[str, Tensor], place: Place | None
+    ) -> dict[str, Tensor]:
+        """The tensors of `plain`, by slot, from these; ``place`` None asks for the whole adapter's."""
+        return dict(tensors)
 
     # -- arithmetic on one site's tensors --------------------------------------------------------------
 
