@@ -17,6 +17,7 @@ from tests.cli.conftest import Ran
 from tests.laws.cells import REFUSED, Cell, registered
 from trimtab.adapt.about import about, described, first_values_of
 from trimtab.adapt.contract import constant, normal, ones, zeros
+from trimtab.adapt.parse import PRESETS
 from trimtab.adapt.parse import methods as registry
 from trimtab.models.load import load
 from trimtab.models.skeleton import skeleton
@@ -154,3 +155,12 @@ def test_initial_values_in_words() -> None:
         "All zeros", "All ones", "N(0, std²), std = 0.5", "All one value, value = 2",
     ]  # fmt: skip
     assert described(halves) == "All one half"
+
+
+def test_presets_are_listed_and_shown(run: Ran) -> None:
+    code, out, _ = run("methods")
+    for name, meaning in PRESETS.items():
+        assert code == 0 and f"{name} is {meaning}" in out
+        code, shown, _ = run("methods", "show", name, "--model", "model")
+        assert code == 0 and meaning in shown
+        assert "parameters" in shown

@@ -23,8 +23,12 @@ from trimtab.adapt.contract import Init, Method
 from trimtab.adapt.describe import states
 from trimtab.errors import TrimtabError
 
-HOOKS = {"enter": "enter", "delta": "delta", "leave": "leave", "keys_values": "attention"}
-"""What a method may override -> what its edit is called."""
+HOOKS = {
+    "enter": "enter", "delta": "delta", "leave": "leave",
+    "keys_values": "attention", "beside": "attention", "virtual_embeddings": "prompt",
+    "before_step": "schedule", "after_step": "schedule",
+}  # fmt: skip
+"""What a method may override -> what its edit is called; a schedule works between optimiser steps."""
 GATE = "gate"
 _SOURCE = re.compile(r"\(([^()]*(?:\b(?:19|20)\d\d\b|\bours\b|\bno paper\b)[^()]*)\)")
 
@@ -89,7 +93,7 @@ def about(name: str, *, first_values: bool = False) -> About:
         source=found[1] if found else "",
         formula=formula,
         example=_plain(cls.__doc__ or ""),
-        edits=((GATE,) if cls.needs_prompt else ()) + tuple(edits),
+        edits=tuple(dict.fromkeys([GATE, *edits] if cls.needs_prompt else edits)),
         merges=cls.affine,
         why_not=cls.why_not_affine,
         lr=cls.lr,
@@ -102,8 +106,7 @@ def about(name: str, *, first_values: bool = False) -> About:
 
 def presets() -> Mapping[str, str]:
     """Names that stand for a method with options."""
-    table: Mapping[str, str] = vars(parse).get("PRESETS", {})
-    return table
+    return parse.PRESETS
 
 
 def first_values_of(model: nn.Module, method: Method) -> dict[str, str]:

@@ -47,7 +47,7 @@ def resolve(model: nn.Module, method: Method | str | Mapping[str, object]) -> st
     """Where a method would act on this model, with shapes and parameter counts; nothing is changed."""
     chosen = method_from(method)
     adapter, specs = states(model, chosen)
-    head = f"{chosen.kind}: {len(adapter.sites)} sites, {counted(specs):,} parameters"
+    head = f"{chosen.kind}: {len(adapter.sites)} sites, {counted(adapter, specs):,} parameters"
     return "\n".join([head, *(f"  {line}" for line in grouped(adapter))])
 
 
@@ -63,9 +63,15 @@ def states(model: nn.Module, method: Method) -> tuple[Adapter, Specs]:
     return adapter, specs_of(adapter, anatomy, layers)
 
 
-def counted(specs: Specs) -> int:
-    """How many values are trained."""
-    return sum(_size(spec.shape) for found in specs.values() for spec in found.values())
+def counted(adapter: Adapter, specs: Specs) -> int:
+    """How many values are trained: not those that are fixed, or drawn again."""
+    total = 0
+    for (number, path), found in specs.items():
+        index = adapter.sites[number].method if number >= 0 else -1 - number
+        method = adapter.methods[index].at(path) if path else adapter.methods[index]
+        trained = [s for s in found.values() if s.stored and s.name not in method.fixed]
+        total += sum(_size(spec.shape) for spec in trained)
+    return total
 
 
 def grouped(adapter: Adapter) -> list[str]:

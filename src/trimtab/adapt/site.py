@@ -77,9 +77,7 @@ class SiteBase(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith(
-                "__"
-            ):  # how the layer copies or pickles itself is not how a site does
+            if name.startswith("__"):  # how a layer copies itself is not how a site does
                 raise
             return getattr(super().__getattr__(BASE), name)
 

@@ -61,10 +61,11 @@ def show(
     """Show a method: mathematics, source, options and defaults, and its size on a model (without weights)."""
     from trimtab.adapt.about import about, presets
 
-    text = presets().get(name, name)
-    kind = text.partition("(")[0].strip()
+    given = name.partition("(")[0].strip()
+    preset = presets().get(given)
+    kind = given if preset is None else preset.partition("(")[0].strip()
     facts = about(kind, first_values=model is None)
-    size = None if model is None else _size(text, model)
+    size = None if model is None else _size(name, model)
     if as_json:
         values = size["first_values"] if size else dict(facts.first_values)
         sheet = {**_brief(facts), "options": _options(facts), "first_values": values}
@@ -73,7 +74,7 @@ def show(
     from rich.console import Console
 
     console = Console(highlight=False)
-    for table in _tables(facts, size, text if text != name else None):
+    for table in _tables(facts, size, preset):
         console.print(table)
 
 
@@ -87,7 +88,7 @@ def _size(text: str, model: Path) -> dict[str, Any]:
     built, method = skeleton(model), method_from(text)
     adapter, specs = states(built, method)
     base = sum(parameter.numel() for parameter in built.parameters())
-    count = counted(specs)
+    count = counted(adapter, specs)
     return {
         "method": method.to_dict(),
         "model": str(model),
@@ -108,7 +109,7 @@ def _tables(facts: About, size: dict[str, Any] | None, preset: str | None) -> li
     values = size["first_values"] if size else facts.first_values
     rows = [
         ("method", f"{facts.title}: {facts.purpose}"),
-        ("preset", preset or ""),
+        ("stands for", preset or ""),
         ("formula", facts.formula),
         ("source", facts.source),
         ("for example", facts.example),
