@@ -119,9 +119,12 @@ def described(init: Init) -> str:
     """An initial value in words: the docstring of its function, and the numbers that were given to it."""
     if not inspect.isfunction(init):  # an object that is called
         return _words(inspect.getdoc(type(init)) or type(init).__name__, vars(init))
-    outer = init.__qualname__.partition(".")[0]
-    maker = init.__globals__.get(outer)
-    text = inspect.getdoc(init) or (inspect.getdoc(maker) if maker is not None else None) or outer
+    maker = init.__globals__.get(init.__qualname__.partition(".")[0])
+    text = inspect.getdoc(init)
+    if text is None and inspect.isfunction(maker):  # a factory: its words, and what it was given
+        text = inspect.getdoc(maker)
+    if text is None:
+        return f"its own `{init.__name__}`"
     return _words(text, inspect.getclosurevars(init).nonlocals)
 
 
