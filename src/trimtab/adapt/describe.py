@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from trimtab.adapt.adapter import Adapter
+from trimtab.adapt.adapter import Adapter, TensorName
 from trimtab.adapt.bank import find_bank
 from trimtab.adapt.contract import Method, Spec
 from trimtab.adapt.parse import method_from
@@ -65,13 +65,11 @@ def states(model: nn.Module, method: Method) -> tuple[Adapter, Specs]:
 
 def counted(adapter: Adapter, specs: Specs) -> int:
     """How many values are trained: not those that are fixed, or drawn again."""
-    total = 0
-    for (number, path), found in specs.items():
-        index = adapter.sites[number].method if number >= 0 else -1 - number
-        method = adapter.methods[index].at(path) if path else adapter.methods[index]
-        trained = [s for s in found.values() if s.stored and s.name not in method.fixed]
-        total += sum(_size(spec.shape) for spec in trained)
-    return total
+    known = {
+        TensorName(path, spec.name): spec for (_, path), of in specs.items() for spec in of.values()
+    }
+    trained = known.keys() - adapter.fixed_among(known)
+    return sum(_size(known[name].shape) for name in trained if known[name].stored)
 
 
 def grouped(adapter: Adapter) -> list[str]:
