@@ -95,7 +95,9 @@ def together(method: str, folder: Path) -> None:
             parameter.grad = None
         with who:
             out = output(model, pick(inputs, list(rows))).flatten(1)
-            (out * torch.linspace(-1, 1, out.shape[1], dtype=out.dtype)).tanh().sum(1).sum().backward()
+            (out * torch.linspace(-1, 1, out.shape[1], dtype=out.dtype)).tanh().sum(
+                1
+            ).sum().backward()
         return {key: p.grad for key, p in mine.tensors.items()}
 
     mixed = gradients(range(4), tt.rows(model, ["a", "b", None, "a"]))

@@ -18,12 +18,12 @@ A method is a string, a value or a mapping: `"lora(rank=8)"`, `tt.LoRA(rank=8)`,
 
 ## What works
 
-Found by doing it, on tiny models, for each method: **merge** ≡ forward; a row in a **mixed batch** (other methods, the
-bare base) ≡ the row alone; gradients when **trained together** with others in one batch ≡ alone; on a **base that hides
-its weights** (any storage that says its sizes and computes) as on a plain one; attached to each kind of layer, merged
-there where it merges (**attention**: inside it, or at its output; **sub-layer**: a whole MLP); **PEFT reads** the folder
-we save, and we **read** the one that it saves, with equal outputs. "acts": it acts there, but cannot merge there.
-Every method is also saved and loaded, disabled and detached (bit for bit), stacked and checkpointed: those laws
+Found by doing it, on tiny models, for each method: **merge** ≡ forward; a row in a **mixed batch** (other methods,
+the bare base) ≡ the row alone; gradients when **trained together** with others in one batch ≡ alone; on a **base that
+hides its weights** (any storage that says its sizes and computes) as on a plain one; attached to each kind of layer,
+merged there where it merges (**attention**: inside it, or at its output; **sub-layer**: a whole MLP); **PEFT reads**
+the folder we save, and we **read** the one that it saves, with equal outputs. "acts": it acts there, but cannot merge
+there. Every method is also saved and loaded, disabled and detached (bit for bit), stacked and checkpointed: those laws
 ([tests/laws](../tests/laws)) have no exceptions.
 """
 YES, ACTS, NO = "✔", "acts", "–"
@@ -38,7 +38,7 @@ def page(refused: Mapping[str, Mapping[str, str]]) -> str:
         HEAD,
         table(["", *CAPABILITIES], [row(name, refused.get(name, {})) for name in names]),
         "What is refused, and why:",
-        "\n".join(reasons(name, refused[name]) for name in names if name in refused),
+        "\n".join(reasons(refused)),
         "## Options of every method",
         options(shared),
     ]
@@ -57,14 +57,16 @@ def row(name: str, refused: Mapping[str, str]) -> list[str]:
     return [f"[{name}](#{name})", *marks]
 
 
-def reasons(name: str, refused: Mapping[str, str]) -> str:
-    """One line a method; capabilities with the same reason share it."""
-    cells: dict[str, list[str]] = {}
-    for cell in (name for each in CAPABILITIES for name in (each, f"{each}{UNMERGED}")):
-        if cell in refused:
-            cells.setdefault(refused[cell].strip().rstrip("."), []).append(cell)
-    told = "; ".join(f"*{', '.join(which)}*: {why}" for why, which in cells.items())
-    return f"- **{name}**: {told}."
+def reasons(refused: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """One line for each reason: what it forbids, and whom."""
+    whom: dict[tuple[str, str], list[str]] = {}
+    cells = [name for each in CAPABILITIES for name in (each, f"{each}{UNMERGED}")]
+    for method, told in sorted(refused.items()):
+        for why in dict.fromkeys(told.values()):
+            which = ", ".join(cell for cell in cells if told.get(cell) == why)
+            whom.setdefault((which, why.strip().rstrip(".")), []).append(method)
+    order = sorted(whom.items(), key=lambda item: cells.index(item[0][0].partition(", ")[0]))
+    return [f"- *{which}* ({', '.join(names)}): {why}." for (which, why), names in order]
 
 
 def section(facts: About) -> str:
@@ -105,4 +107,6 @@ def options(found: Sequence[Option]) -> str:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    return "\n".join(
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
+    )
