@@ -13,6 +13,7 @@ import sys
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from pydantic_core import PydanticUndefined
@@ -193,6 +194,18 @@ def _kind(annotation: Any) -> str:
 
 def _first_values(cls: type[Method]) -> dict[str, str]:
     """On a small decoder; empty for a method that must be told where it acts, or does not act on one."""
+    somewhere: Mapping[str, Any] = {"targets": "mlp_down"}
+    for options in ({}, somewhere):
+        try:
+            return first_values_of(_small_decoder(), cls.parse(options))
+        except TrimtabError:
+            continue
+    return {}
+
+
+@cache
+def _small_decoder() -> nn.Module:
+    """Two blocks of width 64, without weights."""
     from transformers import LlamaConfig
 
     from trimtab.models.skeleton import built
@@ -201,10 +214,4 @@ def _first_values(cls: type[Method]) -> dict[str, str]:
     config = LlamaConfig(
         vocab_size=128, num_attention_heads=4, architectures=["LlamaForCausalLM"], **sizes
     )
-    somewhere: Mapping[str, Any] = {"targets": "mlp_down"}
-    for options in ({}, somewhere):
-        try:
-            return first_values_of(built(config), cls.parse(options))
-        except TrimtabError:
-            continue
-    return {}
+    return built(config)
