@@ -138,7 +138,7 @@ def test_first_values_are_told_for_every_tensor(name: str, model: nn.Module) -> 
     method = Cell(name, "llama").value()
     told = first_values_of(model, method)
     adapter = tt.attach(model, method, "a")
-    assert told.keys() == {tensor.slot for tensor in adapter.named()} and all(told.values())
+    assert told.keys() >= {tensor.slot for tensor in adapter.named()} and all(told.values())
     for tensor in adapter.named():
         value = adapter.tensors[tensor.key]
         if told[tensor.slot] in ("All zeros", "All ones"):

@@ -43,10 +43,15 @@ class SpotTune(Method):
     lr: ClassVar[float] = 5e-4
 
     inner: Any = "lora"
+    """The method whose edits are gated."""
     hidden: int = Field(default=64, ge=1)
+    """Width of the policy network."""
     temperature: float = Field(default=5.0, gt=0)
+    """Of the sampled choice in training."""
     blocks: int | None = Field(default=None, ge=1)
+    """Adapt at most so many blocks over a batch."""
     budget_weight: float = Field(default=0.01, ge=0)
+    """Weight of the two losses that keep to ``blocks``."""
 
     @field_validator("inner")
     @classmethod
