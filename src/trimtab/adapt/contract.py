@@ -257,8 +257,6 @@ class Method(Config, ABC):
         ``slots`` are the names and shapes in the weights file. Raise `FileFormatError` for an option
         that changes the mathematics and that we do not have.
         """
-        if not cls.peft_options:
-            return None
         return cls(**read_options(config, cls.peft_options, cls.peft_lacks, cls.kind))
 
     def roles_in_file(self, path: str, slots: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
