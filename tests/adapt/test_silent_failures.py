@@ -56,6 +56,12 @@ def logits(model: nn.Module, who: Any = "all") -> Tensor:
         return output(model, IDS)
 
 
+def logits_of(theirs: nn.Module) -> Tensor:
+    """Of a model of PEFT's."""
+    with torch.no_grad():
+        return output(theirs, IDS)
+
+
 def state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in bare_state(model).items()}
 
@@ -74,7 +80,7 @@ def theirs(make: Callable[[], nn.Module] = kit.llama, **options: Any) -> PeftMod
 def stirred(model: PeftModel) -> PeftModel:
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
-        if "lora_" in name or "ia3_" in name:
+        if "lora_" in name or "ia3_" in name or "modules_to_save" in name:
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return model
 
@@ -233,6 +239,12 @@ def test_s10_a_sum_of_rank_stabilised_lora(rslora: bool) -> None:
 
 def test_s11_a_sum_of_dora() -> None:
     """PEFT adds DoRA's factors and gets another function. Trimtab: weight 1 is the identity, the rest is refused."""
+    lone = theirs(use_dora=True)
+    with torch.no_grad(), kit.quiet():
+        expected = output(lone, IDS)
+        lone.base_model.add_weighted_adapter(["default"], [1.0], "sum", combination_type="linear")
+        lone.set_adapter("sum")
+        assert not torch.allclose(output(lone, IDS), expected, atol=1e-2)
     model = kit.llama()
     a, b = (
         shaken(tt.attach(model, "dora(rank=2)", name), seed=seed) for seed, name in enumerate("ab")
@@ -262,6 +274,24 @@ def test_s12_the_base_is_never_written(method: str) -> None:
     assert same(state(model), before)
 
 
+def test_s12_the_incumbent_writes_it() -> None:
+    """What S12 says of PEFT."""
+    model = kit.peft_model(
+        kit.llama, LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights="pissa")
+    )
+    before, frozen = output(model, IDS), q_proj(model).weight.clone()
+    with kit.quiet():
+        model.base_model.add_weighted_adapter(["default"], [1.0], "s", combination_type="linear")
+    model.set_adapter("default")
+    assert not torch.allclose(q_proj(model).weight, frozen, atol=1e-2)
+    assert not torch.allclose(output(model, IDS), before, atol=1e-3)
+
+
+def q_proj(model: PeftModel) -> nn.Linear:
+    layer: nn.Linear = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer
+    return layer
+
+
 # -- merging ------------------------------------------------------------------------------------------
 
 
@@ -284,13 +314,21 @@ def test_s13_layers_that_occur_twice(replicas: bool, tmp_path: Path) -> None:
     assert not torch.allclose(expected, logits(model, None), atol=1e-3)
     torch.testing.assert_close(logits(tt.merge(model, "a"), "all"), expected)
     assert same(state(model), before)
-    theirs(layer_replication=[[0, 2], [1, 3]]).save_pretrained(tmp_path)
+    replicated = theirs(layer_replication=[[0, 2], [1, 3]])
+    replicated.config.use_cache = False
+    replicated.save_pretrained(tmp_path)
+    bare = logits_of(replicated)
+    assert not torch.allclose(logits_of(replicated.merge_and_unload()), bare, atol=1e-2)
     with pytest.raises(UnsupportedError, match="layer_replication"):
         tt.Adapter.load(tmp_path)
 
 
 def test_s14_merging_into_a_tied_head(tmp_path: Path) -> None:
     """PEFT writes the merged head into the embedding too. Trimtab: the head gets its own weight, here and on disk."""
+    with kit.quiet(""):  # it warns
+        tied = theirs(lambda: models.llama(tie_word_embeddings=True), target_modules=["lm_head"])
+        unmerged = logits_of(tied)
+        assert not torch.allclose(logits_of(tied.merge_and_unload()), unmerged, atol=1e-2)
     model = models.llama(tie_word_embeddings=True)
     shaken(tt.attach(model, "lora(rank=4, targets='lm_head')", "a"))
     expected, embedding = logits(model), model.model.embed_tokens.weight.clone()
@@ -306,7 +344,7 @@ def test_s14_merging_into_a_tied_head(tmp_path: Path) -> None:
 def test_s15_merging_ten_times() -> None:
     """PEFT's merge and unmerge of a bf16 base leaves its weights changed. Trimtab: merging makes a new model."""
     drifting = theirs(lambda: kit.llama().to(torch.bfloat16))
-    weight = drifting.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
+    weight = q_proj(drifting).weight
     old = weight.clone()
     for _ in range(10):
         drifting.merge_adapter()
@@ -325,6 +363,13 @@ def test_s15_merging_ten_times() -> None:
 
 def test_s16_merging_an_adapter_that_does_not_act() -> None:
     """PEFT merges the named factors with the active adapter's head. Trimtab: one adapter is one thing."""
+    pair = theirs(modules_to_save=["lm_head"])
+    alone = logits_of(pair)
+    with kit.quiet():
+        pair.add_adapter("b", LoraConfig(target_modules=["q_proj"], r=2))
+        pair.set_adapter("b")
+        mixture = pair.merge_and_unload(adapter_names=["default"])
+    assert not torch.allclose(logits_of(mixture), alone, atol=1e-2)
     model = models.llama()
     shaken(tt.attach(model, "lora(rank=2, train=['lm_head'])", "a"))
     shaken(tt.attach(model, "lora(rank=2)", "b"), seed=2)
