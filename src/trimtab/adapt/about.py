@@ -125,7 +125,8 @@ def described(init: Init) -> str:
     if text is None and inspect.isfunction(maker):  # a factory: its words, and what it was given
         text = inspect.getdoc(maker)
     if text is None:
-        return f"its own `{init.__name__}`"
+        own = init.__name__.strip("<>")
+        return "the method's own" + ("" if own == "lambda" else f" (`{own}`)")
     return _words(text, inspect.getclosurevars(init).nonlocals)
 
 

@@ -60,11 +60,11 @@ def show(
 ) -> None:
     """Show a method: mathematics, source, options and defaults, and its size on a model (without weights)."""
     from trimtab.adapt.about import about, presets
+    from trimtab.adapt.parse import method_from
+    from trimtab.adapt.parse import methods as registry
 
-    given = name.partition("(")[0].strip()
-    preset = presets().get(given)
-    kind = given if preset is None else preset.partition("(")[0].strip()
-    facts = about(kind, first_values=model is None)
+    known = name in registry.names()  # or with options, or a preset, or a union
+    facts = about(name if known else method_from(name).kind, first_values=model is None)
     size = None if model is None else _size(name, model)
     if as_json:
         values = size["first_values"] if size else dict(facts.first_values)
@@ -74,7 +74,7 @@ def show(
     from rich.console import Console
 
     console = Console(highlight=False)
-    for table in _tables(facts, size, preset):
+    for table in _tables(facts, size, presets().get(name)):
         console.print(table)
 
 

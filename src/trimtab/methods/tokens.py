@@ -1,4 +1,4 @@
-"""Chosen token embeddings: train the rows of a few tokens (new ones, say) and leave the rest of the table.
+"""Chosen token embeddings (no paper): train the rows of a few tokens (new ones, say) and leave the rest of the table.
 
     E'[t] = row_t  for t in ``ids``,   else E[t];   rows start as copies
 
