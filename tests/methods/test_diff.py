@@ -89,7 +89,7 @@ def test_the_cost_pushes_gates_shut() -> None:
     heavy = tt.DiffPruning(penalty=1e-1, prune_at=1.0, gate_rate=100, targets=("0", "2"))
     _, adapter = trained(heavy, 30, 1000)
     alphas = torch.cat(
-        [t.flatten() for k, t in adapter.tensors.items() if k.endswith("diff_alpha")]
+        [t.detach().flatten() for k, t in adapter.tensors.items() if k.endswith("diff_alpha")]
     )
     assert float(alphas.mean()) < 4.0
 

@@ -225,7 +225,7 @@ class Method(Config, ABC):
         self, parts: Sequence[tuple[Method, Params]], role: str
     ) -> tuple[Method, dict[str, Tensor]]:
         """One method and its tensors at this site, whose edit is the sum of the parts' edits."""
-        if self.adds and all(method == self for method, _ in parts):
+        if self.adds and all(_mathematics(method) == _mathematics(self) for method, _ in parts):
             total = torch.stack([p[self.scales] for _, p in parts]).sum(0)
             return self, {**parts[0][1], self.scales: total}
         raise UnsupportedError(
@@ -273,6 +273,12 @@ class Method(Config, ABC):
     def overrides(self, hook: str) -> bool:
         """Whether this class makes that edit at all."""
         return getattr(type(self), hook) is not getattr(Method, hook)
+
+
+def _mathematics(method: Method) -> dict[str, Any]:
+    """All that a method says but where it acts."""
+    where = ("targets", "exclude", "layers", "train")
+    return {"kind": method.kind, **{name: value for name, value in method if name not in where}}
 
 
 def pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
