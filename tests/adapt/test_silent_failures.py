@@ -36,6 +36,7 @@ from trimtab.adapt.files import WEIGHTS
 from trimtab.adapt.probe import bare_state
 from trimtab.errors import (
     BaseMismatchError,
+    ConfigError,
     DuplicateNameError,
     FileFormatError,
     TargetError,
@@ -101,6 +102,18 @@ def test_s01_a_target_that_matches_nothing() -> None:
     with pytest.raises(TargetError, match=r"'v_prj' matches no module.*Did you mean 'v_proj'"):
         tt.attach(model, tt.LoRA(targets=("q_proj", "v_prj")))
     assert list(model.state_dict()) == before
+
+
+@pytest.mark.parametrize("method", ON_LLAMA)
+def test_s01_for_every_method(method: str) -> None:
+    """No method passes over a target, an exclusion or a layer that it is given."""
+    value = Cell(method, "llama").value()
+    for wrong in ({"targets": "v_prj"}, {"exclude": "v_prj"}, {"layers": (7,)}):
+        model = models.llama()
+        before = list(model.state_dict())
+        with pytest.raises((TargetError, ConfigError)):
+            tt.attach(model, value.replace(**wrong))
+        assert list(model.state_dict()) == before, wrong
 
 
 def test_s02_a_module_to_train_that_matches_nothing() -> None:

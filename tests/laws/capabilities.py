@@ -202,14 +202,14 @@ def at_place(method: str, name: str, path: str) -> None:
 
 
 def aimed(method: Method, path: str) -> Method:
-    """The method, and those inside it, at one path."""
+    """The method, or those inside it, at one path."""
     nested: dict[str, Any] = {}
     for name, value in method:
         if isinstance(value, Method):
             nested[name] = aimed(value, path)
         elif isinstance(value, tuple) and any(isinstance(part, Method) for part in value):
             nested[name] = tuple(aimed(part, path) for part in value)
-    return (method.replace(**nested) if nested else method).aimed([Place(path)])
+    return method.replace(**nested) if nested else method.aimed([Place(path)])
 
 
 def peft_reads(method: str, folder: Path) -> None:

@@ -63,6 +63,13 @@ class SpotTune(Method):
             )
         return inner
 
+    @field_validator("targets", "exclude", "layers")
+    @classmethod
+    def _of_inner(cls, value: Any) -> Any:
+        if value:
+            raise ValueError("the inner method says where it acts: inner=lora(targets='mlp')")
+        return value
+
     def place(self, anatomy: Anatomy) -> Sequence[Place]:
         places = [p for p in self.inner.place(anatomy) if anatomy.block_of(p.path) is not None]
         if not places or not anatomy.role("input_embedding"):
