@@ -34,12 +34,16 @@ class WeightDelta(Method):
 
 
 class Lycoris(WeightDelta):
-    """What LoHa and LoKr share. In training, ``rank_dropout`` leaves out rows of ΔW, ``module_dropout`` all of it."""
+    """What LoHa and LoKr share."""
 
     rank: int = Field(default=8, ge=1)
+    """Rank of the factors."""
     alpha: float = 8.0
+    """ΔW is multiplied with alpha / rank."""
     rank_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of the rows of ΔW that are left out, in training."""
     module_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """How often all of ΔW is left out, in training."""
 
     @property
     def scaling(self) -> float:

@@ -19,7 +19,7 @@ AS_JSON = typer.Option(False, "--json", help="Print the facts as JSON.")
 
 @app.callback(invoke_without_command=True)
 def methods(context: typer.Context, as_json: bool = AS_JSON) -> None:
-    """List the methods: formula, which edits of a layer they make, whether they merge, defaults."""
+    """List the methods: what each does, whether it merges into a weight, its learning rate, PEFT's name."""
     if context.invoked_subcommand is not None:
         return
     from trimtab.adapt.about import about, presets
@@ -36,12 +36,11 @@ def methods(context: typer.Context, as_json: bool = AS_JSON) -> None:
 
     console = Console(highlight=False)
     table = Table()
-    for head in ("method", "formula", "edits", "merges", "rate", "decay", "in PEFT"):
+    for head in ("method", "what it does", "merges", "rate", "in PEFT"):
         table.add_column(head, overflow="fold")
     for facts in found:
         cells = [
-            facts.formula_line, ", ".join(facts.edits), facts.merging, f"{facts.lr:g}", f"{facts.weight_decay:g}",
-            facts.peft or "",
+            facts.purpose, "yes" if facts.merges else "no", f"{facts.lr:g}", facts.peft or "",
         ]  # fmt: skip
         table.add_row(Text(facts.name, style="bold"), *map(Text, cells))
     console.print(table)

@@ -35,7 +35,9 @@ class BOFT(Rotation):
     short_names: ClassVar[Mapping[str, str]] = {"boft_R": "Q", "boft_s": "s"}
 
     block: int = Field(default=4, ge=2)
+    """Size of the blocks that are rotated."""
     factors: int = Field(default=1, ge=1)
+    """How many butterfly factors are multiplied."""
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         count = blocks_of(self.kind, layer, self.block)

@@ -36,9 +36,13 @@ class DiffPruning(WeightDelta):
     }  # fmt: skip
 
     keep: float = Field(default=0.005, gt=0, le=1)
+    """The share of all differences that stay in the end."""
     prune_at: float = Field(default=0.7, gt=0, le=1)
+    """When all others go, as a share of the run."""
     penalty: float = Field(default=1.25e-7, ge=0)
+    """Weight of the expected number of open gates in the loss."""
     gate_rate: float = Field(default=1e3, gt=0)
+    """Factor on the learning rate of the gates, which are logits."""
 
     @property
     def fixed(self) -> frozenset[str]:

@@ -37,9 +37,13 @@ class FourierFT(WeightDelta):
     adds: ClassVar[bool] = True
 
     entries: int = Field(default=1000, ge=1)
+    """How many entries of the spectrum are trained at each layer."""
     alpha: float = 150.0
+    """What the change is multiplied with."""
     seed: int = 777
+    """What the places of the entries are drawn from."""
     init: Literal["normal", "zeros"] = "normal"
+    """Where entries start: N(0, 1) as in the paper, or zero."""
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         size = layer.shape[0] * columns(layer)

@@ -33,6 +33,7 @@ class HiRA(WeightDelta):
     scales: ClassVar[str] = "B"
 
     rank: int = Field(default=32, ge=1)
+    """Rank of the factors; that of the change is far higher."""
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         return {

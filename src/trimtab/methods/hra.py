@@ -35,7 +35,9 @@ class HRA(Rotation):
     short_names: ClassVar[Mapping[str, str]] = {"hra_u": "u"}
 
     rank: int = Field(default=8, ge=1)
+    """How many reflections."""
     orthogonal: bool = False
+    """Make the u orthogonal to each other."""
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         first = kaiming_uniform if self.orthogonal else _in_pairs

@@ -40,7 +40,9 @@ class LoKr(Lycoris):
     disk: ClassVar[Mapping[str, str]] = {name: name for name in short_names}
 
     factor: int = -1
+    """Size of the first factor of each side, where it divides the side; -1 splits as evenly as it can."""
     both: bool = False
+    """Split W1 into low-rank factors too, where the rank is below half its larger side."""
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         o1, o2 = split(layer.shape[0], self.factor)

@@ -37,8 +37,11 @@ class MiSS(WeightDelta):
     adds: ClassVar[bool] = True
 
     rank: int = Field(default=64, ge=1)
+    """Width of the shared matrix."""
     variant: Literal["shared", "bat", "mini"] = "shared"
+    """Whether D is added as it is, mixed with the blocks of the weight, or still smaller."""
     mini: int = Field(default=1, ge=1)
+    """Columns of D in the variant `mini`."""
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         out, into = layer.shape[0], columns(layer)

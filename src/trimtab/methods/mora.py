@@ -31,7 +31,9 @@ class MoRA(WeightDelta):
     adds: ClassVar[bool] = True
 
     rank: int = Field(default=8, ge=1)
+    """The rank of the LoRA that has as many parameters."""
     variant: Literal["rotation", "sharing"] = "rotation"
+    """How x is compressed."""
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         side = int(((layer.shape[0] + columns(layer)) * self.rank) ** 0.5 + 0.5)

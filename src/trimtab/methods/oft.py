@@ -38,10 +38,15 @@ class OFT(Rotation):
     short_names: ClassVar[Mapping[str, str]] = {"oft_R.weight": "Q"}
 
     block: int = Field(default=32, ge=2)
+    """Size of the blocks that are rotated."""
     blocks: int | None = Field(default=None, ge=1)
+    """How many blocks, instead of their size."""
     share: bool = False
+    """One rotation for all blocks."""
     series: Literal["neumann", "exact", "inverse"] = "neumann"
+    """How R is made from Q."""
     epsilon: float | None = Field(default=None, gt=0)
+    """Keep each Q in a ball of this radius over √blocks (constrained OFT)."""
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         size = blocks_of(self.kind, layer, self.blocks) if self.blocks else self.block

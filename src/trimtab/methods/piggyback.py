@@ -32,10 +32,15 @@ class Piggyback(WeightDelta):
     }  # fmt: skip
 
     threshold: float = Field(default=5e-3, gt=0)
+    """A weight is kept while its score lies above."""
     first: float = 1e-2
+    """Where all scores start."""
     ternary: bool = False
+    """Let weights change their sign too."""
     gradient: Literal["plain", "mean", "individual"] = "plain"
+    """Divide the gradient of the scores by nothing, by the mean of |W|, or by each |W|."""
     bits: bool = False
+    """The form to share: the mask alone, which is not trained any further."""
 
     @property
     def fixed(self) -> frozenset[str]:

@@ -41,8 +41,11 @@ class RandLoRA(Method):
 
     targets: str | tuple[str, ...] = "all-linear"
     rank: int = Field(default=32, ge=1)
+    """Rank of each random product."""
     alpha: float = 640.0
+    """The sum is multiplied with alpha / rank."""
     seed: int = 0
+    """What A and B are drawn from."""
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         narrow = _sides(layer)[0]

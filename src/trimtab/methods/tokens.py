@@ -35,6 +35,7 @@ class Tokens(Method):
 
     targets: str | tuple[str, ...] = "input_embedding"
     ids: tuple[int, ...] = Field(default=(0,), min_length=1)
+    """The tokens whose rows are trained."""
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         if layer.kind not in ("embedding", "linear"):

@@ -42,9 +42,13 @@ class VeRA(Method):
 
     targets: str | tuple[str, ...] = "all-linear"
     rank: int = Field(default=256, ge=1)
+    """Rows of A and columns of B; far higher than LoRA's, since neither is trained."""
     d_initial: float = 0.1
+    """First value of λ_d."""
     seed: int = 0
+    """What A and B are drawn from; adapters of one seed share them."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of the inputs that are dropped before A, in training."""
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         return {
