@@ -150,7 +150,8 @@ def _job(
             raise ConfigError("name a run's folder, or give --model; see trimtab eval --help.")
         if data is None and tasks is None:
             raise ConfigError("give --data, or --tasks, to measure on.")
-        source, task = None, "causal-lm"
+        source = None
+        task: TaskName = "causal-lm"
         if data is not None:
             given = with_labels(make_recipe({"model": model, "data": {"path": data}}, overrides))
             source, task = given.data, given.task
@@ -234,6 +235,7 @@ def _measured(
     facts["data"] = job.data.path if held is None else held if isinstance(held, str) else held.path
     facts["examples"] = len(used)
     facts["notes"] = list(notes)
+    facts["unit"] = "text" if engine.labels else "token"
     if job.metrics:
         asked = questions(some(used, job.asked), base.tokenizer, engine.labels)
         facts["references"] = [one.reference for one in asked]

@@ -205,7 +205,11 @@ def _classes(labels: Sequence[str] | None) -> dict[str, Any]:
     if labels is None:
         return {}
     named = dict(enumerate(labels))
-    return {"id2label": named, "label2id": {name: number for number, name in named.items()}}
+    return {
+        "id2label": named,
+        "label2id": {name: number for number, name in named.items()},
+        "ignore_mismatched_sizes": True,  # `_check_whole` says better what is wrong
+    }
 
 
 @torch.no_grad()
@@ -234,8 +238,13 @@ def _check_whole(facts: Any, source: str, prefix: str, *, new_head: bool) -> Non
         )
     wrong = sorted(str(key[0]) for key in facts["mismatched_keys"])
     if wrong:
+        advice = (
+            " It has a classification head of its own: leave the labels out to keep it, or load a base without one."
+            if new_head
+            else ""
+        )
         raise ModelError(
-            f"{source!r}: {len(wrong)} tensors have other shapes than config.json says, e.g. {wrong[0]!r}."
+            f"{source!r}: {len(wrong)} tensors have other shapes than asked for, e.g. {wrong[0]!r}.{advice}"
         )
 
 
