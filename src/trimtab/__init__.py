@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 _PLACES = {
     "Adapter": "trimtab.adapt.adapter",
     "Method": "trimtab.adapt.contract",
+    "Stepper": "trimtab.adapt.stepper",
     "add": "trimtab.adapt.arithmetic",
     "attach": "trimtab.adapt.attach",
     "captured": "trimtab.adapt.checkpoint",
@@ -26,8 +27,10 @@ _PLACES = {
     "detach": "trimtab.adapt.attach",
     "disable": "trimtab.adapt.acting",
     "enable": "trimtab.adapt.acting",
+    "exported": "trimtab.adapt.export",
     "interpolate": "trimtab.adapt.arithmetic",
     "merge": "trimtab.adapt.merge",
+    "parameter_groups": "trimtab.optim.adam",
     "probe": "trimtab.adapt.probe",
     "resolve": "trimtab.adapt.describe",
     "rows": "trimtab.adapt.acting",
@@ -40,6 +43,14 @@ _PLACES = {
     "IA3": "trimtab.methods.ia3",
     "BitFit": "trimtab.methods.bitfit",
     "Bottleneck": "trimtab.methods.bottleneck",
+    "LoHa": "trimtab.methods.loha",
+    "LoKr": "trimtab.methods.lokr",
+    "HiRA": "trimtab.methods.hira",
+    "FourierFT": "trimtab.methods.fourierft",
+    "VeRA": "trimtab.methods.vera",
+    "RandLoRA": "trimtab.methods.randlora",
+    "MoRA": "trimtab.methods.mora",
+    "MiSS": "trimtab.methods.miss",
     "Prefix": "trimtab.methods.prefix",
     "SpotTune": "trimtab.methods.spottune",
     "Full": "trimtab.methods.full",
@@ -93,15 +104,26 @@ if TYPE_CHECKING:
     from trimtab.adapt.contract import Method as Method
     from trimtab.adapt.describe import describe as describe
     from trimtab.adapt.describe import resolve as resolve
+    from trimtab.adapt.export import exported as exported
     from trimtab.adapt.merge import merge as merge
     from trimtab.adapt.probe import probe as probe
+    from trimtab.adapt.stepper import Stepper as Stepper
     from trimtab.methods.bitfit import BitFit as BitFit
     from trimtab.methods.bottleneck import Bottleneck as Bottleneck
     from trimtab.methods.dora import DoRA as DoRA
+    from trimtab.methods.fourierft import FourierFT as FourierFT
     from trimtab.methods.full import Full as Full
+    from trimtab.methods.hira import HiRA as HiRA
     from trimtab.methods.ia3 import IA3 as IA3
+    from trimtab.methods.loha import LoHa as LoHa
+    from trimtab.methods.lokr import LoKr as LoKr
     from trimtab.methods.lora import LoRA as LoRA
+    from trimtab.methods.miss import MiSS as MiSS
+    from trimtab.methods.mora import MoRA as MoRA
     from trimtab.methods.prefix import Prefix as Prefix
+    from trimtab.methods.randlora import RandLoRA as RandLoRA
     from trimtab.methods.spottune import SpotTune as SpotTune
+    from trimtab.methods.vera import VeRA as VeRA
     from trimtab.models.load import load as load
+    from trimtab.optim.adam import parameter_groups as parameter_groups
     from trimtab.train.api import train as train

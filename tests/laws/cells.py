@@ -24,6 +24,14 @@ SMALL = {
     "prefix": "prefix(length=3, init_std=1.0)",
     "spottune": "spottune(inner=lora(rank=4), hidden=8)",
     "full": "full(targets='mlp_down')",
+    "loha": "loha(rank=4)",
+    "lokr": "lokr(rank=2)",
+    "hira": "hira(rank=4)",
+    "fourierft": "fourierft(entries=12)",
+    "vera": "vera(rank=8)",
+    "randlora": "randlora(rank=8, alpha=32)",
+    "mora": "mora(rank=2)",
+    "miss": "miss(rank=4)",
 }
 ON_MODEL = {
     ("lora", "mixed"): "lora(rank=4, targets=['embed', 're:conv.*', 'grouped', 'head'])",
@@ -36,6 +44,12 @@ ON_MODEL = {
         "full",
         "mixed",
     ): "full(targets=['embed', 're:conv.*', 'grouped', 'head', 'norm', 'batch_norm'])",
+    **{
+        (name, "mixed"): SMALL[name].replace(
+            ")", ", targets=['embed', 're:conv.*', 'grouped', 'head'])"
+        )
+        for name in ("loha", "lokr", "hira", "fourierft", "vera", "randlora", "mora", "miss")
+    },
     ("lora", "classifier"): "lora(rank=4, train=['score'])",
     ("lora", "bert"): "lora(rank=4, train=['classifier'])",
 }
@@ -58,7 +72,9 @@ NOT_MERGEABLE = {
     "prefix": "softmax of attention",
     "spottune": "each example chooses",
 }
-IDENTITY_AT_FIRST = {"lora", "dora", "ia3", "bitfit", "spottune", "full"}
+IDENTITY_AT_FIRST = {
+    "lora", "dora", "ia3", "bitfit", "spottune", "full", "loha", "lokr", "hira", "vera", "randlora", "mora", "miss",
+}  # fmt: skip
 """Methods whose papers start them as the identity (a Houlsby bottleneck only nearly; a prefix never)."""
 
 

@@ -39,6 +39,14 @@ def named() -> dict[str, nn.Parameter]:
     return {"matrix": nn.Parameter(torch.randn(3, 4)), "vector": nn.Parameter(torch.ones(4))}
 
 
+def stepped(adam: Adam, weight: float) -> float:
+    """One step as the engine does it."""
+    adam.normalise(weight)
+    norm = adam.step(AdamParams(lr=0.1))
+    adam.clear()
+    return norm
+
+
 def test_gradients_are_divided_and_clipped() -> None:
     seen = []
     for weight, factor in ((1.0, 1.0), (8.0, 8.0)):
@@ -46,7 +54,7 @@ def test_gradients_are_divided_and_clipped() -> None:
         adam = Adam(tensors)
         for parameter in tensors.values():
             parameter.grad = torch.full_like(parameter, 5.0 * factor)
-        seen.append((adam.step(AdamParams(lr=0.1), weight), tensors["matrix"].detach().clone()))
+        seen.append((stepped(adam, weight), tensors["matrix"].detach().clone()))
     assert seen[0][0] == pytest.approx(seen[1][0])
     torch.testing.assert_close(seen[0][1], seen[1][1])
 
@@ -56,7 +64,7 @@ def test_weight_decay_leaves_vectors_alone() -> None:
     before = {key: value.detach().clone() for key, value in tensors.items()}
     for parameter in tensors.values():
         parameter.grad = torch.zeros_like(parameter)
-    Adam(tensors).step(AdamParams(lr=0.1, weight_decay=0.5), 1.0)
+    Adam(tensors).step(AdamParams(lr=0.1, weight_decay=0.5))
     assert torch.equal(tensors["vector"], before["vector"])
     torch.testing.assert_close(tensors["matrix"].detach(), before["matrix"] * 0.95)
 
@@ -68,9 +76,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     for parameter in tensors.values():
         parameter.grad = torch.full_like(parameter, torch.nan)
     with pytest.raises(NonFiniteLossError):
-        adam.step(AdamParams(lr=0.1), 1.0)
+        stepped(adam, 1.0)
     assert torch.equal(tensors["matrix"], before)
-    assert not adam.gradients
     assert not adam.state()
 
 
@@ -79,7 +86,7 @@ def test_the_state_continues_bitwise() -> None:
         for step in range(first, steps):
             for parameter in tensors.values():
                 parameter.grad = torch.sin(parameter.detach() * (step + 1))
-            adam.step(AdamParams(lr=0.1), 1.0)
+            stepped(adam, 1.0)
 
     straight = named()
     run(6, Adam(straight), straight)
@@ -123,7 +130,7 @@ def test_the_average_is_that_of_the_recurrence() -> None:
     for step in range(1, 31):
         for parameter in named.values():
             parameter.grad = torch.randn(parameter.shape, generator=draw)
-        optimiser.step(AdamParams(lr=0.1, ema=0.7), 1.0)
+        optimiser.step(AdamParams(lr=0.1, ema=0.7))
         decay = min(0.7, step / (step + 9))
         for key, parameter in named.items():
             old = expected.get(key, parameter.detach())

@@ -18,6 +18,7 @@ from tests import tiny as models
 from trimtab.adapt.adapter import TensorName
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+DRAWN = "Specified to not (save|load) "  # of random matrices that a seed gives
 DEPRECATED = "`is_gradient_checkpointing` is deprecated"  # PEFT reads it, transformers warns
 
 Make = Callable[[], nn.Module]
@@ -119,7 +120,7 @@ def objective(logits: Tensor) -> Tensor:
 def quiet(*messages: str) -> Iterator[None]:
     """Let the peer say these things, and nothing else."""
     with warnings.catch_warnings():
-        for message in (DEPRECATED, *messages):
+        for message in (DEPRECATED, DRAWN, *messages):
             warnings.filterwarnings("ignore", message=message)
         yield
 

@@ -6,10 +6,10 @@ is attached, its tensors are the model's own parameters; detaching hands them ba
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from trimtab.adapt import slots
 from trimtab.adapt.contract import Method, Place
 from trimtab.adapt.fingerprint import Fingerprint
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +77,11 @@ class Adapter:
         self.sites = tuple(sites)
         self.base = base
         self.origin = origin or Origin()
+        self.drawn: dict[str, str] = {}
+        """Checksums by key of the tensors that are drawn again instead of stored; empty before attaching."""
         self._tensors: dict[TensorName, Tensor] = dict(tensors)
         self._holders: dict[TensorName, nn.Module] = {}
+        self._redrawn: dict[TensorName, nn.Module] = {}
 
     @property
     def method(self) -> Method:
@@ -101,6 +106,31 @@ class Adapter:
         """The tensors of one site, by slot."""
         return {name.slot: tensor for name, tensor in self.named().items() if name.path == path}
 
+    @property
+    def fixed(self) -> set[TensorName]:
+        """The tensors that are never trained."""
+        return self.fixed_among(self.named())
+
+    def fixed_among(self, names: Iterable[TensorName]) -> set[TensorName]:
+        """Those of these tensors that its methods never train."""
+        said = self._said(lambda method: method.fixed)
+        return {name for name in names if name.slot in said.get(name.path, ())}
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Factors on the learning rate, by key, where they are not 1."""
+        said = self._said(lambda method: method.rates.items())
+        return {
+            n.key: factor for n in self.named() for slot, factor in said[n.path] if slot == n.slot
+        }
+
+    def _said(self, facts: Callable[[Method], Iterable[T]]) -> dict[str, list[T]]:
+        """What the methods at each path (empty for the whole adapter) say of their slots."""
+        found = {"": [fact for method in self.methods for fact in facts(method)]}
+        for site in self.sites:
+            found.setdefault(site.path, []).extend(facts(self.methods[site.method].at(site.path)))
+        return found
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trained parameters; only an attached adapter has them."""
         for tensor in self.named().values():
@@ -113,7 +143,8 @@ class Adapter:
     @property
     def count(self) -> int:
         """Number of trained values."""
-        return sum(tensor.numel() for tensor in self.named().values())
+        fixed = self.fixed
+        return sum(tensor.numel() for name, tensor in self.named().items() if name not in fixed)
 
     @property
     def nbytes(self) -> int:
@@ -139,9 +170,11 @@ class Adapter:
     def detached(self, *, name: str | None = None) -> Adapter:
         """An independent copy, not attached to anything."""
         copied = {n: t.detach().clone() for n, t in self.named().items()}
-        return Adapter(
+        copy = Adapter(
             name or self.name, self.methods, self.sites, copied, base=self.base, origin=self.origin
         )
+        copy.drawn = dict(self.drawn)
+        return copy
 
     def __eq__(self, other: object) -> bool:
         """Same methods, sites and bitwise equal tensors; names and provenance do not matter."""
@@ -165,12 +198,19 @@ class Adapter:
 
     # -- used by attach --------------------------------------------------------------------------------
 
-    def bind(self, holders: Mapping[TensorName, nn.Module]) -> None:
-        """Hand the tensors over to the model that holds them now."""
-        self._holders = dict(holders)
+    def bind(
+        self, holders: Mapping[TensorName, nn.Module], redrawn: Mapping[TensorName, nn.Module]
+    ) -> None:
+        """Hand the tensors over to the model that holds them now; ``redrawn`` are those that are not stored."""
+        self._holders, self._redrawn = dict(holders), dict(redrawn)
         self._tensors = {}
+
+    @property
+    def held(self) -> dict[TensorName, nn.Module]:
+        """The module below which each tensor lies, while attached."""
+        return {**self._holders, **self._redrawn}
 
     def unbind(self) -> None:
         """Take the tensors back from the model."""
         self._tensors = {name: tensor.detach() for name, tensor in self.named().items()}
-        self._holders = {}
+        self._holders, self._redrawn = {}, {}

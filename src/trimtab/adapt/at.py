@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -32,7 +32,7 @@ class At:
     the positions that this owner acts on.
     """
 
-    __slots__ = ("context", "dtype", "edit", "layer", "part", "root", "training", "x")
+    __slots__ = ("context", "dtype", "edit", "holder", "layer", "part", "root", "training", "x")
 
     def __init__(
         self,
@@ -52,6 +52,7 @@ class At:
         self.dtype = dtype
         self.training = training
         self.x = torch.empty(0)
+        self.holder: nn.Module | None = None
 
     @property
     def shared(self) -> dict[str, Tensor]:
@@ -99,6 +100,27 @@ class At:
     def memory(self) -> dict[Any, Any]:
         """What lasts for this forward, and for a whole generation where there is a cache."""
         return self.context.memory
+
+    @property
+    def scratch(self) -> dict[Any, Any]:
+        """What one site leaves for a later one of the same forward. Take it out (``pop``) when it is read."""
+        return self.context.scratch
+
+    def kept(self, key: str, compute: Callable[[], Tensor]) -> Tensor:
+        """``compute()``, kept at this site for as long as none of this edit's own tensors changes.
+
+        Only without gradients; with them it is computed each time.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.holder is None:
+            return compute()
+        masters = [
+            slots.get(self.holder, held.name, self.name) for held in self.edit.tensors.values()
+        ]
+        stamp = (self.dtype, *((id(t), t._version, t.device) for t in masters))
+        found = self.edit.cache.get(key)
+        if found is None or found[0] != stamp:
+            found = self.edit.cache[key] = (stamp, compute())
+        return found[1]
 
     def pool(self, y: Tensor) -> Tensor:
         """Mean of y_BTC over the visible positions of each unit of this part -> (U, C)."""

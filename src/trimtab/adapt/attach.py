@@ -69,7 +69,8 @@ def attach(
         path: layer_at(anatomy, path) for path in dict.fromkeys(site.path for site in adapter.sites)
     }
     specs = specs_of(adapter, anatomy, layers)
-    tensors = initial_tensors(adapter, specs, layers, seed, new=not isinstance(method, Adapter))
+    new = not isinstance(method, Adapter)
+    tensors = initial_tensors(adapter, specs, layers, seed, new=new)
     attention.check(model, adapter, anatomy)
     bank = bank or _new_bank(model)
     holders: dict[TensorName, nn.Module] = {}
@@ -85,9 +86,9 @@ def detach(model: nn.Module, name: str) -> Adapter:
     """Remove an adapter and hand it back; with the last one, every trace in the model goes too."""
     bank = bank_of(model)
     adapter = bank.require(name)
-    for tensor_name, holder in dict(adapter._holders).items():
+    holders = adapter.held
+    for tensor_name, holder in holders.items():
         slots.get(holder, tensor_name.slot, name)  # present, or this raises before anything changes
-    holders = dict(adapter._holders)
     adapter.unbind()
     _withdraw(model, bank, name, holders)
     return adapter
@@ -138,11 +139,19 @@ def _insert(
         else:
             site.edits.setdefault(adapter.name, []).append(edit)
         holders |= {TensorName(spec_site.path, spec.name): holder for spec in edit.tensors.values()}
+    known = {
+        TensorName(path, spec.name): spec
+        for (_, path), of_site in specs.items()
+        for spec in of_site.values()
+    }
+    stored = {name: holder for name, holder in holders.items() if known[name].stored}
+    fixed = adapter.fixed_among(stored)
     for name, value in tensors.items():
-        parameter = nn.Parameter(value, requires_grad=trainable and value.is_floating_point())
-        slots.add(holders[name], name.slot, adapter.name, parameter)
+        trained = name in stored and name not in fixed
+        tensor = nn.Parameter(value, requires_grad=trainable) if trained else value
+        slots.add(holders[name], name.slot, adapter.name, tensor, stored=name in stored)
         placed[name] = holders[name]
-    adapter.bind(holders)
+    adapter.bind(stored, {name: holder for name, holder in holders.items() if name not in stored})
     bank.adapters[adapter.name] = adapter
     bank.active.append(adapter.name)
 

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from trimtab.adapt import checkpoint
+from trimtab.adapt import checkpoint, slots
 from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.context import Context
 from trimtab.adapt.route import Owner, Route
@@ -245,7 +245,7 @@ class Bank(nn.Module):
 
 def _keep_own(bank: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
     """A state dict of the bare base: the adapters' model-level tensors keep what they hold."""
-    own = {f"{prefix}{name}": parameter.detach() for name, parameter in bank.named_parameters()}
+    own = {f"{prefix}{name}": tensor.detach() for name, tensor in slots.stored(bank).items()}
     if not any(key in state for key in own):
         state.update(own)
 

@@ -27,6 +27,8 @@ class Context:
         mask: (B, T) attention mask, or None.
         prompt: (B, T) true where a gate may look (before the first trained token), or None.
         memory: where gates keep decisions that outlive this forward (a generation).
+
+    ``scratch`` carries tensors from one site to a later one of the same forward; who reads them takes them out.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Context:
         self.training = training
         self.decoding = decoding
         self.memory: dict[Any, Any] = {} if memory is None else memory
+        self.scratch: dict[Any, Any] = {}
         self.past = past
         self.losses: list[tuple[str, str, Tensor]] = []
         self.recomputing = False

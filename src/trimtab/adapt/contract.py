@@ -27,6 +27,7 @@ from pydantic import field_validator
 from torch import Tensor
 
 from trimtab.adapt.at import At as At
+from trimtab.adapt.peft_config import read_options
 from trimtab.config import Config
 from trimtab.errors import ConfigError, UnsupportedError
 from trimtab.frozen import Layer as Layer
@@ -40,19 +41,25 @@ Init = Callable[[tuple[int, ...], torch.Generator], Tensor]
 Params = Mapping[str, Tensor]
 """The tensors of one adapter at one site, by the short names that the method gave them."""
 
+Sites = Mapping["Place", Params]
+"""The masters of one adapter by place; those of the whole adapter at ``Place("")``."""
+
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """One trained tensor: where it lies, its shape and its first value.
+    """One tensor of an adapter: where it lies, its shape and its first value.
 
     ``name`` is its slot (``lora_A.weight``, ``ia3_l``) in PEFT's grammar: in memory the adapter's name is
     inserted before a last ``.weight``, else appended. ``cast`` False keeps the master's dtype in the hooks.
+    ``stored`` False is for what ``init`` draws again, from a seed of the method: it is neither trained nor
+    written to disk, but a checksum of it is, so that another draw is noticed.
     """
 
     name: str
     shape: tuple[int, ...]
     init: Init
     cast: bool = True
+    stored: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +68,14 @@ class Place:
 
     path: str
     role: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far training is: optimiser steps done, this one included, and how many there will be (if known)."""
+
+    step: int
+    total: int | None
 
 
 class Method(Config, ABC):
@@ -75,6 +90,11 @@ class Method(Config, ABC):
     ``weight_decay`` are defaults of training; ``peft_type`` and ``disk`` (slot -> slot in a file) are what
     PEFT calls it, ``peft_root`` what PEFT puts before the path of a module; ``short_names`` (slot -> short
     name) lets arithmetic work without a model.
+
+    ``scales`` is the short name of a tensor in which the edit is linear, ``adds`` whether edits of equal methods
+    add when that tensor does. ``peft_options`` maps PEFT's options to (our field, PEFT's default), ``peft_lacks``
+    are those that we lack with their defaults, ``peft_kinds`` the layer kinds on which PEFT has the same
+    function, and ``peft_drawn`` the names of tensors that PEFT may write and we draw again.
     """
 
     kind: ClassVar[str]
@@ -86,7 +106,13 @@ class Method(Config, ABC):
     peft_type: ClassVar[str | None] = None
     peft_root: ClassVar[str] = "base_model.model."
     disk: ClassVar[Mapping[str, str]] = {}
+    peft_options: ClassVar[Mapping[str, tuple[str, Any]]] = {}
+    peft_lacks: ClassVar[Mapping[str, Any]] = {}
+    peft_kinds: ClassVar[tuple[str, ...]] = ()
+    peft_drawn: ClassVar[tuple[str, ...]] = ()
     short_names: ClassVar[Mapping[str, str]] = {}
+    scales: ClassVar[str] = ""
+    adds: ClassVar[bool] = False
 
     targets: str | tuple[str, ...] = ()
     exclude: str | tuple[str, ...] = ()
@@ -121,6 +147,11 @@ class Method(Config, ABC):
         """Tensors of the whole adapter, kept beside the model's root."""
         return {}
 
+    @property
+    def fixed(self) -> frozenset[str]:
+        """Slots that belong to the adapter and its file but are never trained (indices, kept first values)."""
+        return frozenset()
+
     # -- the edits -------------------------------------------------------------------------------------
 
     def enter(self, p: Params, x: Tensor, at: At) -> Tensor:
@@ -148,10 +179,40 @@ class Method(Config, ABC):
         """A closed form of the merged ``(W', b')`` in fp32, or None: push the identity."""
         return None
 
+    # -- training --------------------------------------------------------------------------------------
+
+    @property
+    def rates(self) -> Mapping[str, float]:
+        """Slot -> factor on the learning rate, for slots that do not learn at the rate itself."""
+        return {}
+
+    def before_step(self, sites: Sites) -> None:
+        """Change gradients before an optimiser step, in place."""
+
+    def after_step(self, sites: Sites, memory: dict[str, Tensor], progress: Progress) -> None:
+        """Change tensors after an optimiser step, in place (a budget schedule). Gradients are still there.
+
+        ``memory`` is the method's own between steps; it is saved and resumed with the optimiser's state.
+        """
+
+    # -- the form to share -----------------------------------------------------------------------------
+
+    def plain(self) -> Method:
+        """The simplest method that has the same edit once training is over; by default this one."""
+        return self
+
+    def plain_tensors(
+        self, tensors: Mapping[str, Tensor], place: Place | None
+    ) -> dict[str, Tensor]:
+        """The tensors of `plain`, by slot, from these; ``place`` None asks for the whole adapter's."""
+        return dict(tensors)
+
     # -- arithmetic on one site's tensors --------------------------------------------------------------
 
     def scaled(self, p: Params, weight: float, role: str) -> dict[str, Tensor]:
         """The tensors whose edit is ``weight`` times this one's."""
+        if self.scales:
+            return {**p, self.scales: p[self.scales] * weight}
         raise UnsupportedError(
             f"{self.kind}: its edit is not linear in any of its tensors, so it cannot be scaled."
         )
@@ -160,6 +221,9 @@ class Method(Config, ABC):
         self, parts: Sequence[tuple[Method, Params]], role: str
     ) -> tuple[Method, dict[str, Tensor]]:
         """One method and its tensors at this site, whose edit is the sum of the parts' edits."""
+        if self.adds and all(method == self for method, _ in parts):
+            total = torch.stack([p[self.scales] for _, p in parts]).sum(0)
+            return self, {**parts[0][1], self.scales: total}
         raise UnsupportedError(
             f"{self.kind}: the sum of two such edits is not an edit of the same kind."
         )
@@ -172,11 +236,13 @@ class Method(Config, ABC):
 
     def in_peft(self, anatomy: Anatomy, places: Sequence[Place]) -> bool:
         """Whether PEFT has this method, and the same function for it in these places."""
-        return self.peft_type is not None
+        kinds = {anatomy.layer(place.path).kind for place in places} if self.peft_kinds else set()
+        return self.peft_type is not None and kinds <= set(self.peft_kinds)
 
     def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
         """The fields that PEFT's ``adapter_config.json`` needs beside the common ones."""
-        return {}
+        fields = dict(self)
+        return {theirs: fields[ours] for theirs, (ours, _) in self.peft_options.items()}
 
     @classmethod
     def from_peft(
@@ -187,7 +253,9 @@ class Method(Config, ABC):
         ``slots`` are the names and shapes in the weights file. Raise `FileFormatError` for an option
         that changes the mathematics and that we do not have.
         """
-        return None
+        if not cls.peft_options:
+            return None
+        return cls(**read_options(config, cls.peft_options, cls.peft_lacks, cls.kind))
 
     def roles_in_file(self, path: str, slots: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
         """The roles of a site read from a PEFT file, from its slots and their shapes."""

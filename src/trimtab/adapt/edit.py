@@ -10,6 +10,7 @@ and where an edit is scaled: each of the three edits is moved that far from doin
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,11 @@ class Edit:
         self.enters = method.overrides("enter")
         self.adds = method.overrides("delta")
         self.leaves = method.overrides("leave")
+        self.cache: dict[str, tuple[object, Tensor]] = {}
+        """What `At.kept` keeps; not part of a copy."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "cache": {}}
 
     def params(self, holder: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
         """This site's tensors, cast for computation."""

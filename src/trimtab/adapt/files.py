@@ -42,7 +42,10 @@ class Entry(Config):
 
 
 class Description(Config):
-    """What ``trimtab.json`` says; ``sites`` are (path, role, number of the method)."""
+    """What ``trimtab.json`` says; ``sites`` are (path, role, number of the method).
+
+    ``drawn`` holds checksums of tensors that are not in the file, because a seed gives them.
+    """
 
     version: Literal[1] = Field(alias="schema")  # pydantic has a method of that name
     name: str
@@ -52,6 +55,7 @@ class Description(Config):
     base_name: str | None
     provenance: dict[str, Any]
     tensors: dict[str, Entry]
+    drawn: dict[str, str] = Field(default_factory=dict)
 
     @field_validator("name")
     @classmethod
@@ -98,6 +102,7 @@ def save(adapter: Adapter, folder: Path) -> Path:
         base_name=adapter.origin.base_name,
         provenance=adapter.origin.provenance,
         tensors=index,
+        drawn=adapter.drawn,
     )
     with replacing(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
@@ -180,7 +185,9 @@ def _from_ours(
     )
     sites = [SiteSpec(*site) for site in ours.sites]
     chosen = [method_from(item) for item in ours.methods]
-    return Adapter(name or ours.name, chosen, sites, named, base=ours.base, origin=origin)
+    adapter = Adapter(name or ours.name, chosen, sites, named, base=ours.base, origin=origin)
+    adapter.drawn = dict(ours.drawn)
+    return adapter
 
 
 def _peft_type(folder: Path, config: Mapping[str, Any]) -> str:
@@ -222,8 +229,14 @@ def _parsed(
     full = methods.get("full").parse({"targets": method.train}) if method.train else None
     named: dict[TensorName, Tensor] = {}
     slots_at: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {}
+    drawn: dict[str, str] = {}
     for key, tensor in tensors.items():
         if _copied(key, tensors):
+            continue
+        if (leaf := key.rpartition(".")[2]) in method.peft_drawn:
+            found = checksum(tensor.float())
+            if drawn.setdefault(leaf, found) != found:
+                raise FileFormatError(f"{folder / WEIGHTS}: the copies of {leaf!r} differ.")
             continue
         path, slot, number = _place_key(folder, key, method, full)
         named[TensorName(path, slot)] = tensor
@@ -240,7 +253,9 @@ def _parsed(
         task_type=config.get("task_type"),
         transposed=bool(config.get("fan_in_fan_out")),
     )
-    return Adapter(own_name, [method, *([full] if full else [])], sites, named, origin=origin)
+    adapter = Adapter(own_name, [method, *([full] if full else [])], sites, named, origin=origin)
+    adapter.drawn = drawn
+    return adapter
 
 
 def _copied(key: str, tensors: Mapping[str, Tensor]) -> bool:
@@ -287,7 +302,7 @@ def _peft_config(adapter: Adapter) -> dict[str, Any]:
     paths = method.wrapped(adapter.places())
     base = {
         "peft_type": method.peft_type
-        if adapter.origin.in_peft
+        if adapter.origin.in_peft and method.plain() == method
         else f"{OWN_TYPE}{method.kind.upper()}",
         "task_type": adapter.origin.task_type,
         "base_model_name_or_path": adapter.origin.base_name,

@@ -14,20 +14,30 @@ from trimtab.adapt.contract import Method
 from trimtab.errors import ConfigError
 from trimtab.registry import Registry
 
-methods: Registry[type[Method]] = Registry(
-    "method",
-    "trimtab.methods",
-    {
-        "lora": "trimtab.methods.lora:LoRA",
-        "dora": "trimtab.methods.dora:DoRA",
-        "ia3": "trimtab.methods.ia3:IA3",
-        "bitfit": "trimtab.methods.bitfit:BitFit",
-        "bottleneck": "trimtab.methods.bottleneck:Bottleneck",
-        "prefix": "trimtab.methods.prefix:Prefix",
-        "spottune": "trimtab.methods.spottune:SpotTune",
-        "full": "trimtab.methods.full:Full",
-    },
-)
+METHODS = {
+    "bitfit": "trimtab.methods.bitfit:BitFit",
+    "bottleneck": "trimtab.methods.bottleneck:Bottleneck",
+    "dora": "trimtab.methods.dora:DoRA",
+    "full": "trimtab.methods.full:Full",
+    "ia3": "trimtab.methods.ia3:IA3",
+    "lora": "trimtab.methods.lora:LoRA",
+    "loha": "trimtab.methods.loha:LoHa",
+    "lokr": "trimtab.methods.lokr:LoKr",
+    "hira": "trimtab.methods.hira:HiRA",
+    "fourierft": "trimtab.methods.fourierft:FourierFT",
+    "vera": "trimtab.methods.vera:VeRA",
+    "randlora": "trimtab.methods.randlora:RandLoRA",
+    "mora": "trimtab.methods.mora:MoRA",
+    "miss": "trimtab.methods.miss:MiSS",
+    "prefix": "trimtab.methods.prefix:Prefix",
+    "spottune": "trimtab.methods.spottune:SpotTune",
+}
+methods: Registry[type[Method]] = Registry("method", "trimtab.methods", METHODS)
+
+PRESETS = {
+    "houlsby": "bottleneck(size=64)",
+}
+"""Settings that have a name of their own. Options are added to them: ``houlsby(size=8)``."""
 
 _FORM = re.compile(r"\s*([A-Za-z0-9_\-]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
 
@@ -46,8 +56,10 @@ def method_from(value: Method | Mapping[str, Any] | str) -> Method:
     options = dict(value)
     if "kind" not in options:
         raise ConfigError("a method needs a 'kind', for example {'kind': 'lora', 'rank': 16}.")
-    kind = options.pop("kind")
-    return methods.get(str(kind)).parse(options, where=f"method {kind}")
+    kind = str(options.pop("kind"))
+    if kind in PRESETS:
+        return _from_string(PRESETS[kind]).replace(**options)
+    return methods.get(kind).parse(options, where=f"method {kind}")
 
 
 def _from_string(text: str) -> Method:
@@ -57,15 +69,22 @@ def _from_string(text: str) -> Method:
             f"method {text!r}: write a name and options, for example 'lora(rank=16)'."
         )
     name, arguments = form.group(1), form.group(2) or ""
-    kind = methods.get(name)
+    if name in PRESETS:
+        preset = _from_string(PRESETS[name])
+        options = _options(text, arguments)
+        return preset.replace(**options) if options else preset
+    return methods.get(name).parse(_options(text, arguments), where=f"method {name}")
+
+
+def _options(text: str, arguments: str) -> dict[str, Any]:
+    """What stands between the parentheses, as literals."""
     try:
         call = ast.parse(f"f({arguments})", mode="eval").body
         if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
             raise ValueError("options are written name=value")
-        options = {str(k.arg): _literal(k.value) for k in call.keywords}
+        return {str(k.arg): _literal(k.value) for k in call.keywords}
     except (SyntaxError, ValueError) as error:
         raise ConfigError(f"method {text!r} cannot be read: {error}.") from None
-    return kind.parse(options, where=f"method {name}")
 
 
 def _literal(node: ast.expr) -> Any:

@@ -17,6 +17,40 @@ def selectors(names: str | Sequence[str] | None) -> str | tuple[str, ...]:
     return tuple(sorted(names or ()))
 
 
+_COMMON = {
+    "target_modules": None, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None,
+    "fan_in_fan_out": False, "bias": "none", "init_weights": True,
+}  # fmt: skip
+
+
+def read_options(
+    config: Mapping[str, Any],
+    options: Mapping[str, tuple[str, Any]],
+    lacks: Mapping[str, Any],
+    kind: str,
+) -> dict[str, Any]:
+    """Our fields of a PEFT config: the selectors that its methods share, and these options.
+
+    ``options`` maps PEFT's name to (our field, PEFT's default); ``lacks`` are options that we have not, with the
+    defaults at which they do nothing.
+    """
+    read = {
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "fan_in_fan_out",
+        "init_weights",
+    }
+    refuse_unknown(config, _COMMON | lacks, read | set(options), kind)
+    layers = config.get("layers_to_transform")
+    return {
+        "targets": selectors(config.get("target_modules")),
+        "exclude": selectors(config.get("exclude_modules")),
+        "layers": (layers,) if isinstance(layers, int) else layers,
+        **{ours: config.get(theirs, default) for theirs, (ours, default) in options.items()},
+    }
+
+
 def refuse_unknown(
     config: Mapping[str, Any], defaults: Mapping[str, Any], read: set[str], kind: str
 ) -> None:

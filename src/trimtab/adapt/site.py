@@ -19,7 +19,7 @@ from trimtab.adapt.at import At
 from trimtab.adapt.context import Context
 from trimtab.adapt.edit import Bound, Edit, enter, leave
 from trimtab.adapt.route import Layout, Owner, Part
-from trimtab.adapt.slots import Slot
+from trimtab.adapt.slots import Slot, stored
 from trimtab.errors import TargetError
 from trimtab.frozen import Layer, view
 from trimtab.frozen.experts import ExpertLayer, run
@@ -67,6 +67,7 @@ class SiteBase(nn.Module):
             if expert is not None:
                 params = {short: tensor[expert] for short, tensor in params.items()}
             call = At(edit, layer, context, part, bank, dtype, self.training)
+            call.holder = holder or self if expert is None else None
             bound.append(Bound(edit, params, bank.scales.get(edit.adapter, 1.0), call))
         return bound
 
@@ -188,13 +189,13 @@ def _hide_base(site: nn.Module, state: dict[str, Any], prefix: str, metadata: An
 
 
 def _show_base(site: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    slots = {
-        f"{prefix}{name}": p
-        for name, p in site.named_parameters()
+    own = {
+        f"{prefix}{name}": tensor.detach()
+        for name, tensor in stored(site).items()
         if not name.startswith(f"{BASE}.")
     }
-    nested = {key for key in slots if key in state}
-    for key in [key for key in state if key.startswith(prefix) and key not in slots]:
+    nested = {key for key in own if key in state}
+    for key in [key for key in state if key.startswith(prefix) and key not in own]:
         state[f"{prefix}{BASE}.{key[len(prefix) :]}"] = state.pop(key)
     if not nested:  # a state dict of the bare base: the adapters keep what they hold
-        state.update({key: parameter.detach() for key, parameter in slots.items()})
+        state.update(own)

@@ -40,38 +40,53 @@ def split(slot: str) -> tuple[str, str]:
     return (head, tail) if dot else (slot, "")
 
 
-def add(root: nn.Module, slot: str, adapter: str, tensor: Tensor) -> None:
-    """Register a tensor as the parameter of a slot below ``root``."""
+def add(root: nn.Module, slot: str, adapter: str, tensor: Tensor, *, stored: bool = True) -> None:
+    """Register a tensor at a slot below ``root``: a parameter as such, any other as a buffer.
+
+    A buffer that is not ``stored`` stays out of state dicts.
+    """
     head, tail = split(slot)
     node = root
     for segment in [*head.split("."), *([adapter] if tail else [])]:
         if segment not in node._modules:
             node.add_module(segment, Slot())
         node = node.get_submodule(segment)
-    node.register_parameter(
-        tail or adapter, tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
-    )
+    if isinstance(tensor, nn.Parameter):
+        node.register_parameter(tail or adapter, tensor)
+    else:
+        node.register_buffer(tail or adapter, tensor, persistent=stored)
 
 
-def get(root: nn.Module, slot: str, adapter: str) -> nn.Parameter:
-    """The parameter as it is now (FSDP and ``.to()`` may have replaced the object)."""
+def get(root: nn.Module, slot: str, adapter: str) -> Tensor:
+    """The tensor as it is now (FSDP and ``.to()`` may have replaced the object)."""
     head, tail = split(slot)
     node = root
     for segment in head.split("."):
         node = node._modules[segment]  # type: ignore[assignment]
     if tail:
         node = node._modules[adapter]  # type: ignore[assignment]
-    parameter = node._parameters[tail or adapter]
-    if parameter is None:
+    name = tail or adapter
+    tensor = node._parameters[name] if name in node._parameters else node._buffers[name]
+    if tensor is None:
         raise AssertionError(f"slot {slot} of {adapter} is empty")
-    return parameter
+    return tensor
 
 
 def remove(root: nn.Module, slot: str, adapter: str) -> None:
-    """Drop the parameter of a slot."""
+    """Drop the tensor of a slot."""
     head, tail = split(slot)
-    node = root.get_submodule(".".join([head, adapter] if tail else [head]))
-    del node._parameters[tail or adapter]
+    delattr(root.get_submodule(".".join([head, adapter] if tail else [head])), tail or adapter)
+
+
+def stored(root: nn.Module) -> dict[str, Tensor]:
+    """What a state dict holds of the slots below ``root``: their parameters and stored buffers, by name."""
+    found = {}
+    for path, node in root.named_modules():
+        if isinstance(node, Slot):
+            for name, tensor in [*node._parameters.items(), *node._buffers.items()]:
+                if tensor is not None and name not in node._non_persistent_buffers_set:
+                    found[f"{path}.{name}"] = tensor
+    return found
 
 
 def prune(root: nn.Module) -> None:
@@ -79,7 +94,7 @@ def prune(root: nn.Module) -> None:
     for name, child in list(root._modules.items()):
         if isinstance(child, Slot):
             prune(child)
-            if not child._modules and not child._parameters:
+            if not child._modules and not child._parameters and not child._buffers:
                 del root._modules[name]
 
 

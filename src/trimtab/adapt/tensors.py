@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trimtab.adapt.adapter import Adapter, TensorName
 from trimtab.adapt.contract import Spec
+from trimtab.adapt.disk import checksum
 from trimtab.errors import (
     AttachError,
     TargetError,
@@ -45,7 +46,8 @@ def _stacked(each: Sequence[Mapping[str, Spec]]) -> dict[str, Spec]:
         def init(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
             return torch.stack([spec.init(spec.shape, generator) for spec in specs])
 
-        return Spec(specs[0].name, (len(specs), *specs[0].shape), init, specs[0].cast)
+        first = specs[0]
+        return Spec(first.name, (len(specs), *first.shape), init, first.cast, first.stored)
 
     return {short: stacked(short) for short in each[0]}
 
@@ -58,7 +60,38 @@ def initial_tensors(
     *,
     new: bool,
 ) -> dict[TensorName, Tensor]:
-    """Initial values of a new adapter, or the checked tensors of a saved one, on their layers' devices."""
+    """Initial values of a new adapter, or the checked tensors of a saved one, on their layers' devices.
+
+    What is not stored is drawn again in either case, and ``adapter.drawn`` tells or checks its checksum.
+    """
+    expected = _expected(adapter, specs)
+    devices = [layer.device for layer in layers.values()]
+    default = devices[0] if devices else torch.device("cpu")
+    given = adapter.named()
+    if not new:
+        _same_tensors(adapter, {n: s for n, s in expected.items() if s.stored}, given)
+    made: dict[TensorName, Tensor] = {}
+    for tensor_name, spec in expected.items():
+        layer = layers.get(tensor_name.path)
+        device = default if layer is None else layer.device
+        if not new and spec.stored:
+            value = given[tensor_name]
+            if value.is_floating_point():
+                value = value.to(torch.promote_types(value.dtype, torch.float32))
+        elif device.type == "meta":
+            value = torch.empty(spec.shape, device="meta")
+        else:
+            value = spec.init(spec.shape, _generator(seed, tensor_name.key))
+            if not spec.stored:
+                _same_draw(adapter, tensor_name.key, value)
+        moved = value.to(device)
+        made[tensor_name] = moved.clone() if spec.stored else moved  # a draw may be shared
+    return made
+
+
+def _expected(
+    adapter: Adapter, specs: Mapping[tuple[int, str], Mapping[str, Spec]]
+) -> dict[TensorName, Spec]:
     expected: dict[TensorName, Spec] = {}
     for (_, path), of_site in specs.items():
         for spec in of_site.values():
@@ -68,25 +101,17 @@ def initial_tensors(
                     f"two methods of {adapter.name!r} want the slot {tensor_name.key!r}."
                 )
             expected[tensor_name] = spec
-    devices = [layer.device for layer in layers.values()]
-    default = devices[0] if devices else torch.device("cpu")
-    given = adapter.named()
-    if not new:
-        _same_tensors(adapter, expected, given)
-    made: dict[TensorName, Tensor] = {}
-    for tensor_name, spec in expected.items():
-        layer = layers.get(tensor_name.path)
-        device = default if layer is None else layer.device
-        if not new:
-            value = given[tensor_name]
-            if value.is_floating_point():
-                value = value.to(torch.promote_types(value.dtype, torch.float32))
-        elif device.type == "meta":
-            value = torch.empty(spec.shape, device="meta")
-        else:
-            value = spec.init(spec.shape, _generator(seed, tensor_name.key))
-        made[tensor_name] = value.to(device).clone()
-    return made
+    return expected
+
+
+def _same_draw(adapter: Adapter, key: str, value: Tensor) -> None:
+    """Note the checksum of a tensor that was drawn again; it must be that of the first draw."""
+    found = checksum(value.contiguous())
+    if adapter.drawn.setdefault(key, found) != found:
+        raise AttachError(
+            f"adapter {adapter.name!r}: {key!r} is drawn from a seed, and this version of torch draws other numbers "
+            "than the one that made the adapter. Use that version of torch to export it."
+        )
 
 
 def _same_tensors(

@@ -1,7 +1,7 @@
 """The state of one adapter's training as a folder, so that it resumes exactly.
 
     adapter/            the adapter folder itself
-    state.safetensors   optimiser moments and counts, gradients accumulated so far, RNG states
+    state.safetensors   optimiser moments and counts, gradients so far, what the method remembers, RNG states
     state.json          schema, counts, token weight of the gradients, and what the caller adds
 
 Nothing is pickled. Writing is atomic (`trimtab.adapt.files.replacing`).
@@ -25,16 +25,17 @@ from trimtab.errors import BaseMismatchError, FileFormatError
 
 SCHEMA = 1
 ADAPTER, TENSORS, STATE = "adapter", "state.safetensors", "state.json"
-_GRADIENT, _RNG = "grad::", "rng::"
+_GRADIENT, _RNG, _MEMORY = _OTHERS = "grad::", "rng::", "memory::"
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A state that was read: the adapter, the optimiser's and gradients' tensors, counts, and extra."""
+    """A state that was read: the adapter; tensors of the optimiser, gradients and the method's memory; counts."""
 
     adapter: Adapter
     optimiser: dict[str, Tensor]
     gradients: dict[str, Tensor]
+    memory: dict[str, Tensor]
     rng: dict[str, Tensor]
     steps: int
     weight: float
@@ -49,6 +50,8 @@ def write(tenant: Tenant, folder: Path, extra: Mapping[str, Any]) -> None:
         if parameter.grad is not None:
             tensors[f"{_GRADIENT}{key}"] = parameter.grad.detach().cpu().contiguous()
     tensors |= {f"{_RNG}{name}": value for name, value in rng_state().items()}
+    memory = tenant.stepper.memory
+    tensors |= {f"{_MEMORY}{k}": value.detach().cpu().contiguous() for k, value in memory.items()}
     counts = {
         "schema": SCHEMA,
         "steps": tenant.steps,
@@ -77,8 +80,9 @@ def read(folder: Path) -> Saved:
     try:
         return Saved(
             adapter=Adapter.load(folder / ADAPTER),
-            optimiser={k: v for k, v in tensors.items() if not k.startswith((_GRADIENT, _RNG))},
+            optimiser={k: v for k, v in tensors.items() if not k.startswith(_OTHERS)},
             gradients=_below(tensors, _GRADIENT),
+            memory=_below(tensors, _MEMORY),
             rng=_below(tensors, _RNG),
             steps=int(counts["steps"]),
             weight=float(counts["weight"]),
@@ -97,19 +101,22 @@ def restore(tenant: Tenant, saved: Saved) -> None:
     if made_for is not None and here is not None and (reason := made_for.mismatch(here)):
         raise BaseMismatchError(f"the state was saved on another base: {reason}.")
     values = saved.adapter.tensors
-    if values.keys() != tenant.adam.named.keys():
+    if values.keys() != tenant.adapter.tensors.keys():
         raise FileFormatError(
             f"the state was saved for another adapter than {tenant.adapter.name!r}: other tensors."
         )
     with torch.no_grad():
-        for key, parameter in tenant.adam.named.items():
-            parameter.copy_(values[key])
+        for key, tensor in tenant.adapter.tensors.items():
+            tensor.copy_(values[key])
     tenant.adam.clear()
     tenant.adam.restore(saved.optimiser)
     for key, value in saved.gradients.items():
         parameter = tenant.adam.named[key]
         parameter.grad = value.to(parameter.device).clone()
-    tenant.steps, tenant.weight, tenant.origins = saved.steps, saved.weight, list(saved.origins)
+    devices = {parameter.device for parameter in tenant.adam.named.values()}
+    tenant.stepper.memory = {k: v.to(next(iter(devices))) for k, v in saved.memory.items()}
+    tenant.stepper.step = saved.steps
+    tenant.weight, tenant.origins = saved.weight, list(saved.origins)
     set_rng_state(saved.rng)
 
 

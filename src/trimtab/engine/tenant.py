@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from trimtab.adapt.adapter import Adapter
+from trimtab.adapt.stepper import Stepper
 from trimtab.engine.results import StepResult
 from trimtab.errors import NonFiniteLossError, TrainingError
 from trimtab.optim.adam import Adam
@@ -30,10 +31,15 @@ class Tenant:
                 f"adapter {adapter.name!r} has no tensor that requires a gradient; "
                 "attach it with trainable=True."
             )
-        self.adam = Adam(named)
-        self.steps = 0
+        self.adam = Adam(named, adapter.rates)
+        self.stepper = Stepper(adapter)
         self.weight = 0.0
         self.origins: list[str] = []
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps done."""
+        return self.stepper.step
 
     def add(self, weight: float, origins: Iterable[str]) -> None:
         """Note that the gradients now hold these examples too."""
@@ -59,14 +65,17 @@ class Tenant:
                 f"adapter {name!r} has no gradients; call forward_backward before optim_step."
             )
         try:
-            norm = self.adam.step(params, weight)
+            self.adam.normalise(weight)
+            self.stepper.total = params.total
+            self.stepper.before()
+            norm = self.adam.step(params)
+            self.stepper.after()
         except NonFiniteLossError as error:
             raise NonFiniteLossError(
                 f"adapter {name!r}: {error} Examples: {listed(self.origins)}"
             ) from None
         finally:
             self.discard()
-        self.steps += 1
         return StepResult(self.steps, norm, weight)
 
 

@@ -88,6 +88,11 @@ class Layer(ABC):
     def write(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """A new module of the same kind that holds ``weight`` and ``bias`` densely."""
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight in canonical orientation, (out, in, *kernel)."""
+        return self.out_features, self.in_features
+
     # -- low-rank factors: ΔW = B A without building ΔW ------------------------------------------
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -52,6 +52,10 @@ class NormLayer(Layer):
     def bias(self) -> Tensor | None:
         return self.module._parameters.get("bias")
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        raise no_factors("norm")
+
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         raise no_factors("norm")
 

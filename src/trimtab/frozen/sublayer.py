@@ -49,6 +49,10 @@ class SubLayer(Layer):
     def dense(self) -> Tensor:
         raise self._no_weight()
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        raise self._no_weight()
+
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         raise self._no_weight()
 

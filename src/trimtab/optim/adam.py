@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trimtab.adapt.adapter import Adapter
 from trimtab.errors import FileFormatError, NonFiniteLossError
 from trimtab.optim.average import PREFIX, Average
 from trimtab.optim.params import AdamParams
@@ -24,12 +26,14 @@ class Adam:
 
     Args:
         named: its trained parameters by key, in a fixed order.
+        rates: factors on the learning rate by key, where they are not 1 (`Adapter.rates`).
     """
 
-    def __init__(self, named: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self, named: Mapping[str, nn.Parameter], rates: Mapping[str, float] | None = None
+    ) -> None:
         self.named = dict(named)
-        groups = [{"params": members} for members in _by_rank(self.named)]
-        self._inner = torch.optim.AdamW(groups, lr=1.0, foreach=True)
+        self._inner = torch.optim.AdamW(groups(self.named, rates or {}), lr=1.0, foreach=True)
         self.average = Average(self.named)
 
     @property
@@ -41,27 +45,28 @@ class Adam:
         """Forget all gradients."""
         self._inner.zero_grad(set_to_none=True)
 
-    def step(self, params: AdamParams, weight: float) -> float:
-        """One step on the gradients divided by ``weight``; returns their norm before clipping.
+    def normalise(self, weight: float) -> None:
+        """Divide the gradients, which are sums, by the weight of what they are sums of."""
+        torch._foreach_div_(self.gradients, weight)
 
-        Gradients are cleared. Raises `NonFiniteLossError` for a norm that is not finite; the tensors
-        and the moments are then as they were.
+    def step(self, params: AdamParams) -> float:
+        """One step on the gradients, which stay; returns their norm before clipping.
+
+        Raises `NonFiniteLossError` for a norm that is not finite; the tensors and the moments are then as
+        they were.
         """
         gradients = self.gradients
-        torch._foreach_div_(gradients, weight)
         norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
         if not math.isfinite(norm):
-            self.clear()
             raise NonFiniteLossError("the gradient is not finite; the adapter is as it was.")
         if params.clip is not None and norm > params.clip:
             torch._foreach_mul_(gradients, params.clip / (norm + 1e-6))
-        for number, group in enumerate(self._inner.param_groups):
-            group["lr"] = params.lr
+        for group in self._inner.param_groups:
+            group["lr"] = params.lr * group["rate"]
             group["betas"] = (params.beta1, params.beta2)
             group["eps"] = params.eps
-            group["weight_decay"] = params.weight_decay if number == 0 else 0.0
+            group["weight_decay"] = params.weight_decay if group["decays"] else 0.0
         self._inner.step()
-        self.clear()
         if params.ema is not None:
             self.average.update(params.ema)
         return norm
@@ -99,7 +104,32 @@ class Adam:
         self.average.restore(state)
 
 
-def _by_rank(named: Mapping[str, nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(matrices, vectors): weight decay is for the first."""
-    matrices = [p for p in named.values() if p.dim() > 1]
-    return matrices, [p for p in named.values() if p.dim() <= 1]
+def groups(named: Mapping[str, nn.Parameter], rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Parameter groups: by whether weight decay is for them (matrices), and by their factor on the rate."""
+    found: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for key, parameter in named.items():
+        found.setdefault((parameter.dim() > 1, rates.get(key, 1.0)), []).append(parameter)
+    return [
+        {"params": members, "decays": decays, "rate": rate}
+        for (decays, rate), members in sorted(
+            found.items(), key=lambda item: (not item[0][0], item[0][1])
+        )
+    ]
+
+
+def parameter_groups(
+    adapter: Adapter, lr: float, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """The groups of an attached adapter for an optimiser of one's own, with its method's rates.
+
+    ``torch.optim.AdamW(tt.parameter_groups(adapter, lr=2e-4))``
+    """
+    named = {k: p for k, p in adapter.tensors.items() if isinstance(p, nn.Parameter)}
+    return [
+        {
+            "params": group["params"],
+            "lr": lr * group["rate"],
+            "weight_decay": weight_decay if group["decays"] else 0.0,
+        }
+        for group in groups(named, adapter.rates)
+    ]

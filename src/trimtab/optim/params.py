@@ -12,7 +12,8 @@ class AdamParams(Config):
 
     ``clip`` bounds the global norm of the adapter's gradient (None: no bound). ``weight_decay`` holds
     for matrices only: vectors (biases, scales, gates) are never pulled to zero. ``ema`` keeps an
-    exponential moving average of the tensors with that decay beside them (None: none).
+    exponential moving average of the tensors with that decay beside them (None: none). ``total`` is the number
+    of steps of the whole run, for methods with a schedule of their own (AdaLoRA's budget).
     """
 
     lr: float = Field(gt=0)
@@ -22,3 +23,4 @@ class AdamParams(Config):
     weight_decay: float = Field(default=0.0, ge=0)
     clip: float | None = Field(default=1.0, gt=0)
     ema: float | None = Field(default=None, gt=0, lt=1)
+    total: int | None = Field(default=None, ge=1)

@@ -135,8 +135,8 @@ class OptimRecipe(Config):
             floor=self.floor,
         )
 
-    def params(self, lr: float) -> AdamParams:
-        """What one step is told, once the method's defaults are filled in."""
+    def params(self, lr: float, total: int | None = None) -> AdamParams:
+        """What one step of ``total`` is told, once the method's defaults are filled in."""
         return AdamParams(
             lr=lr,
             beta1=self.beta1,
@@ -145,6 +145,7 @@ class OptimRecipe(Config):
             weight_decay=self.weight_decay or 0.0,
             clip=self.clip,
             ema=self.ema,
+            total=total,
         )
 
 

@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 
 from trimtab.adapt.adapter import Adapter
+from trimtab.adapt.export import exported
 from trimtab.data import Cursor, Datum, preview
 from trimtab.engine import Engine, LossResult, StepResult
 from trimtab.errors import (
@@ -256,7 +257,7 @@ class Run:
         self.engine.micro_tokens = max(recipe.batch.micro_tokens, *lengths)
         lr = recipe.optim.rate(progress.step, self.total)
         loss: LossResult = self.engine.forward_backward(members, name)
-        done: StepResult = self.engine.optim_step(name, recipe.optim.params(lr))
+        done: StepResult = self.engine.optim_step(name, recipe.optim.params(lr, self.total))
         seconds = time.perf_counter() - began
         progress.step += 1
         progress.cursor = cursor
@@ -358,7 +359,7 @@ class Run:
             "tokens": progress.tokens,
             "metrics": {name: value for name, value in metrics.items() if name not in EACH},
         }
-        self.adapter.save(self.folder / ADAPTER)
+        exported(self.adapter).save(self.folder / ADAPTER)
         self.events.add(
             "end",
             {
