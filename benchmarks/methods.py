@@ -184,10 +184,9 @@ def one(job: Job, rows: tuple[int, int, int], out: Path) -> dict[str, Any]:
     bench = BENCHES[job.bench]
     model, (train, choose, report) = _files(bench, rows)
     try:
-        method = method_from(job.method)
-        lr = RATES.get(job.name, method.lr) * job.factor
+        lr = RATES.get(job.name, method_from(job.method).lr) * job.factor
         given = make_recipe(
-            {**bench.recipe, "model": str(model), "method": method.to_dict(), "seed": job.seed, "out": str(out)},
+            {**bench.recipe, "model": str(model), "method": job.method, "seed": job.seed, "out": str(out)},
             {"data.path": str(train), "data.held_out": str(choose), "optim.lr": lr},
         )  # fmt: skip
         recipe, base, adapter = opened_base(given)

@@ -121,7 +121,7 @@ def _line(row: Entry) -> str:
     apart = f"{row['apart']:.3f}" if row["seeds"] > 1 else "–"
     return (
         f"| {row['name']} | {known} | {apart} | {row['loss']:.4f} | {row['gap']:+.4f} | {row['trained']:,} "
-        f"| {row['share']:.2%} | {row['bytes'] / 2**20:.2f} MiB | {row['speed']:,.0f} | {row['peak'] / 2**30:.2f} GiB "
+        f"| {row['share']:.3%} | {row['bytes'] / 2**20:.2f} MiB | {row['speed']:,.0f} | {row['peak'] / 2**30:.2f} GiB "
         f"| {_unrelated(row)} | {row['rate']} |"
     )
 

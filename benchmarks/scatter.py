@@ -33,10 +33,11 @@ def scatter(
     powers = [math.log10(mark.count) for mark in marks]
     first, last = math.floor(min(powers)), math.ceil(max(powers))
     floor = math.floor(min(mark.low for mark in marks) * 20) / 20
+    ceiling = min(math.ceil(max(mark.high for mark in marks) * 20) / 20, 1.0)
 
     def place(power: float, share: float) -> tuple[float, float]:
         x = LEFT + (power - first) / max(last - first, 1) * (wide - LEFT - room)
-        return x, high - BOTTOM - (share - floor) / (1 - floor) * (high - BOTTOM - TOP)
+        return x, high - BOTTOM - (share - floor) / (ceiling - floor) * (high - BOTTOM - TOP)
 
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" font-family="sans-serif" '
@@ -48,12 +49,13 @@ def scatter(
             f'<line x1="{x:.0f}" x2="{x:.0f}" y1="{TOP}" y2="{high - BOTTOM}" stroke="#e3e6ea"/>'
             f'<text x="{x:.0f}" y="{high - BOTTOM + 18}" text-anchor="middle">{10**power:,}</text>'
         )
-    for step in range(math.floor((1 - floor) * 10 + 1e-9) + 1):
-        share = 1 - step / 10
+    steps = round((ceiling - floor) * 20)
+    for step in range(0, steps + 1, 1 if steps <= 8 else 2):
+        share = floor + step / 20
         _, y = place(first, share)
         parts.append(
             f'<line x1="{LEFT}" x2="{wide - room}" y1="{y:.0f}" y2="{y:.0f}" stroke="#e3e6ea"/>'
-            f'<text x="{LEFT - 8}" y="{y + 4:.0f}" text-anchor="end">{share:.1f}</text>'
+            f'<text x="{LEFT - 8}" y="{y + 4:.0f}" text-anchor="end">{share:.2f}</text>'
         )
     places = [place(power, mark.value) for power, mark in zip(powers, marks, strict=True)]
     for mark, power, (x, y) in zip(marks, powers, places, strict=True):

@@ -174,6 +174,15 @@ def test_a_decoder_and_labels_that_are_numbers(job: Path, tmp_path: Path) -> Non
     assert any(key.startswith("score.") for key in Adapter.load(done.folder / "adapter").tensors)
 
 
+def test_a_stream(job: Path, tmp_path: Path) -> None:
+    done = go(
+        recipe(job, tmp_path / "run", data__stream=True, data__labels=["good", "bad"], steps=16)
+    )
+    assert done.after is not None
+    assert done.after.held_out.accuracy.value > 0.8
+    assert done.after.samples[0].reference in ("good", "bad")
+
+
 def test_a_plan_of_it(job: Path, tmp_path: Path) -> None:
     found = plan(recipe(job, tmp_path / "unused"))
     assert found.steps == 24
