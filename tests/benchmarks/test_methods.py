@@ -14,7 +14,15 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks import methods, methods_table
-from benchmarks.methods import MINILM, SMOLLM2, Bench, Job
+from benchmarks.methods_benches import (
+    MINILM,
+    MOST_USED,
+    REPLACED,
+    SMOLLM2,
+    Bench,
+    Job,
+    methods_of,
+)
 from benchmarks.scatter import Mark, scatter
 from trimtab.evals.intervals import wilson
 
@@ -104,11 +112,11 @@ def test_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
 def test_all_methods_of_the_registry_are_in_it() -> None:
     import trimtab as tt
 
-    known = methods.methods_of(MINILM)
-    assert set(tt.methods()) - set(methods.REPLACED) <= known.keys()
+    known = methods_of(MINILM)
+    assert set(tt.methods()) - set(REPLACED) <= known.keys()
     assert {"head only", "full fine-tuning", "houlsby"} <= known.keys()
     assert next(iter(known)) == "full fine-tuning"
-    assert tuple(methods.methods_of(SMOLLM2)) == methods.MOST_USED
+    assert tuple(methods_of(SMOLLM2)) == MOST_USED
     for bench in (MINILM, SMOLLM2):
         assert len(bench.factors) >= 3
         assert json.loads(json.dumps(bench.settings())) == bench.settings()
