@@ -32,6 +32,11 @@ SMALL = {
     "randlora": "randlora(rank=8, alpha=32)",
     "mora": "mora(rank=2)",
     "miss": "miss(rank=4)",
+    "oft": "oft(block=8)",
+    "boft": "boft(block=4, factors=2)",
+    "hra": "hra(rank=4)",
+    "tokens": "tokens(ids=(5, 17, 40, 3, 60))",
+    "diff": "diff(keep=0.1)",
 }
 ON_MODEL = {
     ("lora", "mixed"): "lora(rank=4, targets=['embed', 're:conv.*', 'grouped', 'head'])",
@@ -48,8 +53,23 @@ ON_MODEL = {
         (name, "mixed"): SMALL[name].replace(
             ")", ", targets=['embed', 're:conv.*', 'grouped', 'head'])"
         )
-        for name in ("loha", "lokr", "hira", "fourierft", "vera", "randlora", "mora", "miss")
+        for name in (
+            "loha",
+            "lokr",
+            "hira",
+            "fourierft",
+            "vera",
+            "randlora",
+            "mora",
+            "miss",
+            "hra",
+            "diff",
+        )
     },
+    ("piggyback", "mixed"): "piggyback(targets=['embed', 're:conv.*', 'grouped', 'head'])",
+    ("oft", "mixed"): "oft(block=2, targets=['embed', 'conv1', 'conv2', 'grouped', 'head'])",
+    ("boft", "mixed"): "boft(block=2, targets=['embed', 're:conv.*', 'grouped', 'head'])",
+    ("tokens", "mixed"): "tokens(ids=(5, 17, 40, 3, 60), targets='embed')",
     ("lora", "classifier"): "lora(rank=4, train=['score'])",
     ("lora", "bert"): "lora(rank=4, train=['classifier'])",
 }
@@ -74,6 +94,7 @@ NOT_MERGEABLE = {
 }
 IDENTITY_AT_FIRST = {
     "lora", "dora", "ia3", "bitfit", "spottune", "full", "loha", "lokr", "hira", "vera", "randlora", "mora", "miss",
+    "oft", "boft", "hra", "norms", "tokens", "piggyback", "diff",
 }  # fmt: skip
 """Methods whose papers start them as the identity (a Houlsby bottleneck only nearly; a prefix never)."""
 

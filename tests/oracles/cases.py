@@ -7,17 +7,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft import (
+    BOFTConfig,
     FourierFTConfig,
     HiraConfig,
+    HRAConfig,
     IA3Config,
+    LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
     MissConfig,
+    OFTConfig,
     PeftConfig,
     PrefixTuningConfig,
     RandLoraConfig,
     TaskType,
+    TrainableTokensConfig,
     VeraConfig,
 )
 from torch import nn
@@ -262,4 +267,25 @@ WEIGHT = [
     Case("miss-mini", kit.llama, MissConfig(target_modules=QVD, r=4, mini_r=8, init_weights="mini"),
          tt.MiSS(rank=4, variant="mini", mini=8, targets=tuple(QVD))),
 ]  # fmt: skip
-CASES = [*LORA, *DORA, *IA3, *PREFIX, *WEIGHT]
+ROTATION = [
+    Case("oft", kit.llama, OFTConfig(target_modules=QVD, oft_block_size=8), tt.OFT(block=8, targets=tuple(QVD))),
+    Case("oft-blocks", kit.llama, OFTConfig(target_modules=QVD, r=4, oft_block_size=0),
+         tt.OFT(blocks=4, targets=tuple(QVD))),
+    Case("oft-shared", kit.bert, OFTConfig(target_modules=["output.dense"], oft_block_size=4, block_share=True),
+         tt.OFT(block=4, share=True, targets=("output.dense",))),
+    Case("oft-exact", kit.llama, OFTConfig(target_modules=QVD, oft_block_size=8, use_cayley_neumann=False),
+         tt.OFT(block=8, series="inverse", targets=tuple(QVD)), fp32_only=True),
+    Case("boft", kit.bert, BOFTConfig(target_modules=["query", "output.dense"]),
+         tt.BOFT(targets=("query", "output.dense")), fp32_only=True),
+    Case("hra", kit.llama, HRAConfig(target_modules=QVD, r=4), tt.HRA(rank=4, targets=tuple(QVD)), fp32_only=True),
+    Case("hra-orthogonal", kit.llama, HRAConfig(target_modules=QVD, r=3, apply_GS=True),
+         tt.HRA(rank=3, orthogonal=True, targets=tuple(QVD)), fp32_only=True),
+]  # fmt: skip
+SELECTION = [
+    Case("norms", kit.bert, LNTuningConfig(target_modules=["LayerNorm"]), tt.Norms()),
+    Case("norms-rms", kit.llama, LNTuningConfig(target_modules=["input_layernorm", "post_attention_layernorm"]),
+         tt.Norms(targets=("input_layernorm", "post_attention_layernorm"))),
+    Case("tokens", kit.llama, TrainableTokensConfig(token_indices=[3, 9, 50], target_modules=["embed_tokens"]),
+         tt.Tokens(ids=(3, 9, 50), targets=("embed_tokens",))),
+]  # fmt: skip
+CASES = [*LORA, *DORA, *IA3, *PREFIX, *WEIGHT, *ROTATION, *SELECTION]

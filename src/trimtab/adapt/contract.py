@@ -221,7 +221,7 @@ class Method(Config, ABC):
         self, parts: Sequence[tuple[Method, Params]], role: str
     ) -> tuple[Method, dict[str, Tensor]]:
         """One method and its tensors at this site, whose edit is the sum of the parts' edits."""
-        if self.adds and all(method == self for method, _ in parts):
+        if self.adds and all(_mathematics(method) == _mathematics(self) for method, _ in parts):
             total = torch.stack([p[self.scales] for _, p in parts]).sum(0)
             return self, {**parts[0][1], self.scales: total}
         raise UnsupportedError(
@@ -253,8 +253,6 @@ class Method(Config, ABC):
         ``slots`` are the names and shapes in the weights file. Raise `FileFormatError` for an option
         that changes the mathematics and that we do not have.
         """
-        if not cls.peft_options:
-            return None
         return cls(**read_options(config, cls.peft_options, cls.peft_lacks, cls.kind))
 
     def roles_in_file(self, path: str, slots: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
@@ -271,6 +269,12 @@ class Method(Config, ABC):
     def overrides(self, hook: str) -> bool:
         """Whether this class makes that edit at all."""
         return getattr(type(self), hook) is not getattr(Method, hook)
+
+
+def _mathematics(method: Method) -> dict[str, Any]:
+    """All that a method says but where it acts."""
+    where = ("targets", "exclude", "layers", "train")
+    return {"kind": method.kind, **{name: value for name, value in method if name not in where}}
 
 
 def pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:

@@ -29,6 +29,13 @@ METHODS = {
     "randlora": "trimtab.methods.randlora:RandLoRA",
     "mora": "trimtab.methods.mora:MoRA",
     "miss": "trimtab.methods.miss:MiSS",
+    "oft": "trimtab.methods.oft:OFT",
+    "boft": "trimtab.methods.boft:BOFT",
+    "hra": "trimtab.methods.hra:HRA",
+    "norms": "trimtab.methods.norms:Norms",
+    "tokens": "trimtab.methods.tokens:Tokens",
+    "piggyback": "trimtab.methods.piggyback:Piggyback",
+    "diff": "trimtab.methods.diff:DiffPruning",
     "prefix": "trimtab.methods.prefix:Prefix",
     "spottune": "trimtab.methods.spottune:SpotTune",
 }

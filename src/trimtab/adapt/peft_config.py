@@ -17,7 +17,7 @@ def selectors(names: str | Sequence[str] | None) -> str | tuple[str, ...]:
     return tuple(sorted(names or ()))
 
 
-_COMMON = {
+_COMMON: dict[str, Any] = {
     "target_modules": None, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None,
     "fan_in_fan_out": False, "bias": "none", "init_weights": True,
 }  # fmt: skip
@@ -41,7 +41,7 @@ def read_options(
         "fan_in_fan_out",
         "init_weights",
     }
-    refuse_unknown(config, _COMMON | lacks, read | set(options), kind)
+    refuse_unknown(config, _COMMON | dict(lacks), read | set(options), kind)
     layers = config.get("layers_to_transform")
     return {
         "targets": selectors(config.get("target_modules")),
@@ -54,7 +54,10 @@ def read_options(
 def refuse_unknown(
     config: Mapping[str, Any], defaults: Mapping[str, Any], read: set[str], kind: str
 ) -> None:
-    """Raise for a PEFT option that is set away from its default and that nobody reads."""
+    """Raise for a PEFT option that is set away from its default and that nobody reads.
+
+    The default ``...`` is for options whose value changes nothing here.
+    """
     common = {
         "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
         "inference_mode", "modules_to_save", "runtime_config",
@@ -66,7 +69,7 @@ def refuse_unknown(
             raise FileFormatError(
                 f"{CONFIG}: unknown option {key!r} of {kind}; a newer PEFT wrote it."
             )
-        if value not in (defaults[key], None, [], {}, ""):
+        if defaults[key] is not ... and value not in (defaults[key], None, [], {}, ""):
             raise UnsupportedError(
                 f"{CONFIG}: option {key}={value!r} of {kind} changes the adapter; Trimtab lacks it."
             )

@@ -117,6 +117,10 @@ class Layer(ABC):
         """A vector over the output channels, shaped to broadcast over the output."""
         return v
 
+    def rescaled(self, y: Tensor) -> Tensor:
+        """What the layer itself does to a product with its weight (some embeddings scale theirs)."""
+        return y
+
     def row_norms(self, weight: Tensor) -> Tensor:
         """L2 norm of each output channel's weights, in fp32 or wider."""
         return self.wide(weight).flatten(1).norm(dim=1)

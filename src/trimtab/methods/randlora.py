@@ -32,7 +32,7 @@ class RandLoRA(Method):
         "r": ("rank", 32), "randlora_alpha": ("alpha", 640), "projection_prng_key": ("seed", 0),
     }  # fmt: skip
     peft_lacks: ClassVar[Mapping[str, Any]] = {
-        "save_projection": True, "sparse": False, "very_sparse": False, "randlora_dropout": 0.0,
+        "save_projection": ..., "sparse": False, "very_sparse": False, "randlora_dropout": 0.0,
     }  # fmt: skip
     peft_drawn: ClassVar[tuple[str, ...]] = ("randlora_A", "randlora_B")
     disk: ClassVar[Mapping[str, str]] = {n: n for n in ("randlora_lambda", "randlora_gamma")}

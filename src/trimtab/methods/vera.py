@@ -34,7 +34,7 @@ class VeRA(Method):
         "r": ("rank", 256), "projection_prng_key": ("seed", 0), "vera_dropout": ("dropout", 0.0),
         "d_initial": ("d_initial", 0.1),
     }  # fmt: skip
-    peft_lacks: ClassVar[Mapping[str, Any]] = {"save_projection": True}
+    peft_lacks: ClassVar[Mapping[str, Any]] = {"save_projection": ...}
     peft_drawn: ClassVar[tuple[str, ...]] = ("vera_A", "vera_B")
     disk: ClassVar[Mapping[str, str]] = {n: n for n in ("vera_lambda_b", "vera_lambda_d")}
     short_names: ClassVar[Mapping[str, str]] = {"vera_lambda_b": "b", "vera_lambda_d": "d"}
