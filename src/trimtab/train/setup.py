@@ -46,9 +46,10 @@ def opened_base(recipe: Recipe) -> tuple[Recipe, Base, Adapter]:
 
 
 def with_head(method: Method, anatomy: Anatomy) -> Method:
-    """A method that trains the classification head too, in full, unless it says itself what becomes of the head."""
+    """A method that trains the classification head too, in full, unless it acts there or trains modules of its own
+    choice already."""
     places = {place.path for place in method.place(anatomy)}
-    if "train" in method.model_fields_set or places.intersection(anatomy.head):
+    if method.train or places.intersection(anatomy.head):
         return method
     return method.replace(train=("head",))
 
