@@ -187,7 +187,7 @@ def _site(
         site = (
             ExpertsSite(module, where, bank)
             if path in anatomy.experts
-            else Site(module, where, bank, anatomy.width)
+            else Site(module, where, bank, anatomy.width_at(where))
         )
         replace(model, module, site)
         existing[where] = site

@@ -144,4 +144,4 @@ def layer_at(anatomy: Anatomy, path: str) -> Layer:
             "the model itself is the target; put it into a container module and attach to that."
         )
     module = anatomy.modules[path]
-    return view(module) or SubLayer(module, anatomy.width, anatomy.around(path))
+    return view(module) or SubLayer(module, anatomy.width_at(path), anatomy.around(path))

@@ -75,7 +75,8 @@ class SpotTune(Method):
         return {} if role == POLICY else self.inner.tensors(layer, role)
 
     def shared(self, anatomy: Anatomy, places: Sequence[Place]) -> dict[str, Spec]:
-        width, count = anatomy.width, len(anatomy.blocks)
+        width = anatomy.width_at(anatomy.role("input_embedding")[0])
+        count = len(anatomy.blocks)
         return {
             "norm": Spec("policy.norm.weight", (width,), ones),
             "down": Spec("policy.down.weight", (self.hidden, width), normal(width**-0.5)),

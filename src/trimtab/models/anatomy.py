@@ -22,7 +22,11 @@ from torch import nn
 from trimtab.errors import TargetError, suggest
 from trimtab.frozen import Layer, view
 from trimtab.frozen.experts import ExpertLayer, expert_parameters
-from trimtab.models.families import FAMILIES, GENERIC, ROLES, Family
+from trimtab.models.families import HEADS, ROLES, family_of
+from trimtab.models.family import Family
+from trimtab.models.fused import Fused, FusedRows
+from trimtab.models.globs import glob_match
+from trimtab.models.heads import Heads, heads_of
 
 
 class Anatomy:
@@ -44,9 +48,8 @@ class Anatomy:
         self.modules = modules
         self.aliases = aliases
         self.config = root.__dict__.get("config")
-        model_type = getattr(self.config, "model_type", None)
-        self.family: Family = FAMILIES.get(model_type, GENERIC) if model_type else GENERIC
-        self.model_type: str | None = model_type
+        self.family: Family = family_of(self.config)
+        self.model_type: str | None = getattr(self.config, "model_type", None)
 
     # -- facts ---------------------------------------------------------------------------------------
 
@@ -70,22 +73,59 @@ class Anatomy:
         get = getattr(self.config, "get_text_config", None)
         return self.config if get is None else get()
 
+    def width_at(self, path: str) -> int:
+        """Width of the hidden states around a module: towers of one model may differ."""
+        return int(getattr(self._config_at(path), "hidden_size", 0) or 0)
+
+    def _config_at(self, path: str) -> Any:
+        """The nearest config around a module that tells a width; else the model's."""
+        while path:
+            config = self.modules[path].__dict__.get("config") if path in self.modules else None
+            if getattr(config, "hidden_size", None):
+                return config
+            path = path.rpartition(".")[0]
+        return self._text_config
+
     @property
     def key_heads(self) -> tuple[int, int]:
         """(number of key heads, width of a head) of the attention, from the config."""
-        config = self._text_config
-        heads = getattr(config, "num_attention_heads", None)
-        if heads is None:
+        return self.key_heads_at("")
+
+    def key_heads_at(self, path: str) -> tuple[int, int]:
+        """`key_heads` at a module: towers of one model may differ."""
+        heads = self._heads_at(path)
+        return heads.keys, heads.width
+
+    def _heads_at(self, path: str) -> Heads:
+        found = heads_of(self._config_at(path))
+        if found is None:
             raise TargetError(
                 f"{type(self.root).__name__} has no config that tells its attention heads."
             )
-        keys = getattr(config, "num_key_value_heads", None) or heads
-        width = (
-            getattr(config, "head_dim", None)
-            or getattr(config, "d_kv", None)
-            or self.width // int(heads)
-        )
-        return int(keys), int(width)
+        return found
+
+    def fused_rows(self, path: str) -> FusedRows:
+        """Which output rows of the fused projection at a path are queries, keys and values."""
+        return self.fused(path).rows
+
+    def fused(self, path: str) -> Fused:
+        """How the output rows of the fused projection at a path divide.
+
+        Raises:
+            TargetError: the layer has another number of rows than the config's heads need.
+        """
+        layer = view(self.modules[path])
+        rows = 0 if layer is None else layer.out_features
+        if self.config is None:
+            found = Fused(1, rows // 3, rows // 3)  # as timm and torch stack them
+        else:
+            found = self._heads_at(path).fused(grouped=self.family.fused == "grouped")
+        if found.outputs != rows:
+            raise TargetError(
+                f"{path!r} has {rows} outputs, and {found.outputs} are needed for its queries, keys and values; "
+                "name targets whose outputs are keys or values alone."
+            )
+        return found
 
     def weighted(self, path: str) -> bool:
         """Whether the module at a path is a layer with a weight that Trimtab knows."""
@@ -155,8 +195,7 @@ class Anatomy:
     @cached_property
     def head(self) -> list[str]:
         """The output head: what transformers calls so, and classification heads by their usual names."""
-        names = ("lm_head", "score", "classifier", "qa_outputs", "cls", "embed_out", "head")
-        found = [path for path in self.modules if path.split(".")[0] in names]
+        found = [path for path in self.modules if path.split(".")[0] in HEADS]
         return [path for path in found if view(self.modules[path]) is not None]
 
     @cached_property
@@ -192,20 +231,7 @@ class Anatomy:
             return self.norms
         if role == "all":
             return self.whole
-        globs = {
-            "attention": self.family.attention,
-            "mlp": self.family.mlp,
-            "queries": self.family.queries,
-            "keys": self.family.keys,
-            "values": self.family.values,
-            "fused_qkv": self.family.fused_qkv,
-            "attention_output": self.family.attention_output,
-            "mlp_output": self.family.mlp_output,
-            "mlp_down": self.family.mlp_down,
-            "embeddings": self.family.embeddings,
-            "input_embedding": self.family.input_embedding,
-            "self_attention": self.family.self_attention,
-        }[role]
+        globs = self.family.roles[role]
         pool = [*self.modules, *self.experts, *self.aliases]
         matched = [path for path in pool if any(glob_match(g, path) for g in globs)]
         found = list(dict.fromkeys(self.aliases.get(path, path) for path in matched))
@@ -302,22 +328,6 @@ class Anatomy:
         if not kept:
             raise TargetError(f"no selected module lies in layers {sorted(wanted)}.")
         return kept
-
-
-def glob_match(pattern: str, path: str) -> bool:
-    """``*`` matches within a segment, ``**.`` any number of leading segments (none included)."""
-    return _compiled(pattern).fullmatch(path) is not None
-
-
-_PATTERNS: dict[str, re.Pattern[str]] = {}
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    if pattern not in _PATTERNS:
-        text = re.escape(pattern).replace(r"\*\*\.", r"(?:.*\.)?").replace(r"\*\*", ".*")
-        text = text.replace(r"\*", r"[^.]*").replace(r"\?", "[^.]")
-        _PATTERNS[pattern] = re.compile(text)
-    return _PATTERNS[pattern]
 
 
 def _listed(value: str | Sequence[str]) -> list[str]:
