@@ -2,18 +2,26 @@
 
 A method that registers is here at once, with its defaults; ``SMALL`` only makes known ones small. A cell that
 is not in ``REFUSED`` must work.
+
+The product of methods, models and laws is too large for each change. Without ``TRIMTAB_LAWS=all`` (``make laws``)
+every law runs for every method on one model (those about layer kinds on a second); on every other model each
+method meets some of the laws and each law some of the methods (`tests/laws/test_cells.py` proves it).
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from transformers.models.t5 import modeling_t5
 
 import trimtab as tt
-from tests.tiny import CASES
+from tests.tiny import CASES, Case
 from trimtab.adapt.contract import Method
 from trimtab.adapt.parse import method_from
 
@@ -42,8 +50,14 @@ ON_MODEL = {
 
 NO_ATTENTION = "there is no attention in it to put keys and values into"
 NO_BLOCKS = "it has no transformer blocks and no hidden states of one width"
+NO_REGISTRY = (
+    "its attention computes softmax itself, outside the attention registry of transformers"
+)
 REFUSED = {
     ("bottleneck", "mixed"): NO_BLOCKS,
+    ("prefix", "bloom"): NO_REGISTRY,
+    ("prefix", "deberta"): NO_REGISTRY,
+    ("prefix", "falcon"): NO_REGISTRY,
     ("prefix", "mixed"): NO_ATTENTION,
     ("spottune", "mixed"): NO_BLOCKS,
 }
@@ -82,6 +96,85 @@ def registered() -> list[str]:
 
 def cells() -> list[Cell]:
     return [Cell(m, c) for m in registered() for c in CASES if (m, c) not in REFUSED]
+
+
+# -- which cells a law runs on ------------------------------------------------------------------------
+
+Where = Callable[[Case], bool]
+
+
+def _anywhere(case: Case) -> bool:
+    return True
+
+
+def _generates(case: Case) -> bool:
+    return case.generates
+
+
+def _decodes(case: Case) -> bool:
+    return case.decodes
+
+
+def _packs(case: Case) -> bool:
+    return case.packs
+
+
+LAWS: Mapping[str, Where] = {
+    "test_the_edit_does_something": _anywhere,
+    "test_identity_at_first": _anywhere,
+    "test_disabled_is_the_base_bitwise": _anywhere,
+    "test_merge_is_forward": _anywhere,
+    "test_closed_form_merge_is_the_identity_push": _anywhere,
+    "test_a_row_in_a_mixed_batch_is_the_row_alone": _anywhere,
+    "test_every_method_shares_a_batch_with_this_one": _anywhere,
+    "test_trained_together_is_trained_alone": _anywhere,
+    "test_exactly_the_declared_parameters_learn_and_the_base_stays": _anywhere,
+    "test_save_and_load_is_the_identity": _anywhere,
+    "test_detach_leaves_no_trace": _anywhere,
+    "test_state_dict_keeps_the_names_of_the_base": _anywhere,
+    "test_copies_are_independent": _anywhere,
+    "test_checkpointed_gradients_are_plain_gradients": _anywhere,
+    "test_mixed_rows_generate_as_each_alone": _generates,
+    "test_beams_of_mixed_rows_are_the_beams_of_each_alone": _generates,
+    "test_a_cache_changes_nothing": _generates,
+    "test_left_padding_changes_nothing": _decodes,
+    "test_a_packed_document_is_the_document_alone": _packs,
+}
+"""Each law, by the name of its test, and the models that it is about."""
+ON_KINDS = {
+    "test_identity_at_first",
+    "test_merge_is_forward",
+    "test_closed_form_merge_is_the_identity_push",
+    "test_a_row_in_a_mixed_batch_is_the_row_alone",
+    "test_trained_together_is_trained_alone",
+    "test_exactly_the_declared_parameters_learn_and_the_base_stays",
+}
+"""Laws that run for every method on the plain module with every kind of layer too."""
+FULL = os.environ.get("TRIMTAB_LAWS") == "all"
+
+
+def cells_of(law: str, *, full: bool = FULL) -> list[Cell]:
+    """The cells that a law runs on."""
+    about = LAWS[law]
+    found = [cell for cell in cells() if about(CASES[cell.model])]
+    return found if full else [cell for cell in found if _sampled(law, cell)]
+
+
+def _sampled(law: str, cell: Cell) -> bool:
+    """Laws are dealt out to the methods of a model in turn: as many to each as are needed to deal out all."""
+    if cell.model == "llama" or (cell.model == "mixed" and law in ON_KINDS):
+        return True
+    laws = [name for name, about in LAWS.items() if about(CASES[cell.model])]
+    methods = [name for name in registered() if (name, cell.model) not in REFUSED]
+    each = -(-len(laws) // len(methods))
+    turn = list(CASES).index(cell.model)  # so that a method meets other laws on the next model
+    first = (methods.index(cell.method) * each + turn) % len(laws)
+    return (laws.index(law) - first) % len(laws) < each
+
+
+def law(test: Callable[..., None]) -> Any:
+    """Decorates a test of a ``cell``: it runs on those of its law."""
+    return pytest.mark.parametrize("cell", cells_of(test.__name__), ids=lambda cell: cell.id)(test)
 
 
 def shaken(adapter: tt.Adapter, size: float = 0.2, seed: int = 1) -> tt.Adapter:
