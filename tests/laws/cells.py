@@ -46,6 +46,9 @@ ON_MODEL = {
     ): "full(targets=['embed', 're:conv.*', 'grouped', 'head', 'norm', 'batch_norm'])",
     ("lora", "classifier"): "lora(rank=4, train=['score'])",
     ("lora", "bert"): "lora(rank=4, train=['classifier'])",
+    # each tower has attention of its own width, and an input of its own
+    ("prefix", "clip"): "prefix(length=3, init_std=1.0, targets='re:text_model.*self_attn')",
+    ("spottune", "clip"): "spottune(inner=lora(rank=4, targets='re:vision_model.*fc.'), hidden=8)",
 }
 
 NO_ATTENTION = "there is no attention in it to put keys and values into"

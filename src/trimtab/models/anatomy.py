@@ -148,6 +148,11 @@ class Anatomy:
         ]
         return [p for p in found if not any(p.startswith(f"{q}.") for q in found)]
 
+    @cached_property
+    def apart(self) -> list[str]:
+        """Modules that are called once per owner where a batch mixes adapters."""
+        return [p for p in self.modules if any(glob_match(g, p) for g in self.family.apart)]
+
     def around(self, path: str) -> nn.Module:
         """The nearest module that encloses ``path`` and has parameters (the root, if none has)."""
         while path:
@@ -162,6 +167,12 @@ class Anatomy:
             if path == block or path.startswith(f"{block}."):
                 return index
         return None
+
+    def inputs_of(self, paths: Sequence[str]) -> list[str]:
+        """The input embeddings that these modules hear from: of their own tower, where a model has several."""
+        found = self.role("input_embedding")
+        towers = {path.partition(".")[0] for path in paths}
+        return [p for p in found if len(found) == 1 or towers == {p.partition(".")[0]}]
 
     @cached_property
     def experts(self) -> dict[str, str]:

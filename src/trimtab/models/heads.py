@@ -36,9 +36,10 @@ def heads_of(config: Any) -> Heads | None:
 
 def _key_heads(config: Any) -> int | None:
     """The number of key heads, where it may differ from that of query heads."""
+    if config.model_type == "falcon" and config.new_decoder_architecture:
+        return config.num_kv_heads
     if config.model_type == "falcon":
-        several = config.new_decoder_architecture or not config.multi_query
-        return config.num_kv_heads if several else 1
+        return 1 if config.multi_query else None
     if config.model_type == "gpt_bigcode":
         return 1 if config.multi_query else None
     return getattr(config, "num_key_value_heads", None)
