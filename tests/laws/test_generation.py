@@ -110,7 +110,8 @@ def test_a_gate_refuses_a_cache_that_began_without_it(model_name: str) -> None:
 @law
 @torch.no_grad()
 def test_left_padding_changes_nothing(cell: Cell) -> None:
-    model = CASES[cell.model].model()
+    # fp32: BLOOM takes its softmax in fp32, where the least number of fp64 is minus infinity
+    model = CASES[cell.model].model(torch.float32)
     ids = CASES[cell.model].inputs()["input_ids"]
     attached(cell, model)
     padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), ids[:2]], 1)
