@@ -27,9 +27,9 @@ from transformers import (
 
 import trimtab as tt
 from tests import tiny
-from tests.tiny import CASES, SMALL_DECODER, VOCABULARY, output
+from tests.tiny import CASES, SMALL_DECODER, VOCABULARY, output, pick
 from trimtab.adapt.tree import anatomy_of
-from trimtab.errors import TargetError
+from trimtab.errors import TargetError, UnsupportedError
 from trimtab.models.fused import Fused
 
 
@@ -91,6 +91,8 @@ MODELS = {
     "opt-post-norm": lambda: opt(first=False),
     "phi3": phi3,
 }
+OWN_SOFTMAX = ("bloom", "deberta", "falcon", "gpt-neo")
+"""Models whose attention does not ask the registry of transformers for its function."""
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
@@ -323,9 +325,64 @@ def test_widths_and_heads_of_two_towers() -> None:
     assert (anatomy.key_heads_at(text), anatomy.key_heads_at(vision)) == ((4, 8), (4, 6))
 
 
-def test_a_policy_cannot_read_two_towers() -> None:
-    from trimtab.errors import UnsupportedError
+@pytest.mark.parametrize("name", ["bert", "gpt2", "roberta", "clip"])
+@torch.no_grad()
+def test_positions_that_a_batch_shares_are_looked_up_for_each_row_of_a_mixed_one(name: str) -> None:
+    model, inputs = CASES[name].make().double(), CASES[name].inputs()
+    for number, who in enumerate(("a", "b")):
+        adapter = tt.attach(model, "lora(rank=2, targets='embeddings')", who)
+        generator = torch.Generator().manual_seed(number)
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
+    rows = ["a", None, "b", "a"]
+    with tt.rows(model, rows):
+        together = output(model, inputs)
+    for row, who in enumerate(rows):
+        with tt.using(model, who):
+            assert (together[row] - output(model, pick(inputs, [row]))[0]).abs().max() < 1e-9
 
+
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - CASES.keys()))
+@torch.no_grad()
+def test_methods_share_a_batch_on_families_without_laws_of_their_own(name: str) -> None:
+    model = MODELS[name]().double()
+    inputs = {key: value.repeat(2, 1) for key, value in inputs_of(model).items()}
+    prefix = "lora(rank=2, alpha=1)" if name in OWN_SOFTMAX else "prefix(length=3, init_std=1.0)"
+    texts = ["lora(rank=2)", "ia3", "bottleneck(size=3)", prefix]
+    for number, text in enumerate(texts):
+        adapter = tt.attach(model, text, str(number))
+        generator = torch.Generator().manual_seed(number)
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    with tt.rows(model, ["0", "1", "2", "3"]):
+        together = output(model, inputs)
+    for row in range(4):
+        with tt.using(model, str(row)):
+            alone = output(model, pick(inputs, [row]))[0]
+        assert (together[row] - alone).abs().max() < 1e-9, texts[row]
+        with tt.using(model, None):
+            assert not torch.equal(alone, output(model, pick(inputs, [row]))[0]), texts[row]
+    for who, text in (("0", "lora"), ("1", "ia3")):
+        with tt.using(model, who):
+            expected = output(model, inputs)
+        assert (output(tt.merge(model, who), inputs) - expected).abs().max() < 1e-5, text
+
+
+@pytest.mark.parametrize("name", OWN_SOFTMAX)
+def test_a_prefix_is_refused_where_attention_asks_no_registry(name: str) -> None:
+    with pytest.raises(UnsupportedError, match="does not use the attention registry"):
+        tt.attach(MODELS[name](), "prefix", "a")
+
+
+def test_a_table_that_is_never_called_is_no_site() -> None:
+    """DeBERTa's relative positions are read from the weight of an embedding that nobody calls."""
+    model = tiny.deberta()
+    assert "deberta.encoder.rel_embeddings" not in anatomy_of(model).role("all")
+    with pytest.raises(TargetError, match="never called"):
+        tt.attach(model, "full(targets='rel_embeddings')", "a")
+
+
+def test_a_policy_cannot_read_two_towers() -> None:
     with pytest.raises(UnsupportedError, match="two towers, target one"):
         tt.attach(tiny.clip(), "spottune", "a")
 

@@ -153,6 +153,11 @@ class Anatomy:
         """Modules that are called once per owner where a batch mixes adapters."""
         return [p for p in self.modules if any(glob_match(g, p) for g in self.family.apart)]
 
+    @cached_property
+    def uncalled(self) -> list[str]:
+        """Layers whose weight is read without calling them."""
+        return [p for p in self.modules if any(glob_match(g, p) for g in self.family.uncalled)]
+
     def around(self, path: str) -> nn.Module:
         """The nearest module that encloses ``path`` and has parameters (the root, if none has)."""
         while path:
@@ -229,6 +234,7 @@ class Anatomy:
             and isinstance(module, nn.Embedding)
             and id(module.weight) in owners
         }
+        lenders |= set(self.uncalled)
         found = [path for path in self.modules if self.weighted(path) and path not in lenders]
         return [*found, *self.experts]
 

@@ -135,6 +135,7 @@ DEBERTA = replace(
     apart=(
         "**.encoder",
     ),  # distances are projected once for all rows, by the layers of queries and keys
+    uncalled=("**.encoder.rel_embeddings",),
 )
 DISTILBERT = Family(
     blocks=("**.transformer.layer.*",),

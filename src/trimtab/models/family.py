@@ -28,8 +28,9 @@ class Family:
 
     ``fused`` says how the rows of a fused projection lie: all queries before all keys before all values, or so for
     each key head. ``shifts_positions``: positions are given from outside and counted from 0, so that a prefix can
-    move them. ``apart``: modules that compute something once for all rows of a batch from adapted layers, and so
-    are called once per owner where a batch mixes adapters.
+    move them. ``apart``: modules that compute something once for all rows of a batch from adapted layers, so they
+    are called once per owner where a batch mixes adapters. ``uncalled``: layers whose weight is read without calling them,
+    which no edit can reach.
     """
 
     blocks: tuple[str, ...]
@@ -51,6 +52,7 @@ class Family:
     fused: Literal["stacked", "grouped"] = "stacked"
     shifts_positions: bool = True
     apart: tuple[str, ...] = ()
+    uncalled: tuple[str, ...] = ()
 
     @property
     def roles(self) -> Mapping[str, tuple[str, ...]]:
