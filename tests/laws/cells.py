@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from torch import nn
 from transformers.models.t5 import modeling_t5
 
 import trimtab as tt
-from tests.tiny import CASES, Case
+from tests.tiny import CASES
 from trimtab.adapt.contract import Method
 from trimtab.adapt.parse import method_from
 
@@ -103,31 +104,39 @@ def cells() -> list[Cell]:
 
 # -- which cells a law runs on ------------------------------------------------------------------------
 
-Where = Callable[[Case], bool]
+Where = Callable[[Cell], bool]
 
 
-def _anywhere(case: Case) -> bool:
+def _anywhere(cell: Cell) -> bool:
     return True
 
 
-def _generates(case: Case) -> bool:
-    return case.generates
+def _starts_as_identity(cell: Cell) -> bool:
+    return cell.method in IDENTITY_AT_FIRST
 
 
-def _decodes(case: Case) -> bool:
-    return case.decodes
+def _merges(cell: Cell) -> bool:
+    return cell.method not in NOT_MERGEABLE
 
 
-def _packs(case: Case) -> bool:
-    return case.packs
+def _generates(cell: Cell) -> bool:
+    return CASES[cell.model].generates
+
+
+def _decodes(cell: Cell) -> bool:
+    return CASES[cell.model].decodes
+
+
+def _packs(cell: Cell) -> bool:
+    return CASES[cell.model].packs
 
 
 LAWS: Mapping[str, Where] = {
     "test_the_edit_does_something": _anywhere,
-    "test_identity_at_first": _anywhere,
+    "test_identity_at_first": _starts_as_identity,
     "test_disabled_is_the_base_bitwise": _anywhere,
     "test_merge_is_forward": _anywhere,
-    "test_closed_form_merge_is_the_identity_push": _anywhere,
+    "test_closed_form_merge_is_the_identity_push": _merges,
     "test_a_row_in_a_mixed_batch_is_the_row_alone": _anywhere,
     "test_every_method_shares_a_batch_with_this_one": _anywhere,
     "test_trained_together_is_trained_alone": _anywhere,
@@ -143,7 +152,7 @@ LAWS: Mapping[str, Where] = {
     "test_left_padding_changes_nothing": _decodes,
     "test_a_packed_document_is_the_document_alone": _packs,
 }
-"""Each law, by the name of its test, and the models that it is about."""
+"""Each law, by the name of its test, and the cells that it is about."""
 ON_KINDS = {
     "test_identity_at_first",
     "test_merge_is_forward",
@@ -158,21 +167,29 @@ FULL = os.environ.get("TRIMTAB_LAWS") == "all"
 
 def cells_of(law: str, *, full: bool = FULL) -> list[Cell]:
     """The cells that a law runs on."""
-    about = LAWS[law]
-    found = [cell for cell in cells() if about(CASES[cell.model])]
+    found = [cell for cell in cells() if LAWS[law](cell)]
     return found if full else [cell for cell in found if _sampled(law, cell)]
 
 
 def _sampled(law: str, cell: Cell) -> bool:
-    """Laws are dealt out to the methods of a model in turn: as many to each as are needed to deal out all."""
     if cell.model == "llama" or (cell.model == "mixed" and law in ON_KINDS):
         return True
-    laws = [name for name, about in LAWS.items() if about(CASES[cell.model])]
-    methods = [name for name in registered() if (name, cell.model) not in REFUSED]
-    each = -(-len(laws) // len(methods))
-    turn = list(CASES).index(cell.model)  # so that a method meets other laws on the next model
-    first = (methods.index(cell.method) * each + turn) % len(laws)
-    return (laws.index(law) - first) % len(laws) < each
+    return (law, cell) in _dealt(cell.model)
+
+
+@cache
+def _dealt(model: str) -> set[tuple[str, Cell]]:
+    """On one model: a law for each method in turn, and a method for each law in turn."""
+    here = [cell for cell in cells() if cell.model == model]
+    turn = list(CASES).index(model)  # so that a method meets other laws on the next model
+    found = set()
+    for number, cell in enumerate(here):
+        laws = [law for law, about in LAWS.items() if about(cell)]
+        found.add((laws[(number + turn) % len(laws)], cell))
+    for number, (law, about) in enumerate(LAWS.items()):
+        if able := [cell for cell in here if about(cell)]:
+            found.add((law, able[(number + turn) % len(able)]))
+    return found
 
 
 def law(test: Callable[..., None]) -> Any:

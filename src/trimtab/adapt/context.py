@@ -93,9 +93,10 @@ class Context:
 
     def for_each_row(self, ids: Tensor) -> Tensor:
         """Ids looked up once for the batch (positions), once a row where rows have different adapters."""
-        route, rows = self.route, self.rows
-        alike = rows is None or route.single is not None or route.spans is not None
-        return ids if alike or ids.dim() != 2 or ids.shape[0] != 1 else ids.expand(rows, -1)
+        route = self.route
+        if self.rows is None or route.single is not None or route.spans is not None:
+            return ids
+        return ids.expand(self.rows, -1) if ids.dim() == 2 and ids.shape[0] == 1 else ids
 
     def visible(self, part: Part, y: Tensor, *, causal: bool) -> Tensor:
         """For each position of a part of the input embeddings (flattened), whether a gate may look at it.

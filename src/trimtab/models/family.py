@@ -29,8 +29,8 @@ class Family:
     ``fused`` says how the rows of a fused projection lie: all queries before all keys before all values, or so for
     each key head. ``shifts_positions``: positions are given from outside and counted from 0, so that a prefix can
     move them. ``apart``: modules that compute something once for all rows of a batch from adapted layers, so they
-    are called once per owner where a batch mixes adapters. ``uncalled``: layers whose weight is read without calling them,
-    which no edit can reach.
+    are called once per owner where a batch mixes adapters. ``uncalled``: layers whose weight is read without
+    calling them, so that no edit reaches it.
     """
 
     blocks: tuple[str, ...]
