@@ -7,103 +7,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import (
-    DistilBertConfig,
-    DistilBertForSequenceClassification,
-    GPTNeoConfig,
-    GPTNeoForCausalLM,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    MBartConfig,
-    MBartForConditionalGeneration,
-    ModernBertConfig,
-    ModernBertForMaskedLM,
-    OPTConfig,
-    OPTForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    PreTrainedModel,
-)
 
 import trimtab as tt
 from tests import tiny
-from tests.tiny import CASES, SMALL_DECODER, VOCABULARY, output, pick
+from tests.models.others import MODELS, inputs_of
+from tests.tiny import CASES, output, pick
 from trimtab.adapt.tree import anatomy_of
 from trimtab.errors import TargetError, UnsupportedError
-from trimtab.models.fused import Fused
 
-
-def _decoder(config: type, model: type, **changes: Any) -> nn.Module:
-    given = {k: v for k, v in SMALL_DECODER.items() if k != "num_key_value_heads"}
-    built: nn.Module = tiny._seeded(lambda: model(config(**{**given, **changes})))
-    return built
-
-
-def gpt_neox() -> nn.Module:
-    return _decoder(
-        GPTNeoXConfig, GPTNeoXForCausalLM, hidden_dropout=0.0, use_parallel_residual=False
-    )
-
-
-def phi3() -> nn.Module:
-    return _decoder(Phi3Config, Phi3ForCausalLM, num_key_value_heads=2)
-
-
-def opt(first: bool = True) -> nn.Module:
-    sizes = {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}
-    return _decoder(OPTConfig, OPTForCausalLM, do_layer_norm_before=first, **sizes)
-
-
-def gpt_neo() -> nn.Module:
-    kinds = {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4}
-    return _decoder(GPTNeoConfig, GPTNeoForCausalLM, **kinds, window_size=4)
-
-
-def modernbert() -> nn.Module:
-    return _decoder(ModernBertConfig, ModernBertForMaskedLM, cls_token_id=1, sep_token_id=2)
-
-
-def distilbert() -> nn.Module:
-    config = DistilBertConfig(
-        vocab_size=VOCABULARY, dim=32, hidden_dim=48, n_layers=2, n_heads=4, max_position_embeddings=64,
-        dropout=0.0, attention_dropout=0.0,
-    )  # fmt: skip
-    return tiny._seeded(lambda: DistilBertForSequenceClassification(config))
-
-
-def mbart() -> nn.Module:
-    config = MBartConfig(
-        vocab_size=VOCABULARY, d_model=32, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=48, decoder_ffn_dim=48,
-        encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=64, dropout=0.0,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    return tiny._seeded(lambda: MBartForConditionalGeneration(config))
-
-
-MODELS = {
-    **{name: case.make for name, case in CASES.items() if name not in ("mixed", "classifier")},
-    "distilbert": distilbert,
-    "gpt-neo": gpt_neo,
-    "gpt-neox": gpt_neox,
-    "mbart": mbart,
-    "modernbert": modernbert,
-    "opt": opt,
-    "opt-post-norm": lambda: opt(first=False),
-    "phi3": phi3,
-}
 OWN_SOFTMAX = ("bloom", "deberta", "falcon", "gpt-neo")
 """Models whose attention does not ask the registry of transformers for its function."""
 every_model = pytest.mark.parametrize("name", MODELS)
-
-
-def inputs_of(model: nn.Module) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    for case in CASES.values():
-        if type(case.make()) is type(model):
-            return case.inputs()
-    ids = torch.randint(3, VOCABULARY, (2, 6), generator=generator)
-    both = anatomy_of(model).encoder_decoder
-    return {"input_ids": ids, "decoder_input_ids": ids[:, :4]} if both else {"input_ids": ids}
 
 
 class Watched:
@@ -210,111 +124,6 @@ def test_the_norm_after_the_feed_forward_is_given_its_sum_with_the_residual(name
         assert torch.equal(watched.gave[norm].flatten(), watched.gave[block].flatten())
 
 
-# -- fused projections --------------------------------------------------------------------------------
-
-FUSED = {
-    "falcon-new": (tiny.falcon, (4, 2, 8)),
-    "falcon-multi-query": (
-        lambda: tiny.falcon(new_decoder_architecture=False, multi_query=True, alibi=True),
-        (4, 1, 8),
-    ),
-    "falcon-multi-head": (
-        lambda: tiny.falcon(
-            new_decoder_architecture=False,
-            multi_query=False,
-            parallel_attn=False,
-            num_kv_heads=None,
-        ),
-        (4, 4, 8),
-    ),
-    "bloom": (tiny.bloom, (4, 4, 8)),
-    "gpt-neox": (gpt_neox, (4, 4, 8)),
-    "gpt2": (tiny.gpt2, (4, 4, 8)),
-    "phi3": (phi3, (4, 2, 8)),
-    "modernbert": (modernbert, (4, 4, 8)),
-}
-
-
-def split_by_hand(name: str, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As each model's own source splits its projection: views (…, heads, width)."""
-    lead = qkv.shape[:-1]
-    if name in ("gpt2", "modernbert"):
-        q, k, v = qkv.split(32, -1)
-        return q, k, v
-    if name == "phi3":
-        return qkv[..., :32], qkv[..., 32:48], qkv[..., 48:]
-    if name == "gpt-neox":
-        return qkv.view(*lead, 4, 24).chunk(3, -1)
-    if name == "falcon-new":
-        grouped = qkv.view(*lead, 2, 4, 8)
-        return grouped[..., :-2, :], grouped[..., -2:-1, :], grouped[..., -1:, :]
-    if name == "falcon-multi-query":
-        heads = qkv.view(*lead, 6, 8)
-        return heads[..., :-2, :], heads[..., -2:-1, :], heads[..., -1:, :]
-    heads = qkv.view(*lead, 4, 3, 8)
-    return heads[..., 0, :], heads[..., 1, :], heads[..., 2, :]
-
-
-@pytest.mark.parametrize("name", FUSED)
-def test_rows_of_a_fused_projection(name: str) -> None:
-    make, (heads, keys, width) = FUSED[name]
-    anatomy = anatomy_of(make())
-    for path in anatomy.role("fused_qkv"):
-        rows = anatomy.fused_rows(path)
-        assert [len(r) for r in rows] == [heads * width, keys * width, keys * width]
-        numbered = torch.arange(anatomy.fused(path).outputs)
-        by_hand = split_by_hand(name, numbered)
-        for mine, theirs in zip(rows, by_hand, strict=True):
-            assert torch.equal(mine, theirs.flatten())
-        assert Fused.parse(str(anatomy.fused(path))) == anatomy.fused(path)
-
-
-@pytest.mark.parametrize("name", FUSED)
-@torch.no_grad()
-def test_ia3_rescales_keys_and_values_of_a_fused_projection(name: str) -> None:
-    """Against a hook that splits the projection as the model does, and rescales keys and values by hand."""
-    make, _ = FUSED[name]
-    model = make().double()
-    paths = anatomy_of(model).role("fused_qkv")
-    adapter = tt.attach(model, "ia3(feedforward=())", "a")
-    generator = torch.Generator().manual_seed(0)
-    for tensor in adapter.tensors.values():
-        tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
-    inputs = inputs_of(model)
-    mine = output(model, inputs)
-    scales = {path: adapter.tensors[f"{path}.ia3_l"].double().flatten() for path in paths}
-    tt.detach(model, "a")
-    for path in paths:
-        anatomy_of(model).modules[path].register_forward_hook(_rescale(name, scales[path]))
-    theirs = output(model, inputs)
-    assert (mine - theirs).abs().max() < 1e-9
-    assert sum(scale.numel() for scale in scales.values()) == adapter.count
-
-
-def _rescale(name: str, scale: Tensor) -> Any:
-    """l holds, group by group, the scales of that group's keys and then of its values."""
-
-    def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-        out = out.clone()
-        _, k, v = split_by_hand(name, out)
-        groups = k.shape[-2] if k.dim() == out.dim() + 1 else 1
-        if name in ("falcon-new", "falcon-multi-query"):
-            groups = k.shape[out.dim() - 1] if name == "falcon-new" else 1
-        per = scale.view(groups, 2, -1)
-        k *= per[:, 0].reshape(k.shape[out.dim() - 1 :])
-        v *= per[:, 1].reshape(v.shape[out.dim() - 1 :])
-        return out
-
-    return hook
-
-
-def test_a_fused_projection_of_another_size_is_refused() -> None:
-    model = tiny.gpt2()
-    model.config.n_head = 3
-    with pytest.raises(TargetError, match="96 outputs, and 90 are needed"):
-        tt.attach(model, "ia3", "a")
-
-
 # -- towers, scaled embeddings and norms --------------------------------------------------------------
 
 
@@ -407,13 +216,16 @@ def test_embeddings_that_scale_their_rows_merge(name: str) -> None:
 def test_norms_that_multiply_by_one_more_than_their_weight_merge(name: str) -> None:
     model = CASES[name].make().double()
     inputs = CASES[name].inputs()
-    adapter = tt.attach(model, "ia3(targets='norms', feedforward=())", "a")
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.mul_(1.5)
-    expected = output(model, inputs)
-    merged = tt.merge(model, "a")
-    assert torch.allclose(output(merged, inputs), expected, atol=1e-6)
+    for method in ("ia3(targets='norms', feedforward=())", "full(targets='norms')"):
+        adapter = tt.attach(model, method, "a")
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.mul_(1.5)
+        expected = output(model, inputs)
+        merged = tt.merge(model, "a")
+        tt.detach(model, "a")
+        assert not torch.allclose(output(model, inputs), expected, atol=1e-3)
+        assert torch.allclose(output(merged, inputs), expected, atol=1e-6), method
 
 
 def test_bitfit_finds_every_bias_outside_the_head() -> None:
@@ -427,7 +239,3 @@ def test_bitfit_finds_every_bias_outside_the_head() -> None:
             if path.endswith(".bias") and not path.startswith(head)
         ]
         assert tt.attach(model, "bitfit", "a").count == sum(biases), name
-
-
-def test_registered_models_are_those_of_transformers() -> None:
-    assert all(isinstance(MODELS[name](), PreTrainedModel) for name in MODELS)

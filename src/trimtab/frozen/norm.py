@@ -123,8 +123,8 @@ def _offset(module: nn.Module) -> int:
     if not kind.__name__.endswith("RMSNorm") or kind is nn.RMSNorm:
         return 0
     if kind not in _OFFSETS:
-        x = torch.ones(1, cast(Tensor, module.weight).shape[0])
+        x = torch.ones(1, cast(Tensor, module.weight).shape[0], device="cpu")
         with torch.no_grad():
-            y: Tensor = functional_call(module, {"weight": torch.zeros(x.shape[1])}, (x,))
+            y: Tensor = functional_call(module, {"weight": torch.zeros_like(x[0])}, (x,))
         _OFFSETS[kind] = int(bool(y.abs().max() > 0.5))
     return _OFFSETS[kind]

@@ -22,7 +22,7 @@ from torch import nn
 from trimtab.errors import TargetError, suggest
 from trimtab.frozen import Layer, view
 from trimtab.frozen.experts import ExpertLayer, expert_parameters
-from trimtab.models.families import HEADS, ROLES, family_of
+from trimtab.models.families import GENERIC, HEADS, ROLES, family_of
 from trimtab.models.family import Family
 from trimtab.models.fused import Fused, FusedRows
 from trimtab.models.globs import glob_match
@@ -112,8 +112,14 @@ class Anatomy:
         """How the output rows of the fused projection at a path divide.
 
         Raises:
-            TargetError: the layer has another number of rows than the config's heads need.
+            TargetError: it is not known for this architecture, or the layer has another number of rows than the
+                config's heads need.
         """
+        if self.config is not None and self.family is GENERIC:
+            raise TargetError(
+                f"which outputs of {path!r} are keys and values is not known for {type(self.root).__name__}; name "
+                "targets yourself."
+            )
         layer = view(self.modules[path])
         rows = 0 if layer is None else layer.out_features
         if self.config is None:
