@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 import trimtab as tt
 from tests import tiny
-from tests.models.others import gpt_neox, inputs_of, modernbert, phi3
+from tests.models.others import gpt_bigcode, gpt_neox, inputs_of, modernbert, phi3
 from tests.tiny import output
 from trimtab.adapt.tree import anatomy_of
 from trimtab.errors import TargetError
@@ -36,6 +37,8 @@ FUSED = {
     "gpt2": (tiny.gpt2, (4, 4, 8)),
     "phi3": (phi3, (4, 2, 8)),
     "modernbert": (modernbert, (4, 4, 8)),
+    "gpt-bigcode-multi-query": (gpt_bigcode, (4, 1, 8)),
+    "gpt-bigcode-multi-head": (partial(gpt_bigcode, multi_query=False), (4, 4, 8)),
 }
 
 
@@ -47,7 +50,9 @@ def split_by_hand(name: str, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return q, k, v
     if name == "phi3":
         return qkv[..., :32], qkv[..., 32:48], qkv[..., 48:]
-    if name == "gpt-neox":
+    if name == "gpt-bigcode-multi-query":
+        return qkv[..., :32], qkv[..., 32:40], qkv[..., 40:]
+    if name in ("gpt-neox", "gpt-bigcode-multi-head"):
         return qkv.view(*lead, 4, 24).chunk(3, -1)
     if name == "falcon-new":
         grouped = qkv.view(*lead, 2, 4, 8)
