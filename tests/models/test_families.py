@@ -193,6 +193,17 @@ def test_a_table_that_is_never_called_is_no_site() -> None:
         tt.attach(model, "full(targets='rel_embeddings')", "a")
 
 
+def test_the_output_of_torchs_own_attention_is_no_site() -> None:
+    """``nn.MultiheadAttention`` reads the weight of its ``out_proj``; an edit there would do nothing."""
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    assert anatomy_of(model).linears == ["linear1", "linear2"]
+    assert "self_attn.out_proj" not in anatomy_of(model).role("all") + anatomy_of(model).biased
+    with pytest.raises(TargetError, match="never called"):
+        tt.attach(model, "lora(targets='out_proj')", "a")
+    tt.attach(model, "lora", "a")
+    assert tt.probe(model, torch.ones(1, 3, 16)) == []
+
+
 def test_a_policy_cannot_read_two_towers() -> None:
     with pytest.raises(UnsupportedError, match="two towers, target one"):
         tt.attach(tiny.clip(), "spottune", "a")

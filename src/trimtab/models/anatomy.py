@@ -139,7 +139,9 @@ class Anatomy:
         return [
             path
             for path, module in self.modules.items()
-            if (layer := view(module)) is not None and layer.bias() is not None
+            if path not in self.uncalled
+            and (layer := view(module)) is not None
+            and layer.bias() is not None
         ]
 
     @cached_property
@@ -157,8 +159,10 @@ class Anatomy:
 
     @cached_property
     def uncalled(self) -> list[str]:
-        """Layers whose weight is read without calling them."""
-        return [p for p in self.modules if any(glob_match(g, p) for g in self.family.uncalled)]
+        """Layers whose weight is read without calling them (torch's own attention does so too)."""
+        found = [p for p in self.modules if any(glob_match(g, p) for g in self.family.uncalled)]
+        attention = [p for p, m in self.modules.items() if isinstance(m, nn.MultiheadAttention)]
+        return [*found, *(f"{path}.out_proj" if path else "out_proj" for path in attention)]
 
     def around(self, path: str) -> nn.Module:
         """The nearest module that encloses ``path`` and has parameters (the root, if none has)."""
@@ -198,12 +202,12 @@ class Anatomy:
 
     @cached_property
     def linears(self) -> list[str]:
-        """Every linear layer and expert parameter but the output head."""
-        heads = set(self.head)
+        """Every linear layer that is called, and every expert parameter; but not the output head."""
+        without = {*self.head, *self.uncalled}
         found = [
             path
             for path, module in self.modules.items()
-            if path not in heads and _is_linear(module)
+            if path not in without and _is_linear(module)
         ]
         order = {path: number for number, path in enumerate(self.modules)}
         return sorted(
