@@ -204,6 +204,23 @@ def test_the_output_of_torchs_own_attention_is_no_site() -> None:
     assert tt.probe(model, torch.ones(1, 3, 16)) == []
 
 
+@torch.no_grad()
+def test_torchs_own_encoder_takes_no_way_around_its_adapters() -> None:
+    """In evaluation it would read the weights of its layers and call none of them."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 2)).eval()
+    x = torch.randn(2, 3, 16)
+    adapter = tt.attach(model, "lora(rank=2)", "a")
+    base = model(x)
+    for parameter in adapter.parameters():
+        parameter.add_(torch.randn_like(parameter))
+    assert tt.probe(model, x) == []
+    edited = model(x)
+    assert not torch.allclose(edited, base, atol=1e-3)
+    assert torch.allclose(edited, model.train()(x), atol=1e-5)
+    assert torch.allclose(tt.merge(model.eval(), "a")(x), edited, atol=1e-4)
+
+
 def test_a_policy_cannot_read_two_towers() -> None:
     with pytest.raises(UnsupportedError, match="two towers, target one"):
         tt.attach(tiny.clip(), "spottune", "a")

@@ -199,9 +199,15 @@ def _site(
             if path in anatomy.experts
             else Site(module, where, bank, anatomy.width_at(where))
         )
+        if anatomy.inside(where, nn.TransformerEncoderLayer):
+            site.register_forward_pre_hook(_no_fast_path)
         replace(model, module, site)
         existing[where] = site
     return existing[where]
+
+
+def _no_fast_path(module: nn.Module, args: Any) -> None:
+    """Nothing; but where a layer has a hook, torch's own encoder calls its layers instead of reading their weights."""
 
 
 def _existing_bank(model: nn.Module) -> Bank | None:

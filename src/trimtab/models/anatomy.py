@@ -172,6 +172,12 @@ class Anatomy:
                 return self.modules[path]
         return self.root
 
+    def inside(self, path: str, kind: type[nn.Module]) -> bool:
+        """Whether a module of that kind encloses ``path``."""
+        parts = path.split(".")[:-1]
+        around = (".".join(parts[:length]) for length in range(len(parts) + 1))
+        return any(isinstance(self.modules.get(parent), kind) for parent in around)
+
     def block_of(self, path: str) -> int | None:
         """Index of the block that holds ``path``."""
         for index, block in enumerate(self.blocks):
