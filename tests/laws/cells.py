@@ -27,7 +27,7 @@ SMALL = {
 }
 ON_MODEL = {
     ("lora", "mixed"): "lora(rank=4, targets=['embed', 're:conv.*', 'grouped', 'head'])",
-    ("dora", "mixed"): "dora(rank=4, targets=['re:conv.*', 'grouped', 'head'])",
+    ("dora", "mixed"): "dora(rank=4, targets=['embed', 're:conv.*', 'grouped', 'head'])",
     (
         "ia3",
         "mixed",

@@ -166,6 +166,18 @@ DORA = [
         lora(["c_attn", "c_fc"], r=4, use_dora=True, fan_in_fan_out=True),
         tt.DoRA(rank=4, alpha=8, targets=("c_attn", "c_fc")),
     ),
+    Case(
+        "dora-embedding",
+        kit.gpt2,
+        lora(["wte"], r=4, use_dora=True),
+        tt.DoRA(rank=4, alpha=8, targets="wte"),
+    ),
+    Case(
+        "dora-convolutions",
+        kit.convolutions,
+        lora(["embed", "line", "square", "head"], r=4, use_dora=True),
+        tt.DoRA(rank=4, alpha=8, targets=("embed", "line", "square", "head")),
+    ),
 ]
 IA3 = [
     Case(

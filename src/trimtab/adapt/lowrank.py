@@ -133,7 +133,7 @@ class LowRank(Method):
                     "dropout before an embedding would drop token ids; set dropout=0 for it."
                 )
             x = F.dropout(x, self.dropout)
-        return at.layer.lowrank(x, p["A"], p["B"] * self.scaling)
+        return at.layer.lowrank(x, *self.factors(p))
 
     def leave(self, p: Params, y: Tensor, at: At) -> Tensor:
         if at.role not in BIASES:
@@ -142,9 +142,13 @@ class LowRank(Method):
         change = p["bias"] if base is None else p["bias"] - base.to(p["bias"].dtype)
         return y + at.layer.over_out(change)
 
+    def factors(self, p: Params) -> tuple[Tensor, Tensor]:
+        """The two factors whose product is ΔW."""
+        return p["A"], p["B"] * self.scaling
+
     def product(self, p: Params, layer: Layer) -> Tensor:
         """ΔW in canonical orientation."""
-        return self.scaling * layer.product(p["A"], p["B"])
+        return layer.product(*self.factors(p))
 
     def merged(self, p: Params, layer: Layer, role: str) -> tuple[Tensor, Tensor | None] | None:
         if role in BIASES:
