@@ -79,6 +79,8 @@ COUNTS: list[tuple[str, Method, int]] = [
      294_912 + (768 * 768 + 768) + (768 * 2 + 2)),
     # DoRA: one magnitude per output more
     ("llama-3.2-3b", tt.DoRA(rank=32, targets=QUERY_VALUE), 9_289_728),
+    # AdaLoRA: one value per component more
+    ("llama-3.2-3b", tt.AdaLoRA(rank=64, targets=QUERY_VALUE), 18_353_664),
     # (IA)³: keys, values and the inner width
     ("llama-7b", tt.IA3(), 614_400),
     ("llama-3.2-3b", tt.IA3(), 286_720),

@@ -292,10 +292,11 @@ def _same_keys(file: Path, expected: set[str], found: set[str]) -> None:
 def _peft_config(adapter: Adapter) -> dict[str, Any]:
     method = adapter.method
     paths = method.wrapped(adapter.places())
+    plain = method.plain()
+    # Of the same kind and yet another method: PEFT knows the plain form only, and would read this one as it.
+    readable = adapter.origin.in_peft and (plain == method or plain.kind != method.kind)
     base = {
-        "peft_type": method.peft_type
-        if adapter.origin.in_peft and method.plain() == method
-        else f"{OWN_TYPE}{method.kind.upper()}",
+        "peft_type": method.peft_type if readable else f"{OWN_TYPE}{method.kind.upper()}",
         "task_type": adapter.origin.task_type,
         "base_model_name_or_path": adapter.origin.base_name,
         "inference_mode": True,
