@@ -24,7 +24,10 @@ QV = ("q_proj", "v_proj")
 LR = 1e-3
 
 
-def both(make: Any, method: tt.LoRA, targets: list[str], **options: Any) -> tuple[Any, nn.Module, tt.Adapter, kit.Pairs]:  # fmt: skip
+Both = tuple[Any, nn.Module, tt.Adapter, kit.Pairs]
+
+
+def both(make: Any, method: tt.LoRA, targets: list[str], **options: Any) -> Both:
     config = LoraConfig(target_modules=targets, r=4, lora_alpha=6, **options)
     theirs = kit.peft_model(make, config)
     model = make()
@@ -88,8 +91,8 @@ def test_the_steps_of_lora_fa_are_those_of_peft(
         steps.before()
         optimiser.step(), peer.step()
         optimiser.zero_grad(), theirs.zero_grad()
-        for key, (mine, other) in pairs.items():
-            torch.testing.assert_close(mine, other, atol=1e-9, rtol=1e-9)
+        for mine, other in pairs.values():
+            torch.testing.assert_close(mine, other, atol=1e-7, rtol=0)
     assert all(torch.equal(adapter.tensors[key], value) for key, value in frozen.items())
 
 
@@ -180,7 +183,11 @@ def test_experts_are_projected_each_by_itself() -> None:
         torch.testing.assert_close(b.grad[expert].double(), expected, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("method", [tt.LoRA(rank=4, plus=4), tt.LoRA(rank=4, frozen_a=True), tt.LoRA(rank=4, bits=8)])  # fmt: skip
+@pytest.mark.parametrize(
+    "method",
+    [tt.LoRA(rank=4, plus=4), tt.LoRA(rank=4, frozen_a=True), tt.LoRA(rank=4, bits=8)],
+    ids=["plus", "frozen", "bits"],
+)
 def test_the_engine_trains_them(method: tt.LoRA) -> None:
     model = tiny.llama()
     adapter = tt.attach(model, method, "a")

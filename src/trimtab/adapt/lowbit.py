@@ -4,8 +4,9 @@
 
 s is a bfloat16, so s · q is exact in fp32: ŵ is the same on every machine, and rounding it again gives the same q
 and s. A row is the fewest last dimensions that hold at least 4 values (the first dimension is never one of them).
-What has no such rows stays as it is: vectors scale or shift whole channels (in 4 bits, DoRA's magnitudes would be
-4 % off each), and they are the small part. Fixed tensors stay too, as does all that is not floating.
+What has no such rows stays as it is, and so do vectors, however they lie: they scale or shift whole channels (in
+4 bits, DoRA's magnitudes would be 4 % off each), and are the small part. Fixed tensors stay too, as does all that
+is not floating. Rows of LoRA's factors come out 0.5 % off in 8 bits and 10 % in 4, as ‖w − ŵ‖ / ‖w‖.
 
 This is not QLoRA (Dettmers et al. 2023), whose adapter is exact and whose frozen base has 4 bits.
 """
@@ -46,7 +47,7 @@ class Packing(Config):
 
 
 class Packed(NamedTuple):
-    """``stored`` is what a file holds, ``values`` what reading it gives; ``error`` is that of ‖w − ŵ‖ / ‖w‖ by tensor."""
+    """What a file holds, and what reading it gives; ``error`` is ‖w − ŵ‖ / ‖w‖, over the rounded tensors."""
 
     stored: dict[str, Tensor]
     values: dict[str, Tensor]
@@ -56,6 +57,8 @@ class Packed(NamedTuple):
 
 def row_length(shape: tuple[int, ...]) -> int | None:
     """How many values share a scale; None where nothing is to be rounded."""
+    if math.prod(shape) == max(shape, default=1):
+        return None  # a vector, however it lies
     length = 1
     for size in reversed(shape[1:]):
         length *= size
@@ -107,10 +110,8 @@ def pack(tensors: Mapping[str, Tensor], bits: int, kept: Collection[str]) -> Pac
         values[key] = _value(q, scale, tensor.shape)
         whole = tensor.double()
         errors.append(float((values[key] - whole).norm() / whole.norm().clamp_min(NOTHING)))
-    error = {
-        "max": max(errors, default=0.0),
-        "rms": math.sqrt(sum(e * e for e in errors) / max(len(errors), 1)),
-    }
+    rms = math.sqrt(sum(e * e for e in errors) / max(len(errors), 1))
+    error = {"max": float(f"{max(errors, default=0.0):.4g}"), "rms": float(f"{rms:.4g}")}
     return Packed(stored, values, Packing(bits=bits, tensors=notes), error)
 
 

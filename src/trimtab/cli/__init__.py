@@ -10,7 +10,19 @@ import sys
 
 import typer
 
-from trimtab.cli import chat, compare, data, eval, generate, inspect, merge, plan, recipe, train
+from trimtab.cli import (
+    chat,
+    compare,
+    data,
+    eval,
+    export,
+    generate,
+    inspect,
+    merge,
+    plan,
+    recipe,
+    train,
+)
 from trimtab.errors import TrimtabError
 
 app = typer.Typer(
@@ -27,6 +39,7 @@ app.command("compare")(compare.compare)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("merge")(merge.merge)
+app.command("export")(export.export)
 app.command("inspect")(inspect.inspect)
 app.add_typer(data.app, name="data")
 app.add_typer(recipe.app, name="recipe")
