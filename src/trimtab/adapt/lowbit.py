@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -112,7 +112,7 @@ def pack(tensors: Mapping[str, Tensor], bits: int, kept: Collection[str]) -> Pac
         errors.append(float((values[key] - whole).norm() / whole.norm().clamp_min(NOTHING)))
     rms = math.sqrt(sum(e * e for e in errors) / max(len(errors), 1))
     error = {"max": float(f"{max(errors, default=0.0):.4g}"), "rms": float(f"{rms:.4g}")}
-    return Packed(stored, values, Packing(bits=bits, tensors=notes), error)
+    return Packed(stored, values, Packing(bits=cast(Bits, bits), tensors=notes), error)
 
 
 def unpack(tensors: Mapping[str, Tensor], packing: Packing | None, where: str) -> dict[str, Tensor]:
