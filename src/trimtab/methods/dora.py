@@ -50,12 +50,11 @@ class DoRA(LowRank):
     def leave(self, p: Params, y: Tensor, at: At) -> Tensor:
         if at.role in BIASES:
             return super().leave(p, y, at)
-        factor = at.layer.over_out(at.kept("factor", lambda: self._factor(p, at.layer)))
+        change = at.kept("change", lambda: self._factor(p, at.layer) - 1)
         bias = at.layer.bias()
-        if bias is None:
-            return factor * y
-        shift = at.layer.over_out(bias.to(y.dtype))
-        return shift + factor * (y - shift)
+        scaled = y if bias is None else y - at.layer.over_out(bias.to(y.dtype))
+        # In a narrow dtype factor − 1 has as many digits as a factor near 1 would have lost.
+        return torch.addcmul(y, scaled, at.layer.over_out(change.to(y.dtype)))
 
     def merged(self, p: Params, layer: Layer, role: str) -> tuple[Tensor, Tensor | None] | None:
         if role in BIASES:
