@@ -41,6 +41,7 @@ PEFT = {
 }  # fmt: skip
 """What PEFT calls our fields."""
 ELSEWHERE = {"total_step", "rank_pattern", "alpha_pattern", "use_rslora"}
+"""Read here or not at all: PEFT's AdaLoRA passes over the last two."""
 OWN = {"lora_A": "A", "lora_B": "B", "lora_E": "E"}
 
 
@@ -70,8 +71,8 @@ class AdaLoRA(LowRank):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        if self.rslora or self.alpha_pattern:
-            raise ValueError("adalora has one scale for all sites, without rslora or alpha_pattern")
+        if self.rslora:
+            raise ValueError("adalora has no rslora")
         if self.target_rank > self.rank:
             raise ValueError("target_rank is what is left of rank, so it cannot be more")
         return self
@@ -81,11 +82,12 @@ class AdaLoRA(LowRank):
         return float(self.alpha / (self.rank + EPS))
 
     def at(self, path: str) -> Self:
-        if not self.rank_pattern:
+        if not self.rank_pattern and not self.alpha_pattern:
             return self
         rank = pattern_value(self.rank_pattern, path, self.rank)
-        alpha, target = self.scaling * (rank + EPS), min(rank, self.target_rank)
-        return self.replace(rank=rank, alpha=alpha, target_rank=target, rank_pattern={})
+        alpha = pattern_value(self.alpha_pattern, path, self.scaling * (rank + EPS))
+        here = {"rank": rank, "alpha": alpha, "target_rank": min(rank, self.target_rank)}
+        return self.replace(**here, rank_pattern={}, alpha_pattern={})
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         specs = super().tensors(layer, role)
@@ -159,14 +161,19 @@ class AdaLoRA(LowRank):
     def sum(
         self, parts: Sequence[tuple[Method, Params]], role: str
     ) -> tuple[Method, dict[str, Tensor]]:
-        method, found = super().sum(parts, role)  # every scale is folded into B
-        whole = method.replace(alpha=sum(p["E"].shape[-2] for _, p in parts) + EPS)
-        return whole, {**found, "E": torch.cat([p["E"] for _, p in parts], dim=-2)}
+        folded = [(m, {**p, "A": m.factors(p)[0]}) for m, p in parts if isinstance(m, AdaLoRA)]
+        method, found = super().sum(folded, role)  # every scale is folded into B
+        if role in BIASES or not isinstance(method, AdaLoRA):
+            return method, found
+        e = parts[0][1]["E"]
+        ones = e.new_ones(*e.shape[:-2], method.rank, 1)
+        return method.replace(alpha=method.rank + EPS), {**found, "E": ones}
 
     def in_peft(self, anatomy: Anatomy, places: Sequence[Place]) -> bool:
-        """PEFT has no embeddings, and flattens the factors of a convolution."""
+        """PEFT has no embeddings, flattens the factors of a convolution, and has one alpha for all."""
         others = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-        return not any(isinstance(anatomy.modules.get(p), others) for p in self.wrapped(places))
+        found = (anatomy.modules.get(path) for path in self.wrapped(places))
+        return not self.alpha_pattern and not any(isinstance(layer, others) for layer in found)
 
     def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
         left = {
@@ -178,9 +185,8 @@ class AdaLoRA(LowRank):
             "lora_dropout": self.dropout,
             "bias": self.bias,
             **{PEFT[name]: value for name, value in self if name in PEFT},
-            "total_step": self.tinit
-            + self.tfinal
-            + 1,  # it must be a number, and is of training only
+            # PEFT wants a number to load it, too; it is of training only
+            "total_step": self.tinit + self.tfinal + 1,
             "rank_pattern": left if self.rank_pattern else None,
         }
 
@@ -188,11 +194,8 @@ class AdaLoRA(LowRank):
     def from_peft(
         cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]
     ) -> AdaLoRA | None:
-        ignored = {
-            *PEFT.values(),
-            *ELSEWHERE,
-        }  # PEFT's AdaLoRA reads no rslora, and no alpha_pattern
-        fields = cls.fields_from_peft({k: v for k, v in config.items() if k not in ignored})
+        own = {*PEFT.values(), *ELSEWHERE}
+        fields = cls.fields_from_peft({k: v for k, v in config.items() if k not in own})
         fields |= {ours: config[theirs] for ours, theirs in PEFT.items() if theirs in config}
         ranks = config.get("rank_pattern") or {}
         left = {f"^{key.removesuffix('.lora_E')}": sum(mask) for key, mask in ranks.items()}

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from trimtab.adapt.contract import At, Layer, Method, Params, Place, Sites, Spec
 from trimtab.adapt.lowbit import SHORTEST, rounded
-from trimtab.adapt.lowrank import BIASES, LowRank
+from trimtab.adapt.lowrank import BIASES, LowRank, paired
 from trimtab.errors import UnsupportedError
 
 RANDOM = frozenset({"lora_A.weight", "lora_embedding_B"})
@@ -128,21 +128,13 @@ class LoRA(LowRank):
 
 
 def _project(a: Tensor, b: Tensor, rank: int, scaling: float) -> None:
-    """Make the gradient of the one that learns that of the nearest change of W: times the other's inverse Gram matrix.
-
-    Experts are stacked in front; a grouped convolution has a pair of factors for each group.
-    """
-    if a.dim() > 2 and b.shape[-1] == rank and a.shape[-2] == rank and len(a) == len(b):
-        a_GRI, b_GOR = a, b
-    else:
-        groups = rank // b.shape[1]
-        a_GRI = a.flatten(1).unflatten(0, (groups, -1))
-        b_GOR = b.flatten(1).unflatten(0, (groups, -1))
-    learner, other = (b, a_GRI @ a_GRI.mT) if b.grad is not None else (a, b_GOR.mT @ b_GOR)
+    """Make the gradient of the factor that learns that of the nearest change of W, by the other's Gram matrix."""
+    a_GRI, b_GOR = paired(a, b, rank)
+    learner, gram = (b, a_GRI @ a_GRI.mT) if b.grad is not None else (a, b_GOR.mT @ b_GOR)
     if learner.grad is None:
         return
-    eye = torch.eye(other.shape[-1], dtype=other.dtype, device=other.device)
-    inverse = torch.linalg.pinv(other + 1e-8 * eye, hermitian=True) / scaling**2
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    inverse = torch.linalg.pinv(gram + 1e-8 * eye, hermitian=True) / scaling**2
     gradient = learner.grad.reshape(b_GOR.shape if learner is b else a_GRI.shape)
     new = gradient @ inverse if learner is b else inverse @ gradient
     learner.grad.copy_(new.reshape(learner.grad.shape))
