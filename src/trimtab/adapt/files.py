@@ -191,14 +191,13 @@ def _from_ours(
                 f"{folder / WEIGHTS}: tensor {key!r} does not match its checksum; the file is damaged."
             )
         named[TensorName(entry.path, entry.slot)] = tensors[key]
+    in_peft = not _peft_type(folder, config).startswith(OWN_TYPE)
     origin = Origin(
         base_name=ours.base_name,
         task_type=config.get("task_type"),
         suffixes=tuple(config.get("target_modules") or ()),
         transposed=bool(config.get("fan_in_fan_out")),
-        in_peft=not _peft_type(folder, config).startswith(OWN_TYPE)
-        if ours.in_peft is None
-        else ours.in_peft,
+        in_peft=in_peft if ours.in_peft is None else ours.in_peft,
         provenance=ours.provenance,
     )
     sites = [SiteSpec(*site) for site in ours.sites]
