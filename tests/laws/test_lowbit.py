@@ -167,3 +167,55 @@ def test_the_exported_form_of_lora_of_few_bits_is_peft_s(tmp_path: Path) -> None
     torch.testing.assert_close(output(theirs, inputs), output(model, inputs))
     with pytest.raises((ValueError, KeyError), match="TRIMTAB_"), quiet():
         PeftModel.from_pretrained(case.model(torch.float32), tmp_path / "own")
+
+
+VARIANTS = [
+    tt.LoRA(rank=4, bits=8),
+    tt.LoRA(rank=4, bits=4),
+    tt.LoRA(rank=4, frozen_a=True),
+    tt.LoRA(rank=4, frozen_a=True, bits=8, plus=4),
+]
+
+
+@pytest.mark.parametrize(
+    "method", VARIANTS, ids=lambda m: f"{m.bits}-{'frozen' if m.frozen_a else 'whole'}"
+)
+def test_variants_of_lora_mix_train_together_and_come_back(method: tt.LoRA, tmp_path: Path) -> None:
+    case = CASES["llama"]
+    model, inputs = case.model(), case.inputs()
+    base = output(model, inputs)
+    adapters = [shaken(tt.attach(model, method, name), seed=ord(name)) for name in "ab"]
+    with tt.rows(model, ["a", None, "b", "a"]):
+        together = output(model, inputs)
+        together.square().sum().backward()
+    gradients = [{k: t.grad for k, t in adapter.tensors.items()} for adapter in adapters]
+    assert torch.allclose(together[1], base[1], atol=1e-9)
+    for adapter, rows, found in zip(adapters, ([0, 3], [2]), gradients, strict=True):
+        for parameter in adapter.parameters():
+            parameter.grad = None
+        with tt.using(model, adapter.name):
+            alone = output(model, {"input_ids": inputs["input_ids"][rows]})
+            alone.square().sum().backward()
+        assert torch.allclose(together[rows], alone, atol=1e-9)
+        for key, tensor in adapter.tensors.items():
+            assert (tensor.grad is None) == (found[key] is None) == (not tensor.requires_grad)
+            if tensor.grad is not None:
+                torch.testing.assert_close(tensor.grad, found[key], atol=1e-6, rtol=1e-5)
+    adapters[0].save(tmp_path / "a")
+    fresh = case.model()
+    tt.attach(fresh, tt.Adapter.load(tmp_path / "a"))
+    with tt.using(model, "a"):
+        assert torch.equal(output(fresh, inputs), output(model, inputs))
+
+
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
+)
+def test_few_bits_compile() -> None:
+    torch._dynamo.reset()
+    case = CASES["llama"]
+    model, inputs = case.model(torch.float32), {**case.inputs(), "use_cache": False}
+    shaken(tt.attach(model, tt.LoRA(rank=4, bits=8), "a"))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.allclose(output(compiled, inputs), output(model, inputs), atol=1e-5)

@@ -120,15 +120,21 @@ class Layer(ABC):
 
     def row_norms(self) -> Tensor:
         """‖W_o‖ of each output channel."""
-        return self._row_squares().sqrt()
+        return self._kept_squares().sqrt()
 
     def edited_row_norms(self, a: Tensor, b: Tensor) -> Tensor:
         """‖(W + B A)_o‖ = √(‖W_o‖² + 2⟨W_o, (BA)_o⟩ + ‖(BA)_o‖²), without building B A or the sum."""
         a_GRI, b_GOR = self._grouped(a, b)
         gram_GRR = a_GRI @ a_GRI.mT
         squares = ((b_GOR @ gram_GRR) * b_GOR).sum(-1).flatten()
-        total = self._row_squares() + 2 * self.row_dots(a, b) + squares
+        total = self._kept_squares() + 2 * self.row_dots(a, b) + squares
         return total.clamp_min(0).sqrt()
+
+    def row_squares(self) -> Tensor:
+        """‖W_o‖² of each output channel; a backend that never holds W densely answers this and `row_dots`."""
+        weight = self.dense().flatten(1)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
 
     def row_dots(self, a: Tensor, b: Tensor) -> Tensor:
         """⟨W_o, (BA)_o⟩ of each output channel, as the sums of (W Aᵀ) ⊙ B."""
@@ -138,23 +144,18 @@ class Layer(ABC):
             projected = w_GOI @ a_GRI.mT
         else:  # a narrow weight is widened a few rows at a time
             some = max(1, PIECE // w_GOI[:, 0].numel())
-            pieces = [self.wide(rows) @ a_GRI.mT for rows in w_GOI.split(some, dim=1)]
+            pieces = [rows.to(a_GRI.dtype) @ a_GRI.mT for rows in w_GOI.split(some, dim=1)]
             projected = torch.cat(pieces, dim=1)
         return (projected * b_GOR).sum(-1).flatten()
 
-    def _row_squares(self) -> Tensor:
+    def _kept_squares(self) -> Tensor:
         """‖W_o‖²: the weight is frozen, so it is computed once, and again only where another was put there."""
         if torch.compiler.is_compiling():
-            return self._squared()
+            return self.row_squares()
         now = (self.dtype, self.device, *stamp(self.stored().values()))
         if self._squares is None or self._squares[0] != now:
-            self._squares = now, self._squared()
+            self._squares = now, self.row_squares()
         return self._squares[1]
-
-    def _squared(self) -> Tensor:
-        weight = self.dense().flatten(1)
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        return torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
 
     def _grouped(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Factors as (G, R/G, I) and (G, O/G, R/G), one pair for each group of channels; mostly G is 1."""

@@ -108,6 +108,7 @@ class AdaLoRA(LowRank):
         if at.training and self.orthogonal and at.role not in BIASES:
             a, b = (at.layer.wide(p[part]).flatten(1) for part in "AB")
             apart = [(g - torch.eye(len(g)).to(g)).norm() for g in (a @ a.T, b.T @ b)]
+            # of a mixture's experts, each that was chosen counts as a site
             at.add_loss("orthogonality", self.orthogonal * sum(apart) / (2 * at.count))
         return super().delta(p, x, at)
 
