@@ -47,7 +47,7 @@ OWN = {"lora_A": "A", "lora_B": "B", "lora_E": "E"}
 
 @final
 class AdaLoRA(LowRank):
-    """``AdaLoRA(rank=12, target_rank=8, tinit=100, tfinal=200)``; ``every`` so many steps ranks are cut."""
+    """``AdaLoRA(rank=12, target_rank=8, tinit=100, tfinal=200)``."""
 
     kind: ClassVar[str] = "adalora"
     lr: ClassVar[float] = 1e-3  # E starts at zero, between two small factors
@@ -56,13 +56,21 @@ class AdaLoRA(LowRank):
     short_names: ClassVar[Mapping[str, str]] = {**LowRank.short_names, **OWN}
 
     rank: int = Field(default=12, ge=0)
+    """Components of each site at first."""
     target_rank: int = Field(default=8, ge=0)
+    """Components that are left in the end, per site on average."""
     tinit: int = Field(default=0, ge=0)
+    """Steps before the first cut."""
     tfinal: int = Field(default=0, ge=0)
+    """Steps after the last cut."""
     every: int = Field(default=1, ge=1)
+    """Steps from one cut to the next."""
     beta1: float = Field(default=0.85, gt=0, lt=1)
+    """Decay of the mean of |p · gradient|."""
     beta2: float = Field(default=0.85, gt=0, lt=1)
+    """Decay of how far it strays from that mean."""
     orthogonal: float = Field(default=0.5, ge=0)
+    """λ, the weight of the loss that keeps components apart."""
 
     @field_validator("rank_pattern")
     @classmethod

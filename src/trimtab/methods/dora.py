@@ -42,6 +42,7 @@ class DoRA(LowRank):
         shape = (1, layer.out_features, *(1,) * kernel) if kernel else (layer.out_features,)
 
         def norms(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+            """The norm of each output channel's weights."""
             return copy_of(layer.row_norms())(shape, generator)
 
         # m stays in fp32: in bf16 the factor would move in steps of 0.4 % only.

@@ -41,8 +41,11 @@ class LoRA(LowRank):
     lr: ClassVar[float] = 2e-4
 
     plus: float = Field(default=1.0, gt=0)
+    """LoRA+: how many times as fast the factor that starts at zero learns."""
     frozen_a: bool = False
+    """LoRA-FA: train only the factor that starts at zero."""
     bits: Literal[4, 8] | None = None
+    """Round both factors wherever they are used, as ``save(bits=...)`` stores them."""
 
     @model_validator(mode="after")
     def _wide_enough(self) -> Self:
