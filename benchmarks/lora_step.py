@@ -194,14 +194,14 @@ def sides(work: Work) -> list[Side]:
     ]
 
 
-def check(work: Work, threads: int) -> dict[str, float]:
+def check(made: Sequence[Side], threads: int) -> dict[str, float]:
     """Cosine and ratio of norms of each tensor's gradient in the first step, at their worst.
 
     Raises `SideError` where the two libraries do not compute the same.
     """
     grads: dict[str, dict[str, Tensor]] = {}
     with (
-        core.workers(sides(work), "tuned", threads) as running,
+        core.workers(made, "tuned", threads) as running,
         tempfile.TemporaryDirectory() as folder,
     ):
         for name, worker in running.items():
@@ -228,11 +228,17 @@ def check(work: Work, threads: int) -> dict[str, float]:
 
 
 def measure(
-    work: Work, allocator: str, *, threads: int, warmup: int, rounds: int, patience: Patience
+    made: Sequence[Side],
+    allocator: str,
+    *,
+    threads: int,
+    warmup: int,
+    rounds: int,
+    patience: Patience,
 ) -> dict[str, Any]:
     """One row of the report. Raises `SideError` where the losses disagree."""
     machine = Side(MACHINE, "benchmarks.matmul:Matmul", {})
-    with core.workers([*sides(work), machine], allocator, threads) as running:
+    with core.workers([*made, machine], allocator, threads) as running:
         facts = {name: running[name].call("facts") for name in (OURS, PEER)}
         if facts[OURS] != facts[PEER]:
             raise core.SideError(f"the sides differ in size: {facts}")
@@ -326,14 +332,14 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     work = Work(_model(options.model), options.rows, options.tokens, options.rank)
     if options.check:
-        print(check(work, options.threads))
+        print(check(sides(work), options.threads))
         return 0
     rows = []
     for allocator in options.allocator:
         print(f"lora_step, allocator {allocator}", flush=True)
         rows.append(
             measure(
-                work,
+                sides(work),
                 allocator,
                 threads=options.threads,
                 warmup=options.warmup,

@@ -40,6 +40,7 @@ _PLACES = {
     "using": "trimtab.adapt.acting",
     "LoRA": "trimtab.methods.lora",
     "DoRA": "trimtab.methods.dora",
+    "AdaLoRA": "trimtab.methods.adalora",
     "IA3": "trimtab.methods.ia3",
     "BitFit": "trimtab.methods.bitfit",
     "Bottleneck": "trimtab.methods.bottleneck",
@@ -115,6 +116,7 @@ if TYPE_CHECKING:
     from trimtab.adapt.merge import merge as merge
     from trimtab.adapt.probe import probe as probe
     from trimtab.adapt.stepper import Stepper as Stepper
+    from trimtab.methods.adalora import AdaLoRA as AdaLoRA
     from trimtab.methods.bitfit import BitFit as BitFit
     from trimtab.methods.boft import BOFT as BOFT
     from trimtab.methods.bottleneck import Bottleneck as Bottleneck

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from trimtab.errors import ConfigError, UnsupportedError
 IDS = torch.arange(3, 19).reshape(2, 8)
 ADDITIVE = {
     "lora": "lora(rank=3, targets=['q_proj', 'embed_tokens'])",
+    "adalora": "adalora(rank=3, target_rank=2, targets=['q_proj', 'embed_tokens'])",
     "ia3": "ia3",
     "bitfit": "bitfit",
     "bottleneck": "bottleneck(size=4)",
@@ -282,6 +284,10 @@ def test_a_sum_whose_sizes_would_differ_from_site_to_site_is_refused() -> None:
 def test_the_sum_of_adapters_at_different_sites(kind: str, tmp_path: Path) -> None:
     options = {
         "lora": ("lora(rank=2, targets='q_proj')", "lora(rank=3, targets=['v_proj', 'q_proj'])"),
+        "adalora": (
+            "adalora(rank=2, target_rank=2, targets='q_proj')",
+            "adalora(rank=3, target_rank=2, targets=['v_proj', 'q_proj'])",
+        ),
         "ia3": (
             "ia3(targets='keys', feedforward=())",
             "ia3(targets='values', feedforward='mlp_down')",
@@ -417,3 +423,26 @@ def test_add_wants_adapters_and_a_finite_weight_for_each() -> None:
             tt.scaled(a, weight)
         with pytest.raises(ConfigError, match="finite"):
             tt.interpolate(a, a, weight, name="c")
+
+
+@pytest.mark.parametrize("kind", ["lora", "adalora"])
+@pytest.mark.parametrize(
+    ("make", "targets", "batch"),
+    [
+        (models.mixed, ("grouped", "conv1", "conv2"), {"x": IDS}),
+        (models.mixtral, "**.experts.*_proj", {"input_ids": IDS}),
+    ],
+    ids=["groups", "experts"],
+)
+def test_ranks_of_groups_and_of_experts_are_joined_each_with_its_own(
+    kind: str, make: Callable[[], nn.Module], targets: Any, batch: dict[str, Tensor]
+) -> None:
+    two = make()
+    for seed, rank in enumerate((4, 2)):
+        method = {"kind": kind, "rank": rank, "targets": targets}
+        extra = {"target_rank": 2} if kind == "adalora" else {}
+        shaken(tt.attach(two, method | extra, f"a{rank}"), seed=seed)
+    parts = [tt.detach(copy.deepcopy(two), f"a{rank}") for rank in (4, 2)]
+    one = make()
+    tt.attach(one, tt.add(parts, name="sum"))
+    torch.testing.assert_close(models.output(one, batch), models.output(two, batch), **CLOSE)

@@ -109,6 +109,22 @@ def test_merge(run: Ran, home: Path, adapter: Path) -> None:
     assert "merged exists already" in err
 
 
+def test_export(run: Ran, home: Path, adapter: Path) -> None:
+    sizes = {}
+    for bits in (None, 8, 4):
+        out = home / f"shared-{bits}"
+        code, shown, _ = run("export", adapter, "--out", out, *(["--bits", bits] if bits else []))
+        assert code == 0 and str(out.name) in shown
+        assert (f"{bits} bits, off by " in shown) == bool(bits)
+        sizes[bits] = (out / "adapter_model.safetensors").stat().st_size
+        code, shown, _ = run("inspect", out)
+        assert code == 0 and ("rounded.error.rms" in shown) == bool(bits)
+    assert sizes[4] < sizes[8] < sizes[None]
+    assert run("export", adapter, "--out", home / "shared-8")[0] == 2
+    code, _, error = run("export", adapter, "--out", home / "shared-3", "--bits", 3)
+    assert code == 2 and "4 or 8 bits" in error
+
+
 def test_inspect(run: Ran, adapter: Path) -> None:
     code, out, _ = run("inspect", adapter)
     assert code == 0

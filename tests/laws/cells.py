@@ -29,6 +29,7 @@ from trimtab.adapt.parse import method_from
 SMALL = {
     "lora": "lora(rank=4)",
     "dora": "dora(rank=4)",
+    "adalora": "adalora(rank=4, target_rank=2)",
     "bottleneck": "bottleneck(size=6)",
     "prefix": "prefix(length=3, init_std=1.0)",
     "spottune": "spottune(inner=lora(rank=4), hidden=8)",
@@ -49,7 +50,11 @@ SMALL = {
 }
 ON_MODEL = {
     ("lora", "mixed"): "lora(rank=4, targets=['embed', 're:conv.*', 'grouped', 'head'])",
-    ("dora", "mixed"): "dora(rank=4, targets=['re:conv.*', 'grouped', 'head'])",
+    ("dora", "mixed"): "dora(rank=4, targets=['embed', 're:conv.*', 'grouped', 'head'])",
+    (
+        "adalora",
+        "mixed",
+    ): "adalora(rank=4, target_rank=2, targets=['embed', 're:conv.*', 'grouped', 'head'])",
     (
         "ia3",
         "mixed",
@@ -114,6 +119,7 @@ IDENTITY_AT_FIRST = {
     "lora", "dora", "ia3", "bitfit", "spottune", "full", "loha", "lokr", "hira", "vera", "randlora", "mora", "miss",
     "oft", "boft", "hra", "norms", "tokens", "piggyback", "diff",
 }  # fmt: skip
+IDENTITY_AT_FIRST = {"lora", "dora", "adalora", "ia3", "bitfit", "spottune", "full"}
 """Methods whose papers start them as the identity (a Houlsby bottleneck only nearly; a prefix never)."""
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft import (
+    AdaLoraConfig,
     BOFTConfig,
     FourierFTConfig,
     HiraConfig,
@@ -186,6 +187,57 @@ DORA = [
         lora(["c_attn", "c_fc"], r=4, use_dora=True, fan_in_fan_out=True),
         tt.DoRA(rank=4, alpha=8, targets=("c_attn", "c_fc")),
     ),
+    Case(
+        "dora-embedding",
+        kit.gpt2,
+        lora(["wte"], r=4, use_dora=True),
+        tt.DoRA(rank=4, alpha=8, targets="wte"),
+    ),
+    Case(
+        "dora-convolutions",
+        kit.convolutions,
+        lora(["embed", "line", "square", "head"], r=4, use_dora=True),
+        tt.DoRA(rank=4, alpha=8, targets=("embed", "line", "square", "head")),
+    ),
+]
+
+
+def adalora(targets: Any, **options: Any) -> AdaLoraConfig:
+    return AdaLoraConfig(target_modules=targets, total_step=10, **options)
+
+
+ADALORA = [
+    Case(
+        "adalora",
+        kit.llama,
+        adalora(list(QV), init_r=4, target_r=2, lora_alpha=6),
+        tt.AdaLoRA(rank=4, target_rank=2, alpha=6, targets=QV),
+    ),
+    Case(
+        "adalora-bert",
+        kit.bert,
+        adalora(["query", "dense"], init_r=3, target_r=2, bias="lora_only", orth_reg_weight=0.1),
+        tt.AdaLoRA(
+            rank=3,
+            target_rank=2,
+            alpha=8,
+            orthogonal=0.1,
+            targets=("query", "dense"),
+            bias="lora_only",
+        ),
+    ),
+    Case(
+        "adalora-conv1d",
+        kit.gpt2,
+        adalora(["c_attn", "c_fc"], init_r=4, target_r=2, fan_in_fan_out=True),
+        tt.AdaLoRA(rank=4, target_rank=2, alpha=8, targets=("c_attn", "c_fc")),
+    ),
+    Case(
+        "adalora-classifier",
+        kit.bert,
+        adalora(["query"], init_r=4, target_r=4, modules_to_save=["classifier"]),
+        tt.AdaLoRA(rank=4, target_rank=4, alpha=8, targets="query", train=("classifier",)),
+    ),
 ]
 IA3 = [
     Case(
@@ -289,3 +341,4 @@ SELECTION = [
          tt.Tokens(ids=(3, 9, 50), targets=("embed_tokens",))),
 ]  # fmt: skip
 CASES = [*LORA, *DORA, *IA3, *PREFIX, *WEIGHT, *ROTATION, *SELECTION]
+CASES = [*LORA, *DORA, *ADALORA, *IA3, *PREFIX]

@@ -79,6 +79,11 @@ COUNTS: list[tuple[str, Method, int]] = [
      294_912 + (768 * 768 + 768) + (768 * 2 + 2)),
     # DoRA: one magnitude per output more
     ("llama-3.2-3b", tt.DoRA(rank=32, targets=QUERY_VALUE), 9_289_728),
+    # LoRA-FA trains B alone; LoRA+ and few bits change nothing
+    ("llama-3.2-3b", tt.LoRA(rank=32, frozen_a=True, targets=QUERY_VALUE), 3_670_016),
+    ("llama-3.2-3b", tt.LoRA(rank=32, plus=16, bits=8, targets=QUERY_VALUE), 9_175_040),
+    # AdaLoRA: one value per component more
+    ("llama-3.2-3b", tt.AdaLoRA(rank=64, targets=QUERY_VALUE), 18_353_664),
     # (IA)³: keys, values and the inner width
     ("llama-7b", tt.IA3(), 614_400),
     ("llama-3.2-3b", tt.IA3(), 286_720),

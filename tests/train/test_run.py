@@ -205,3 +205,19 @@ def test_the_lines_of_the_design(home: Path, monkeypatch: pytest.MonkeyPatch) ->
     )
     assert again.folder == Path("runs/train-lora-2")
     assert again.steps == 2
+
+
+def test_a_run_shares_out_the_ranks_of_adalora(home: Path) -> None:
+    """The schedule is run by the trainer, which knows the steps; what is left is a LoRA."""
+    method = {"kind": "adalora", "rank": 3, "target_rank": 1, "tinit": 2, "tfinal": 4}
+    options = {"steps": 10, "eval__every": None, "checkpoint__every": 10, "checkpoint__bits": 8}
+    outcome = go(kit.recipe(home, "run", method=method, **options))
+    assert outcome.status == "finished"
+    whole = Adapter.load(outcome.folder / "checkpoints" / "step-000010" / "adapter")
+    singular = [t for key, t in whole.tensors.items() if key.endswith("lora_E")]
+    left = [int((e != 0).sum()) for e in singular]
+    assert sum(left) == len(singular) < 3 * len(singular)
+    shared = Adapter.load(outcome.folder / "adapter")
+    ranks = [t.shape[0] for key, t in shared.tensors.items() if key.endswith("lora_A.weight")]
+    assert shared.origin.provenance["rounded"]["bits"] == 8
+    assert shared.method.kind == "lora" and ranks == [max(rank, 1) for rank in left]

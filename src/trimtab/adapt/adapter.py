@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -152,11 +152,11 @@ class Adapter:
 
     # -- files -----------------------------------------------------------------------------------------
 
-    def save(self, folder: str | Path) -> Path:
-        """Write the adapter folder, atomically; see `trimtab.adapt.files`."""
+    def save(self, folder: str | Path, *, bits: Literal[4, 8] | None = None) -> Path:
+        """Write the adapter folder, atomically; see `trimtab.adapt.files`. ``bits`` rounds its matrices."""
         from trimtab.adapt.files import save
 
-        return save(self, Path(folder))
+        return save(self, Path(folder), bits)
 
     @classmethod
     def load(cls, folder: str | Path, *, name: str | None = None) -> Adapter:

@@ -12,7 +12,7 @@ from trimtab.adapt import slots
 from trimtab.adapt.context import Context
 from trimtab.adapt.route import Part
 from trimtab.errors import RouteError
-from trimtab.frozen import Layer
+from trimtab.frozen import Layer, stamp
 
 if TYPE_CHECKING:
     from trimtab.adapt.edit import Edit
@@ -107,7 +107,7 @@ class At:
         return self.context.scratch
 
     def kept(self, key: str, compute: Callable[[], Tensor]) -> Tensor:
-        """``compute()``, kept at this site for as long as none of this edit's own tensors changes.
+        """``compute()``, kept at this site for as long as neither this edit's tensors nor the layer's change.
 
         Only without gradients; with them it is computed each time.
         """
@@ -116,10 +116,10 @@ class At:
         masters = [
             slots.get(self.holder, held.name, self.name) for held in self.edit.tensors.values()
         ]
-        stamp = (self.dtype, *((id(t), t._version, t.device) for t in masters))
+        now = (self.dtype, *stamp([*masters, *self.layer.stored().values()]))
         found = self.edit.cache.get(key)
-        if found is None or found[0] != stamp:
-            found = self.edit.cache[key] = (stamp, compute())
+        if found is None or found[0] != now:
+            found = self.edit.cache[key] = (now, compute())
         return found[1]
 
     def pool(self, y: Tensor) -> Tensor:

@@ -205,6 +205,10 @@ class Method(Config, ABC):
         """The simplest method that has the same edit once training is over; by default this one."""
         return self
 
+    def plain_for(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> Method:
+        """`plain`, where it depends on the tensors too (how many ranks are left); they are by path and slot."""
+        return self.plain()
+
     def plain_tensors(
         self, tensors: Mapping[str, Tensor], place: Place | None
     ) -> dict[str, Tensor]:

@@ -15,12 +15,16 @@ from trimtab.adapt.adapter import Adapter, TensorName
 
 def exported(adapter: Adapter, *, name: str | None = None) -> Adapter:
     """An independent adapter with the same edits, of the simplest methods that have them."""
-    plain = [method.plain() for method in adapter.methods]
     copy = adapter.detached(name=name)
-    if plain == list(adapter.methods):
+    if all(method.plain() == method for method in adapter.methods):
         return copy
+    parts = _by_method(copy)
+    plain = [
+        method.plain_for({path: slots for (path, number), slots in parts.items() if number == own})
+        for own, method in enumerate(copy.methods)
+    ]
     tensors: dict[TensorName, Tensor] = {}
-    for (path, number), slots in _by_method(copy).items():
+    for (path, number), slots in parts.items():
         method = copy.methods[number].at(path) if path else copy.methods[number]
         place = next((p for p in copy.places(number) if p.path == path), None) if path else None
         new = method.plain_tensors(slots, place)

@@ -22,6 +22,7 @@ from trimtab.adapt.adapter import Adapter, Origin, SiteSpec, TensorName
 from trimtab.adapt.contract import Method
 from trimtab.adapt.disk import checksum, read_json, read_tensors, replacing, write_json
 from trimtab.adapt.fingerprint import Fingerprint
+from trimtab.adapt.lowbit import Packing, pack, unpack
 from trimtab.adapt.parse import method_from, methods
 from trimtab.adapt.slots import check_name
 from trimtab.config import Config
@@ -44,7 +45,8 @@ class Entry(Config):
 class Description(Config):
     """What ``trimtab.json`` says; ``sites`` are (path, role, number of the method).
 
-    ``drawn`` holds checksums of tensors that are not in the file, because a seed gives them.
+    Checksums are of what reading gives. ``packing`` says what is stored in few bits; ``drawn`` holds checksums of
+    tensors that are not in the file, because a seed gives them; ``in_peft`` whether PEFT has this in these places.
     """
 
     version: Literal[1] = Field(alias="schema")  # pydantic has a method of that name
@@ -55,6 +57,8 @@ class Description(Config):
     base_name: str | None
     provenance: dict[str, Any]
     tensors: dict[str, Entry]
+    packing: Packing | None = None
+    in_peft: bool | None = None
     drawn: dict[str, str] = Field(default_factory=dict)
 
     @field_validator("name")
@@ -70,8 +74,10 @@ class Description(Config):
         return self
 
 
-def save(adapter: Adapter, folder: Path) -> Path:
+def save(adapter: Adapter, folder: Path, bits: int | None = None) -> Path:
     """Write the adapter; an adapter that was in ``folder`` before is replaced whole or not at all.
+
+    ``bits`` (8 or 4) rounds its matrices; how far off they are then is noted in the provenance.
 
     Raises:
         StorageError: the disk refused (full, read-only); what was there before is intact.
@@ -93,6 +99,13 @@ def save(adapter: Adapter, folder: Path) -> Path:
             )
         tensors[key] = tensor.detach().cpu().contiguous()
         index[key] = Entry(path=name.path, slot=name.slot, sha256=checksum(tensors[key]))
+    provenance, packing = adapter.origin.provenance, None
+    if bits is not None:
+        fixed = {disk_key(adapter, name) for name in adapter.fixed}
+        tensors, values, packing, error = pack(tensors, bits, fixed)
+        index = {k: entry.replace(sha256=checksum(values[k])) for k, entry in index.items()}
+        if error["max"] > 0 or "rounded" not in provenance:  # else it was rounded before
+            provenance = {**provenance, "rounded": {"bits": bits, "error": error}}
     ours = Description(
         schema=SCHEMA,
         name=adapter.name,
@@ -100,13 +113,15 @@ def save(adapter: Adapter, folder: Path) -> Path:
         sites=tuple((site.path, site.role, site.method) for site in adapter.sites),
         base=adapter.base,
         base_name=adapter.origin.base_name,
-        provenance=adapter.origin.provenance,
+        provenance=provenance,
+        in_peft=adapter.origin.in_peft,
         tensors=index,
+        packing=packing,
         drawn=adapter.drawn,
     )
     with replacing(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-        write_json(temporary / CONFIG, _peft_config(adapter))
+        write_json(temporary / CONFIG, _peft_config(adapter, bits))
         write_json(temporary / OURS, ours.model_dump(mode="json", by_alias=True))
     return folder
 
@@ -167,6 +182,7 @@ def _from_ours(
         ours = Description.parse(data, where=f"{folder / OURS}")
     except ConfigError as error:
         raise FileFormatError(str(error)) from None
+    tensors = unpack(tensors, ours.packing, str(folder / WEIGHTS))
     _same_keys(folder / WEIGHTS, set(ours.tensors), set(tensors))
     named = {}
     for key, entry in ours.tensors.items():
@@ -175,12 +191,13 @@ def _from_ours(
                 f"{folder / WEIGHTS}: tensor {key!r} does not match its checksum; the file is damaged."
             )
         named[TensorName(entry.path, entry.slot)] = tensors[key]
+    in_peft = not _peft_type(folder, config).startswith(OWN_TYPE)
     origin = Origin(
         base_name=ours.base_name,
         task_type=config.get("task_type"),
         suffixes=tuple(config.get("target_modules") or ()),
         transposed=bool(config.get("fan_in_fan_out")),
-        in_peft=not _peft_type(folder, config).startswith(OWN_TYPE),
+        in_peft=in_peft if ours.in_peft is None else ours.in_peft,
         provenance=ours.provenance,
     )
     sites = [SiteSpec(*site) for site in ours.sites]
@@ -297,13 +314,15 @@ def _same_keys(file: Path, expected: set[str], found: set[str]) -> None:
 # -- writing ------------------------------------------------------------------------------------------
 
 
-def _peft_config(adapter: Adapter) -> dict[str, Any]:
+def _peft_config(adapter: Adapter, bits: int | None) -> dict[str, Any]:
     method = adapter.method
     paths = method.wrapped(adapter.places())
+    plain = method.plain()
+    # Of the same kind and yet another method: PEFT knows the plain form only, and would read this one as it.
+    known = adapter.origin.in_peft and (plain == method or plain.kind != method.kind)
+    own = f"{OWN_TYPE}{method.kind.upper()}" + (f"_INT{bits}" if bits else "")
     base = {
-        "peft_type": method.peft_type
-        if adapter.origin.in_peft and method.plain() == method
-        else f"{OWN_TYPE}{method.kind.upper()}",
+        "peft_type": method.peft_type if known and not bits else own,
         "task_type": adapter.origin.task_type,
         "base_model_name_or_path": adapter.origin.base_name,
         "inference_mode": True,

@@ -50,6 +50,31 @@ BIASES = (INNER, OWN)
 """Roles of a site where a bias is trained: of a layer that has factors too, or of another."""
 
 
+def stacked(a: Tensor, b: Tensor, rank: int) -> bool:
+    """Whether these are the factors of all experts of a mixture, (E, R, I) and (E, O, R)."""
+    return a.dim() == 3 and a.shape[1] == rank == b.shape[-1] and len(a) == len(b)
+
+
+def paired(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors as (G, R/G, I) and (G, O/G, R/G): a pair for each expert, or group of a convolution; mostly one."""
+    if stacked(a, b, rank):
+        return a, b
+    groups = rank // b.shape[1]
+    return a.flatten(1).unflatten(0, (groups, -1)), b.flatten(1).unflatten(0, (groups, -1))
+
+
+def joined(parts: Sequence[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, Tensor]:
+    """Factors (A, B, rank) beside one another: their product is the sum of the products."""
+    a, b, rank = parts[0]
+    if stacked(a, b, rank):
+        return torch.cat([a for a, _, _ in parts], dim=1), torch.cat(
+            [b for _, b, _ in parts], dim=2
+        )
+    groups = rank // b.shape[1]
+    rows = torch.cat([a.unflatten(0, (groups, -1)) for a, _, _ in parts], dim=1)
+    return rows.flatten(0, 1), torch.cat([b for _, b, _ in parts], dim=1)
+
+
 class LowRank(Method):
     """Fields and edits of LoRA; DoRA adds to it. Patterns map the end of a path to a rank or an alpha."""
 
@@ -140,7 +165,7 @@ class LowRank(Method):
                     "dropout before an embedding would drop token ids; set dropout=0 for it."
                 )
             x = F.dropout(x, self.dropout)
-        return at.layer.lowrank(x, p["A"], p["B"] * self.scaling)
+        return at.layer.lowrank(x, *self.factors(p))
 
     def leave(self, p: Params, y: Tensor, at: At) -> Tensor:
         if at.role not in BIASES:
@@ -149,9 +174,13 @@ class LowRank(Method):
         change = p["bias"] if base is None else p["bias"] - base.to(p["bias"].dtype)
         return y + at.layer.over_out(change)
 
+    def factors(self, p: Params) -> tuple[Tensor, Tensor]:
+        """The two factors whose product is ΔW."""
+        return p["A"], p["B"] * self.scaling
+
     def product(self, p: Params, layer: Layer) -> Tensor:
         """ΔW in canonical orientation."""
-        return self.scaling * layer.product(p["A"], p["B"])
+        return layer.product(*self.factors(p))
 
     def merged(self, p: Params, layer: Layer, role: str) -> tuple[Tensor, Tensor | None] | None:
         if role in BIASES:
@@ -170,8 +199,8 @@ class LowRank(Method):
         if role in BIASES:
             return super().sum(parts, role)
         methods = [method for method, _ in parts if isinstance(method, LowRank)]
-        a = torch.cat([p["A"] for _, p in parts], dim=0)
-        b = torch.cat([p["B"] * m.scaling for m, (_, p) in zip(methods, parts, strict=True)], dim=1)
+        given = zip(methods, parts, strict=True)
+        a, b = joined([(p["A"], p["B"] * m.scaling, m.rank) for m, (_, p) in given])
         rank = sum(method.rank for method in methods)
         # Dropout acts on each x before its A; one shared dropout would act on all of them at once.
         return self.replace(rank=rank, alpha=float(rank), rslora=False, dropout=0.0), {

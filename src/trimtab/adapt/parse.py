@@ -15,6 +15,7 @@ from trimtab.errors import ConfigError
 from trimtab.registry import Registry
 
 METHODS = {
+    "adalora": "trimtab.methods.adalora:AdaLoRA",
     "bitfit": "trimtab.methods.bitfit:BitFit",
     "bottleneck": "trimtab.methods.bottleneck:Bottleneck",
     "dora": "trimtab.methods.dora:DoRA",

@@ -15,6 +15,7 @@ from trimtab.cli import (
     compare,
     data,
     eval,
+    export,
     generate,
     inspect,
     merge,
@@ -39,6 +40,7 @@ app.command("compare")(compare.compare)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("merge")(merge.merge)
+app.command("export")(export.export)
 app.command("inspect")(inspect.inspect)
 app.add_typer(data.app, name="data")
 app.add_typer(recipe.app, name="recipe")

@@ -1,5 +1,5 @@
 """Views of frozen layers: one file per kind or storage backend."""
 
-from trimtab.frozen.layer import Layer, Push, layers, view
+from trimtab.frozen.layer import Layer, Push, layers, stamp, view
 
-__all__ = ["Layer", "Push", "layers", "view"]
+__all__ = ["Layer", "Push", "layers", "stamp", "view"]

@@ -17,7 +17,7 @@ the registry ``layers`` (entry-point group ``trimtab.frozen``).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import ClassVar
 
 import torch
@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from trimtab.errors import TargetError, UnsupportedError
 from trimtab.registry import Registry
 
+PIECE = 1 << 20
+"""Most values of a narrow weight that are widened at once."""
 Push = Callable[["Layer", Tensor, Tensor | None], Tensor]
 """Runs an edit around a layer: ``push(layer, x, y)`` is the edited output; ``y`` None = call the layer."""
 
@@ -41,6 +43,8 @@ class Layer(ABC):
     module: nn.Module
     in_features: int
     out_features: int
+    _squares: tuple[object, Tensor] | None = None
+    """Row norms, squared, and the state of the weight that they are of."""
 
     @classmethod
     @abstractmethod
@@ -121,9 +125,53 @@ class Layer(ABC):
         """What the layer itself does to a product with its weight (some embeddings scale theirs)."""
         return y
 
-    def row_norms(self, weight: Tensor) -> Tensor:
-        """L2 norm of each output channel's weights, in fp32 or wider."""
-        return self.wide(weight).flatten(1).norm(dim=1)
+    # -- norms of the output channels, in fp32 or wider ---------------------------------------------
+
+    def row_norms(self) -> Tensor:
+        """‖W_o‖ of each output channel."""
+        return self._kept_squares().sqrt()
+
+    def edited_row_norms(self, a: Tensor, b: Tensor) -> Tensor:
+        """‖(W + B A)_o‖ = √(‖W_o‖² + 2⟨W_o, (BA)_o⟩ + ‖(BA)_o‖²), without building B A or the sum."""
+        a_GRI, b_GOR = self._grouped(a, b)
+        gram_GRR = a_GRI @ a_GRI.mT
+        squares = ((b_GOR @ gram_GRR) * b_GOR).sum(-1).flatten()
+        total = self._kept_squares() + 2 * self.row_dots(a, b) + squares
+        return total.clamp_min(0).sqrt()
+
+    def row_squares(self) -> Tensor:
+        """‖W_o‖² of each output channel; a backend that never holds W densely answers this and `row_dots`."""
+        weight = self.dense().flatten(1)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
+
+    def row_dots(self, a: Tensor, b: Tensor) -> Tensor:
+        """⟨W_o, (BA)_o⟩ of each output channel, as the sums of (W Aᵀ) ⊙ B."""
+        a_GRI, b_GOR = self._grouped(a, b)
+        w_GOI = self.dense().flatten(1).unflatten(0, (b_GOR.shape[0], -1))
+        if w_GOI.dtype == a_GRI.dtype:
+            projected = w_GOI @ a_GRI.mT
+        else:  # a narrow weight is widened a few rows at a time
+            some = max(1, PIECE // w_GOI[:, 0].numel())
+            pieces = [rows.to(a_GRI.dtype) @ a_GRI.mT for rows in w_GOI.split(some, dim=1)]
+            projected = torch.cat(pieces, dim=1)
+        return (projected * b_GOR).sum(-1).flatten()
+
+    def _kept_squares(self) -> Tensor:
+        """‖W_o‖²: the weight is frozen, so it is computed once, and again only where another was put there."""
+        if torch.compiler.is_compiling():
+            return self.row_squares()
+        now = (self.dtype, self.device, *stamp(self.stored().values()))
+        if self._squares is None or self._squares[0] != now:
+            self._squares = now, self.row_squares()
+        return self._squares[1]
+
+    def _grouped(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors as (G, R/G, I) and (G, O/G, R/G), one pair for each group of channels; mostly G is 1."""
+        a, b = self.wide(a).flatten(1), self.wide(b).flatten(1)
+        dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), self.dtype)
+        groups = a.shape[0] // b.shape[1] if b.shape[1] else 1
+        return a.to(dtype).unflatten(0, (groups, -1)), b.to(dtype).unflatten(0, (groups, -1))
 
     def wide(self, value: Tensor) -> Tensor:
         """A tensor as merging and norms compute with it: in fp32, or in fp64 where it is already."""
@@ -160,6 +208,11 @@ def view(module: nn.Module) -> Layer | None:
             return found
         fallback = found
     return fallback
+
+
+def stamp(tensors: Iterable[Tensor]) -> tuple[object, ...]:
+    """Differs once any of these tensors was replaced, moved, cast or written into."""
+    return tuple((id(t), 0 if t.is_inference() else t._version, t.dtype, t.device) for t in tensors)
 
 
 def no_factors(kind: str) -> UnsupportedError:

@@ -3,7 +3,11 @@
     y = b + m / ‖W + s B A‖ · (W x + s B A x)
 
 The norm (per output channel) is a constant in backward, as in the paper; m starts at ‖W‖, so that the
-method is the identity at first.
+method is the identity at first. It is found without building B A:
+
+    ‖W + s B A‖² = ‖W‖² + 2 s ⟨W, B A⟩ + s² ‖B A‖²
+
+with ‖W‖² computed once; without gradients, the whole factor m / ‖·‖ is kept until a tensor changes.
 """
 
 from __future__ import annotations
@@ -34,26 +38,29 @@ class DoRA(LowRank):
         specs = super().tensors(layer, role)
         if role in BIASES:
             return specs
-        norms = layer.row_norms(layer.dense())
-        return {
-            **specs,
-            "m": Spec("lora_magnitude_vector.weight", (layer.out_features,), copy_of(norms)),
-        }
+        kernel = len(specs["A"].shape) - 2
+        shape = (1, layer.out_features, *(1,) * kernel) if kernel else (layer.out_features,)
+
+        def norms(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+            """The norm of each output channel's weights."""
+            return copy_of(layer.row_norms())(shape, generator)
+
+        # m stays in fp32: in bf16 the factor would move in steps of 0.4 % only.
+        return {**specs, "m": Spec("lora_magnitude_vector.weight", shape, norms, cast=False)}
 
     def leave(self, p: Params, y: Tensor, at: At) -> Tensor:
         if at.role in BIASES:
             return super().leave(p, y, at)
-        factor = at.layer.over_out(p["m"] / self._norms(p, at.layer).to(p["m"].dtype))
+        change = at.kept("change", lambda: self._factor(p, at.layer) - 1)
         bias = at.layer.bias()
-        if bias is None:
-            return factor * y
-        shift = at.layer.over_out(bias.to(y.dtype))
-        return shift + factor * (y - shift)
+        scaled = y if bias is None else y - at.layer.over_out(bias.to(y.dtype))
+        # In a narrow dtype factor − 1 has as many digits as a factor near 1 would have lost.
+        return torch.addcmul(y, scaled, at.layer.over_out(change.to(y.dtype)))
 
     def merged(self, p: Params, layer: Layer, role: str) -> tuple[Tensor, Tensor | None] | None:
         if role in BIASES:
             return super().merged(p, layer, role)
-        factor = p["m"] / self._norms(p, layer)
+        factor = self._factor(p, layer)
         weight = layer.dense() + self.product(p, layer)
         return weight * factor.reshape(-1, *(1,) * (weight.dim() - 1)), layer.bias()
 
@@ -78,6 +85,7 @@ class DoRA(LowRank):
     ) -> DoRA | None:
         return cls(**cls.fields_from_peft(config)) if config.get("use_dora") else None
 
-    @torch.no_grad()
-    def _norms(self, p: Params, layer: Layer) -> Tensor:
-        return layer.row_norms(layer.wide(layer.dense()) + layer.wide(self.product(p, layer)))
+    def _factor(self, p: Params, layer: Layer) -> Tensor:
+        with torch.no_grad():
+            norms = layer.edited_row_norms(*self.factors(p))
+        return p["m"].flatten() / norms

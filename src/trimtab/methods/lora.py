@@ -2,26 +2,142 @@
 
     y = W x + s · B A x,   s = alpha / rank,  or  alpha / √rank with ``rslora`` (arXiv 2312.03732)
 
-Fields, initial values and PEFT's grammar are those of `trimtab.adapt.lowrank`.
+Fields, initial values and PEFT's grammar are those of `trimtab.adapt.lowrank`. Three more change how it is
+trained, and leave a file that is an ordinary LoRA's:
+
+    plus        LoRA+ (arXiv 2402.12354): the factor that starts at zero learns ``plus`` times as fast
+    frozen_a    LoRA-FA (arXiv 2308.03303): the other factor stays as drawn, so that x need not be kept for backward;
+                gradients become  g_B ← g_B (A Aᵀ + 1e-8)⁻¹ / s², those of the nearest change of W
+    bits        both factors are rounded to 8 or 4 bits wherever they are used, and steps are taken on fp32 ones: what
+                is trained is what ``save(bits=...)`` stores. (QLoRA rounds the frozen base instead.)
+
+An embedding swaps the two factors: its A starts at zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, final
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, Self, final
 
-from trimtab.adapt.lowrank import LowRank
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from trimtab.adapt.contract import At, Layer, Method, Params, Place, Sites, Spec
+from trimtab.adapt.lowbit import SHORTEST, rounded
+from trimtab.adapt.lowrank import BIASES, LowRank, paired
+from trimtab.errors import UnsupportedError
+
+RANDOM = frozenset({"lora_A.weight", "lora_embedding_B"})
+FACTORS = ("A", "B")
 
 
 @final
 class LoRA(LowRank):
-    """``LoRA(rank=16, alpha=32, targets="all-linear")``."""
+    """``LoRA(rank=16, alpha=32, targets="all-linear")``; LoRA+ is ``LoRA(plus=16)``."""
 
     kind: ClassVar[str] = "lora"
     lr: ClassVar[float] = 2e-4
+
+    plus: float = Field(default=1.0, gt=0)
+    """LoRA+: how many times as fast the factor that starts at zero learns."""
+    frozen_a: bool = False
+    """LoRA-FA: train only the factor that starts at zero."""
+    bits: Literal[4, 8] | None = None
+    """Round both factors wherever they are used, as ``save(bits=...)`` stores them."""
+
+    @model_validator(mode="after")
+    def _wide_enough(self) -> Self:
+        if self.bits and min([self.rank, *self.rank_pattern.values()]) < SHORTEST:
+            raise ValueError(
+                f"bits rounds rows of the factors, so the rank must be {SHORTEST} or more"
+            )
+        return self
+
+    @property
+    def rates(self) -> Mapping[str, float]:
+        learners = set(self.short_names) - RANDOM
+        return dict.fromkeys(learners, self.plus) if self.plus != 1 else {}
+
+    @property
+    def fixed(self) -> frozenset[str]:
+        return super().fixed | (RANDOM if self.frozen_a else frozenset())
+
+    def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
+        specs = super().tensors(layer, role)
+        if not self.bits:
+            return specs
+        # rounded before they are cast, as they are in a file
+        return {k: replace(s, cast=False) if k in FACTORS else s for k, s in specs.items()}
+
+    def delta(self, p: Params, x: Tensor, at: At) -> Tensor | None:
+        if self.bits:
+            p = {short: tensor.to(at.dtype) for short, tensor in self._rounded(p).items()}
+        return super().delta(p, x, at)
+
+    def product(self, p: Params, layer: Layer) -> Tensor:
+        return super().product(self._rounded(p), layer)
+
+    def before_step(self, sites: Sites) -> None:
+        if not self.frozen_a:
+            return
+        for place, p in sites.items():
+            if place.role not in BIASES:
+                method = self.at(place.path)
+                _project(p["A"], p["B"], method.rank, method.scaling)
+
+    def plain(self) -> Method:
+        plain = super().plain()
+        return plain.replace(bits=None) if self.bits else plain
+
+    def plain_tensors(
+        self, tensors: Mapping[str, Tensor], place: Place | None
+    ) -> dict[str, Tensor]:
+        named = {slot: self.short_names.get(slot) for slot in tensors}
+        exact = {
+            slot: rounded(tensor, self.bits) if self.bits and named[slot] in FACTORS else tensor
+            for slot, tensor in tensors.items()
+        }
+        return super().plain_tensors(exact, place)
+
+    def scaled(self, p: Params, weight: float, role: str) -> dict[str, Tensor]:
+        self._check_whole()
+        return super().scaled(p, weight, role)
+
+    def sum(
+        self, parts: Sequence[tuple[Method, Params]], role: str
+    ) -> tuple[Method, dict[str, Tensor]]:
+        self._check_whole()
+        return super().sum(parts, role)
 
     @classmethod
     def from_peft(
         cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]
     ) -> LoRA | None:
         return None if config.get("use_dora") else cls(**cls.fields_from_peft(config))
+
+    def _rounded(self, p: Params) -> Params:
+        if not self.bits:
+            return p
+        return {k: rounded(t, self.bits) if k in FACTORS else t for k, t in p.items()}
+
+    def _check_whole(self) -> None:
+        if self.bits:
+            raise UnsupportedError(
+                "lora: factors of few bits are rounded anew, so their sums and multiples are not exact; take those of "
+                "trimtab.exported(adapter)."
+            )
+
+
+def _project(a: Tensor, b: Tensor, rank: int, scaling: float) -> None:
+    """Make the gradient of the factor that learns that of the nearest change of W, by the other's Gram matrix."""
+    a_GRI, b_GOR = paired(a, b, rank)
+    learner, gram = (b, a_GRI @ a_GRI.mT) if b.grad is not None else (a, b_GOR.mT @ b_GOR)
+    if learner.grad is None:
+        return
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    inverse = torch.linalg.pinv(gram + 1e-8 * eye, hermitian=True) / scaling**2
+    gradient = learner.grad.reshape(b_GOR.shape if learner is b else a_GRI.shape)
+    new = gradient @ inverse if learner is b else inverse @ gradient
+    learner.grad.copy_(new.reshape(learner.grad.shape))

@@ -227,6 +227,8 @@ class CheckpointRecipe(Config):
     """How many of the last ones stay; the best one by held-out loss stays too."""
     final: Literal["last", "best"] = "last"
     """Which state becomes the adapter: the last one, or the one with the lowest held-out loss."""
+    bits: Literal[4, 8] | None = None
+    """Store that adapter in so many bits a value instead of 32; how far off it then is, trimtab inspect says."""
 
 
 TaskName = Literal["causal-lm", "sequence-classification"]

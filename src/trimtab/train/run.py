@@ -359,7 +359,7 @@ class Run:
             "tokens": progress.tokens,
             "metrics": {name: value for name, value in metrics.items() if name not in EACH},
         }
-        exported(self.adapter).save(self.folder / ADAPTER)
+        exported(self.adapter).save(self.folder / ADAPTER, bits=self.recipe.checkpoint.bits)
         self.events.add(
             "end",
             {
