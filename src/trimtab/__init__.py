@@ -44,6 +44,7 @@ _PLACES = {
     "BitFit": "trimtab.methods.bitfit",
     "Bottleneck": "trimtab.methods.bottleneck",
     "Prefix": "trimtab.methods.prefix",
+    "SHiRA": "trimtab.methods.shira",
     "SpotTune": "trimtab.methods.spottune",
     "Full": "trimtab.methods.full",
     "load": "trimtab.models.load",
@@ -107,6 +108,7 @@ if TYPE_CHECKING:
     from trimtab.methods.ia3 import IA3 as IA3
     from trimtab.methods.lora import LoRA as LoRA
     from trimtab.methods.prefix import Prefix as Prefix
+    from trimtab.methods.shira import SHiRA as SHiRA
     from trimtab.methods.spottune import SpotTune as SpotTune
     from trimtab.models.load import load as load
     from trimtab.optim.adam import parameter_groups as parameter_groups

@@ -24,6 +24,7 @@ SMALL = {
     "prefix": "prefix(length=3, init_std=1.0)",
     "spottune": "spottune(inner=lora(rank=4), hidden=8)",
     "full": "full(targets='mlp_down')",
+    "shira": "shira(rank=3)",
 }
 ON_MODEL = {
     ("lora", "mixed"): "lora(rank=4, targets=['embed', 're:conv.*', 'grouped', 'head'])",
@@ -36,6 +37,7 @@ ON_MODEL = {
         "full",
         "mixed",
     ): "full(targets=['embed', 're:conv.*', 'grouped', 'head', 'norm', 'batch_norm'])",
+    ("shira", "mixed"): "shira(rank=2, targets=['embed', 're:conv.*', 'grouped', 'head'])",
     ("lora", "classifier"): "lora(rank=4, train=['score'])",
     ("lora", "bert"): "lora(rank=4, train=['classifier'])",
 }
@@ -58,7 +60,7 @@ NOT_MERGEABLE = {
     "prefix": "softmax of attention",
     "spottune": "each example chooses",
 }
-IDENTITY_AT_FIRST = {"lora", "dora", "ia3", "bitfit", "spottune", "full"}
+IDENTITY_AT_FIRST = {"lora", "dora", "ia3", "bitfit", "spottune", "full", "shira"}
 """Methods whose papers start them as the identity (a Houlsby bottleneck only nearly; a prefix never)."""
 
 

@@ -116,7 +116,7 @@ def _one_method(methods_at: Mapping[str, Method]) -> Method:
     if not different:
         return common
     fields = {name for m in different.values() for name, value in m if value != dict(common)[name]}
-    patterned = {"rank": "rank_pattern", "alpha": "alpha_pattern"}
+    patterned = {"rank": "rank_pattern", "alpha": "alpha_pattern", "count": "count_pattern"}
     if not fields <= patterned.keys():
         raise UnsupportedError(
             f"{common.kind}: the parts differ in {', '.join(sorted(fields))} from site to site."

@@ -27,6 +27,8 @@ from pydantic import field_validator
 from torch import Tensor
 
 from trimtab.adapt.at import At as At
+from trimtab.adapt.observed import Observation as Observation
+from trimtab.adapt.observed import Observed as Observed
 from trimtab.config import Config
 from trimtab.errors import ConfigError, UnsupportedError
 from trimtab.frozen import Layer as Layer
@@ -139,6 +141,17 @@ class Method(Config, ABC):
     def fixed(self) -> frozenset[str]:
         """Slots that belong to the adapter and its file but are never trained (indices, kept first values)."""
         return frozenset()
+
+    # -- what data tell before it begins -----------------------------------------------------------
+
+    @property
+    def observes(self) -> Observation | None:
+        """What must be seen of a layer first; `trimtab.attach` then needs batches. Asked of `at` each site."""
+        return None
+
+    def informed(self, observed: Mapping[str, Sequence[Observed]]) -> Self:
+        """The method that data make of this one: ``observed`` by path, one for each expert."""
+        return self
 
     # -- the edits -------------------------------------------------------------------------------------
 

@@ -22,12 +22,15 @@ METHODS = {
     "ia3": "trimtab.methods.ia3:IA3",
     "lora": "trimtab.methods.lora:LoRA",
     "prefix": "trimtab.methods.prefix:Prefix",
+    "shira": "trimtab.methods.shira:SHiRA",
     "spottune": "trimtab.methods.spottune:SpotTune",
 }
 methods: Registry[type[Method]] = Registry("method", "trimtab.methods", METHODS)
 
 PRESETS = {
+    "fish": "shira(mask='fisher', share=0.005)",
     "houlsby": "bottleneck(size=64)",
+    "magnitude": "shira(mask='magnitude')",
 }
 """Settings that have a name of their own. Options are added to them: ``houlsby(size=8)``."""
 

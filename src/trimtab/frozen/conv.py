@@ -64,6 +64,10 @@ class ConvLayer(Layer):
         y: Tensor = self.module(x)
         return y
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.module.weight.shape)
+
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """A is a convolution to ``rank`` channels with the layer's kernel, B one of size 1 (as PEFT's)."""
         ones = (1,) * self.dims

@@ -61,6 +61,10 @@ class NormLayer(Layer):
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         raise no_factors("norm")
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.out_features,)
+
     def call(self, x: Tensor) -> Tensor:
         y: Tensor = self.module(x)
         return y

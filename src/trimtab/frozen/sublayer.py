@@ -58,6 +58,10 @@ class SubLayer(Layer):
     def lowrank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         raise self._no_weight()
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        raise self._no_weight()
+
     def probe(self, push: Push) -> tuple[Tensor, Tensor | None]:
         raise self._no_weight()
 

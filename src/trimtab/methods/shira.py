@@ -1,0 +1,152 @@
+"""SHiRA (Bhardwaj et al. 2024, arXiv 2406.13175): train a few weights of each matrix, and none of the others.
+
+    y = W x + S x,   S has k trained values at places that are fixed before training
+
+k = rank · (in + out), as many as a LoRA of that rank, or a ``share`` of the weights. The places are random, those
+of the largest weights ("magnitude"), or those with the largest diagonal Fisher information over all targets
+together ("fisher": FISH mask, Sung et al. 2021, arXiv 2111.09839), which needs batches. Values begin at zero; only
+they have an optimiser's state, so neither decay nor momentum moves a weight that was not chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self, final
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from trimtab.adapt.contract import (
+    At,
+    Layer,
+    Method,
+    Observed,
+    Params,
+    Place,
+    Spec,
+    pattern_value,
+    zeros,
+)
+from trimtab.adapt.observed import Gradients
+from trimtab.adapt.peft_config import refuse_unknown, selectors
+from trimtab.adapt.sparse import largest_places, random_places, shared_out
+from trimtab.models.anatomy import Anatomy
+
+_PEFT_DEFAULTS = {
+    "r": 32, "mask_type": "random", "random_seed": None, "target_modules": None, "fan_in_fan_out": False,
+    "init_weights": True, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None,
+}  # fmt: skip
+
+
+@final
+class SHiRA(Method):
+    """``SHiRA(rank=32)``, ``SHiRA(mask="fisher", share=0.005)``; with ``seed``, random places are PEFT's."""
+
+    kind: ClassVar[str] = "shira"
+    lr: ClassVar[float] = 3e-4
+    peft_type: ClassVar[str | None] = "SHIRA"
+    disk: ClassVar[Mapping[str, str]] = {
+        "shira_weight": "shira_weight",
+        "shira_indices": "shira_indices",
+    }
+    short_names: ClassVar[Mapping[str, str]] = {"shira_weight": "v", "shira_indices": "places"}
+
+    targets: str | tuple[str, ...] = "all-linear"
+    rank: int = Field(default=32, ge=1)
+    share: float | None = Field(default=None, gt=0, le=1)
+    mask: Literal["random", "magnitude", "fisher"] = "random"
+    seed: int | None = None
+    count: int | None = Field(default=None, ge=1)
+    rank_pattern: Mapping[str, int] = Field(default_factory=dict)
+    count_pattern: Mapping[str, int] = Field(default_factory=dict)
+
+    @property
+    def fixed(self) -> frozenset[str]:
+        return frozenset({"shira_indices"})
+
+    @property
+    def observes(self) -> Gradients | None:
+        return Gradients(squared=True) if self.mask == "fisher" else None
+
+    def informed(self, observed: Mapping[str, Sequence[Observed]]) -> Self:
+        """Each target gets as many values as it has among the largest of all; counts that are given stay."""
+        if self.count_pattern:
+            return self
+        scores = {path: [o["gradient"] for o in each] for path, each in observed.items()}
+        sizes = [(p, one.shape[0], one[0].numel()) for p, each in scores.items() for one in each]
+        budget = sum(self.at(path)._count(out, rest) for path, out, rest in sizes)
+        return self.replace(count_pattern=shared_out(scores, budget))
+
+    def at(self, path: str) -> Self:
+        rank = pattern_value(self.rank_pattern, path, self.rank)
+        count = pattern_value(self.count_pattern, path, self.count)
+        return self.replace(rank=rank, count=count, rank_pattern={}, count_pattern={})
+
+    def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
+        count = self._count(*layer.matrix_shape())
+
+        def places(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+            return self._places(layer, count, generator)
+
+        return {
+            "v": Spec("shira_weight", (count,), zeros),
+            "places": Spec("shira_indices", (2, count), places, cast=False),
+        }
+
+    def _count(self, out: int, rest: int) -> int:
+        if self.count is not None:
+            return self.count
+        if self.share is not None:
+            return max(1, round(self.share * out * rest))
+        return self.rank * (out + rest)
+
+    def _places(self, layer: Layer, count: int, generator: torch.Generator) -> Tensor:
+        if self.mask == "random":
+            if self.seed is not None:
+                generator = torch.Generator().manual_seed(self.seed)
+            return random_places(layer.matrix_shape(), count, generator)
+        scores = layer.dense().abs() if self.mask == "magnitude" else layer.observed["gradient"]
+        return largest_places(scores.detach(), count)
+
+    def delta(self, p: Params, x: Tensor, at: At) -> Tensor | None:
+        return at.layer.sparse(x, p["places"], p["v"])
+
+    def merged(self, p: Params, layer: Layer, role: str) -> tuple[Tensor, Tensor | None] | None:
+        return layer.dense() + layer.scattered(p["places"], p["v"]), layer.bias()
+
+    def scaled(self, p: Params, weight: float, role: str) -> dict[str, Tensor]:
+        return {"v": p["v"] * weight, "places": p["places"]}
+
+    def sum(
+        self, parts: Sequence[tuple[Method, Params]], role: str
+    ) -> tuple[Method, dict[str, Tensor]]:
+        """All values of all parts; where two lie at one place, they add up."""
+        new = {name: torch.cat([p[name] for _, p in parts], dim=-1) for name in ("v", "places")}
+        methods = [method for method, _ in parts if isinstance(method, SHiRA)]
+        if any(method.count or method.share for method in methods):
+            return self.replace(count=new["v"].shape[-1], share=None, mask="random"), new
+        return self.replace(rank=sum(method.rank for method in methods), mask="random"), new
+
+    def in_peft(self, anatomy: Anatomy, places: Sequence[Place]) -> bool:
+        layers = [anatomy.modules.get(place.path) for place in places]
+        dense = all(isinstance(layer, nn.Linear) for layer in layers)
+        patterns = self.rank_pattern or self.count_pattern
+        return dense and self.share is None and self.count is None and not patterns
+
+    def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
+        return {"r": self.rank, "mask_type": "random", "random_seed": self.seed}
+
+    @classmethod
+    def from_peft(
+        cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]
+    ) -> SHiRA | None:
+        refuse_unknown(config, _PEFT_DEFAULTS, set(_PEFT_DEFAULTS), "SHiRA")
+        layers = config.get("layers_to_transform")
+        return cls(
+            targets=selectors(config.get("target_modules")),
+            exclude=selectors(config.get("exclude_modules")),
+            layers=(layers,) if isinstance(layers, int) else layers,
+            rank=config.get("r", 32),
+            seed=config.get("random_seed"),
+        )
