@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, TaskType
+from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, ShiraConfig, TaskType
 from torch import nn
 
 import trimtab as tt
@@ -217,4 +217,18 @@ PREFIX = [
         tt.Prefix(length=5, train=("classifier",)),
     ),
 ]
-CASES = [*LORA, *DORA, *IA3, *PREFIX]
+SHIRA = [
+    Case(
+        "shira",
+        kit.llama,
+        ShiraConfig(target_modules=["q_proj", "v_proj", "down_proj"], r=2, random_seed=3),
+        tt.SHiRA(rank=2, seed=3, targets=("q_proj", "v_proj", "down_proj")),
+    ),
+    Case(
+        "shira-bert",
+        kit.bert,
+        ShiraConfig(target_modules=["query"], r=5, random_seed=0, modules_to_save=["classifier"]),
+        tt.SHiRA(rank=5, seed=0, targets=("query",), train=("classifier",)),
+    ),
+]
+CASES = [*LORA, *DORA, *IA3, *PREFIX, *SHIRA]

@@ -79,6 +79,9 @@ COUNTS: list[tuple[str, Method, int]] = [
      294_912 + (768 * 768 + 768) + (768 * 2 + 2)),
     # DoRA: one magnitude per output more
     ("llama-3.2-3b", tt.DoRA(rank=32, targets=QUERY_VALUE), 9_289_728),
+    # SHiRA: as many values as the LoRA of its rank, or a share of the weights
+    ("llama-3.2-3b", tt.SHiRA(rank=32, targets=QUERY_VALUE), 9_175_040),
+    ("llama-7b", tt.SHiRA(share=0.005, targets=QUERY_VALUE), 32 * 2 * round(0.005 * 4096 * 4096)),
     # (IA)³: keys, values and the inner width
     ("llama-7b", tt.IA3(), 614_400),
     ("llama-3.2-3b", tt.IA3(), 286_720),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 
 from torch import nn
 
-from trimtab.adapt.adapter import Adapter
+from trimtab.adapt.adapter import Adapter, TensorName
 from trimtab.adapt.bank import find_bank
 from trimtab.adapt.contract import Method
 from trimtab.adapt.parse import method_from
@@ -50,7 +51,14 @@ def resolve(model: nn.Module, method: Method | str | Mapping[str, object]) -> st
     adapter = planned(model, chosen, "plan", anatomy)
     layers = {site.path: layer_at(anatomy, site.path) for site in adapter.sites}
     specs = specs_of(adapter, anatomy, layers)
-    count = sum(_size(spec.shape) for found in specs.values() for spec in found.values())
+    stored = {
+        TensorName(path, spec.name): spec
+        for (_, path), found in specs.items()
+        for spec in found.values()
+        if spec.stored
+    }
+    fixed = adapter.fixed_among(stored)
+    count = sum(math.prod(spec.shape) for name, spec in stored.items() if name not in fixed)
     head = f"{chosen.kind}: {len(adapter.sites)} sites, {count:,} parameters"
     return "\n".join([head, *(f"  {line}" for line in grouped(adapter))])
 
@@ -64,13 +72,6 @@ def grouped(adapter: Adapter) -> list[str]:
         )
         counts[folded] = counts.get(folded, 0) + 1
     return [f"{count:>4} × {path}" for path, count in counts.items()]
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for axis in shape:
-        size *= axis
-    return size
 
 
 def _base_count(model: nn.Module) -> int:
