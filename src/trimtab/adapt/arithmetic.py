@@ -17,7 +17,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from trimtab.adapt.adapter import Adapter, Origin, SiteSpec, TensorName
-from trimtab.adapt.contract import Method, Params, Place
+from trimtab.adapt.contract import Method, Params, Place, exactly
 from trimtab.errors import BaseMismatchError, ConfigError, UnsupportedError
 
 
@@ -123,16 +123,11 @@ def _one_method(methods_at: Mapping[str, Method]) -> Method:
         )
     changes = {
         patterned[field]: {
-            _exactly(path, methods_at): dict(method)[field] for path, method in different.items()
+            exactly(path, methods_at): dict(method)[field] for path, method in different.items()
         }
         for field in fields
     }
     return common.replace(**changes)
-
-
-def _exactly(path: str, paths: Mapping[str, Method]) -> str:
-    """A pattern for this path alone: patterns match the ends of paths, unless they begin with ^."""
-    return f"^{path}" if any(other.endswith(f".{path}") for other in paths) else path
 
 
 def _params(adapter: Adapter, site: SiteSpec) -> tuple[Params, dict[str, str]]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -274,6 +274,11 @@ def pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
         except re.error as error:
             raise ConfigError(f"pattern {pattern!r} is not a regular expression: {error}") from None
     return default
+
+
+def exactly(path: str, paths: Iterable[str]) -> str:
+    """A pattern for this path alone: patterns match the ends of paths, unless they begin with ^."""
+    return f"^{path}" if any(other.endswith(f".{path}") for other in paths) else path
 
 
 # -- initial values -----------------------------------------------------------------------------------

@@ -3,7 +3,10 @@
     ΔW = s · B A,   A_RI, B_OR,   s = alpha / rank   (alpha / √rank for rsLoRA, arXiv 2312.03732)
 
 A starts uniform in ±1/√in and B at zero, so that ΔW is zero; an embedding swaps the two, as loralib and
-PEFT do (its A is looked up, and would never learn from a zero B that looks nothing up).
+PEFT do (its A is looked up, and would never learn from a zero B that looks nothing up). ``init`` names another
+start (`trimtab.adapt.initial`); where that is away from zero, the first factors are kept:
+
+    ΔW = s · (B A − B₀ A₀) = s · [B, −B₀] [A; A₀],   the second being a plain LoRA of twice the rank, to share
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from torch import Tensor
 from trimtab.adapt.contract import (
     At,
     Method,
+    Observation,
+    Observed,
     Params,
     Place,
     Spec,
@@ -28,6 +33,7 @@ from trimtab.adapt.contract import (
     pattern_value,
     zeros,
 )
+from trimtab.adapt.initial import DEFAULT, Initialisation, Start, initialisation
 from trimtab.adapt.peft_config import refuse_unknown, selectors
 from trimtab.errors import TargetError, UnsupportedError
 from trimtab.frozen import Layer
@@ -48,6 +54,9 @@ PEFT_DEFAULTS: Mapping[str, Any] = {
 INNER, OWN = "bias-of-target", "bias"
 BIASES = (INNER, OWN)
 """Roles of a site where a bias is trained: of a layer that has factors too, or of another."""
+FACTORS = ("lora_A.weight", "lora_B.weight", "lora_A_first.weight", "lora_B_first.weight")
+EMBEDDED = ("lora_embedding_A", "lora_embedding_B", "lora_embedding_A_first", "lora_embedding_B_first")
+"""Slots of A, B, A₀ and B₀."""
 
 
 class LowRank(Method):
@@ -64,7 +73,8 @@ class LowRank(Method):
     }
     short_names: ClassVar[Mapping[str, str]] = {
         "lora_A.weight": "A", "lora_B.weight": "B", "lora_embedding_A": "A", "lora_embedding_B": "B",
-        "lora_bias.inner": "bias", "lora_bias.own": "bias",
+        "lora_bias.inner": "bias", "lora_bias.own": "bias", **dict(zip(FACTORS[2:], ("A0", "B0"), strict=True)),
+        **dict(zip(EMBEDDED[2:], ("A0", "B0"), strict=True)),
     }  # fmt: skip
 
     targets: str | tuple[str, ...] = "all-linear"
@@ -73,6 +83,7 @@ class LowRank(Method):
     rslora: bool = False
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     bias: Literal["none", "lora_only", "all"] = "none"
+    init: str = DEFAULT
     rank_pattern: Mapping[str, int] = Field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = Field(default_factory=dict)
 
@@ -83,9 +94,48 @@ class LowRank(Method):
             raise ValueError("every rank must be at least 1")
         return value
 
+    @field_validator("init")
+    @classmethod
+    def _init(cls, value: str) -> str:
+        initialisation(value)
+        return value
+
     @property
     def scaling(self) -> float:
         return float(self.alpha / (self.rank**0.5 if self.rslora else self.rank))
+
+    @property
+    def _start(self) -> Initialisation | None:
+        return initialisation(self.init)
+
+    @property
+    def _away(self) -> bool:
+        return self._start is not None and self._start.away
+
+    @property
+    def fixed(self) -> frozenset[str]:
+        return frozenset((*FACTORS[2:], *EMBEDDED[2:])) if self._away else frozenset()
+
+    @property
+    def observes(self) -> Observation | None:
+        return None if self._start is None else self._start.observes(self.rank)
+
+    def informed(self, observed: Mapping[str, Sequence[Observed]]) -> Self:
+        """Ranks where data want them, at the same scale everywhere; ranks that are given stay."""
+        if self._start is None or self.rank_pattern:
+            return self
+        ranks = self._start.ranks({path: self.at(path).rank for path in observed}, observed)
+        new, alphas = {}, {}
+        for path, rank in ranks.items():
+            method = self.at(path)
+            if rank and rank != method.rank:
+                pattern = exactly(path, ranks)
+                new[pattern] = rank
+                ratio = rank / method.rank
+                alphas[pattern] = method.alpha * (ratio**0.5 if self.rslora else ratio)
+        method = self.replace(rank_pattern=new, alpha_pattern={**alphas, **self.alpha_pattern})
+        kept = [Place(path) for path, rank in ranks.items() if rank]
+        return method if len(kept) == len(ranks) else method.aimed(kept)
 
     def place(self, anatomy: Anatomy) -> Sequence[Place]:
         paths = anatomy.select(self.targets, self.exclude, self.layers)
@@ -114,26 +164,33 @@ class LowRank(Method):
             slot = "lora_bias.inner" if role == INNER else "lora_bias.own"
             return {"bias": Spec(slot, tuple(bias.shape), copy_of(bias))}
         shape_a, shape_b = layer.factor_shapes(self.rank)
+        a, b, a_first, b_first = EMBEDDED if layer.kind == "embedding" else FACTORS
+        if self._start is not None:
+            start = Start(self._start, layer, self.rank, self.scaling)
+            specs = {"A": Spec(a, shape_a, start.a), "B": Spec(b, shape_b, start.b)}
+            if not self._away:
+                return specs
+            kept = {"A0": Spec(a_first, shape_a, start.a), "B0": Spec(b_first, shape_b, start.b)}
+            return {**specs, **kept}
         if layer.kind == "embedding":
-            return {
-                "A": Spec("lora_embedding_A", shape_a, zeros),
-                "B": Spec("lora_embedding_B", shape_b, normal(1.0)),
-            }
-        return {
-            "A": Spec("lora_A.weight", shape_a, kaiming_uniform),
-            "B": Spec("lora_B.weight", shape_b, zeros),
-        }
+            return {"A": Spec(a, shape_a, zeros), "B": Spec(b, shape_b, normal(1.0))}
+        return {"A": Spec(a, shape_a, kaiming_uniform), "B": Spec(b, shape_b, zeros)}
 
     def delta(self, p: Params, x: Tensor, at: At) -> Tensor | None:
         if at.role in BIASES:
             return None
+        given = x
         if self.dropout and at.training:
             if not x.is_floating_point():
                 raise UnsupportedError(
                     "dropout before an embedding would drop token ids; set dropout=0 for it."
                 )
             x = F.dropout(x, self.dropout)
-        return at.layer.lowrank(x, p["A"], p["B"] * self.scaling)
+        change = at.layer.lowrank(x, p["A"], p["B"] * self.scaling)
+        if "A0" not in p:
+            return change
+        # twice the same operation, and no longer product, so that it is exactly zero at first
+        return change - at.layer.lowrank(given, p["A0"], p["B0"] * self.scaling)
 
     def leave(self, p: Params, y: Tensor, at: At) -> Tensor:
         if at.role not in BIASES:
@@ -144,7 +201,8 @@ class LowRank(Method):
 
     def product(self, p: Params, layer: Layer) -> Tensor:
         """ΔW in canonical orientation."""
-        return self.scaling * layer.product(p["A"], p["B"])
+        change = layer.product(p["A"], p["B"])
+        return self.scaling * (change - layer.product(p["A0"], p["B0"]) if "A0" in p else change)
 
     def merged(self, p: Params, layer: Layer, role: str) -> tuple[Tensor, Tensor | None] | None:
         if role in BIASES:
@@ -154,7 +212,7 @@ class LowRank(Method):
     def scaled(self, p: Params, weight: float, role: str) -> dict[str, Tensor]:
         if role in BIASES:
             return super().scaled(p, weight, role)
-        return {"A": p["A"], "B": p["B"] * weight}
+        return {short: t * weight if short in ("B", "B0") else t for short, t in p.items()}
 
     def sum(
         self, parts: Sequence[tuple[Method, Params]], role: str
@@ -162,15 +220,45 @@ class LowRank(Method):
         """Concatenation of ranks: exact, with every scaling folded into B."""
         if role in BIASES:
             return super().sum(parts, role)
-        methods = [method for method, _ in parts if isinstance(method, LowRank)]
-        a = torch.cat([p["A"] for _, p in parts], dim=0)
-        b = torch.cat([p["B"] * m.scaling for m, (_, p) in zip(methods, parts, strict=True)], dim=1)
-        rank = sum(method.rank for method in methods)
+        factors, rank = [], 0
+        for method, p in parts:
+            if isinstance(method, LowRank):
+                a, b = method._whole(p)
+                factors.append((a, b * method.scaling))
+                rank += method.rank * (2 if method._away else 1)
+        a, b = beside(factors)
         # Dropout acts on each x before its A; one shared dropout would act on all of them at once.
-        return self.replace(rank=rank, alpha=float(rank), rslora=False, dropout=0.0), {
-            "A": a,
-            "B": b,
-        }
+        changes = {"rank": rank, "alpha": float(rank), "rslora": False, "dropout": 0.0}
+        return self.replace(init=DEFAULT, **changes), {"A": a, "B": b}
+
+    def plain(self) -> Self:
+        """Twice the rank, where the first factors are kept. The scale stays."""
+        if not self._away:
+            return self
+        factor = 2**0.5 if self.rslora else 2
+        return self.replace(
+            init=DEFAULT,
+            rank=2 * self.rank,
+            alpha=factor * self.alpha,
+            rank_pattern={path: 2 * rank for path, rank in self.rank_pattern.items()},
+            alpha_pattern={path: factor * alpha for path, alpha in self.alpha_pattern.items()},
+        )
+
+    def plain_tensors(
+        self, tensors: Mapping[str, Tensor], place: Place | None
+    ) -> dict[str, Tensor]:
+        rest = {slot: t for slot, t in tensors.items() if slot not in (*FACTORS, *EMBEDDED)}
+        for slots in (FACTORS, EMBEDDED):
+            if slots[2] in tensors:
+                p = dict(zip(("A", "B", "A0", "B0"), (tensors[s] for s in slots), strict=True))
+                return {**rest, **dict(zip(slots, self._whole(p), strict=False))}
+        return dict(tensors)
+
+    def _whole(self, p: Params) -> tuple[Tensor, Tensor]:
+        """Factors whose product is the change without its scale."""
+        if "A0" not in p:
+            return p["A"], p["B"]
+        return beside([(p["A"], p["B"]), (p["A0"], -p["B0"])])
 
     def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
         return {
@@ -231,3 +319,14 @@ class LowRank(Method):
         whole = anatomy.select(self.train) if self.train else []
         inside = tuple(f"{path}." for path in whole)
         return [p for p in anatomy.biased if p not in whole and not p.startswith(inside)]
+
+
+def beside(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Factors whose product is the sum of these: ranks are concatenated (group by group, expert by expert)."""
+    a, b = factors[0]
+    stacked = a.dim() == 3 and b.dim() == 3 and a.shape[0] == b.shape[0] and a.shape[1] == b.shape[2]
+    if stacked and not a.shape[0] == b.shape[0] == a.shape[1] == 1:  # experts
+        return torch.cat([a for a, _ in factors], dim=1), torch.cat([b for _, b in factors], dim=2)
+    groups = a.shape[0] // b.shape[1]
+    parts = [a.unflatten(0, (groups, -1)) for a, _ in factors]
+    return torch.cat(parts, dim=1).flatten(0, 1), torch.cat([b for _, b in factors], dim=1)

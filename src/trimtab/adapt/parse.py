@@ -71,6 +71,18 @@ def _from_string(text: str) -> Method:
     return methods.get(name).parse(_options(text, arguments), where=f"method {name}")
 
 
+def name_and_options(text: str) -> tuple[str, dict[str, Any]]:
+    """What ``name`` or ``name(option=literal)`` says.
+
+    Raises:
+        ConfigError: a text that cannot be read.
+    """
+    form = _FORM.fullmatch(text)
+    if form is None:
+        raise ConfigError(f"{text!r}: write a name and options, for example 'pissa(niter=4)'.")
+    return form.group(1), _options(text, form.group(2) or "")
+
+
 def _options(text: str, arguments: str) -> dict[str, Any]:
     """What stands between the parentheses, as literals."""
     try:
