@@ -144,9 +144,8 @@ class Method(Config, ABC):
 
     # -- what data tell before it begins -----------------------------------------------------------
 
-    @property
-    def observes(self) -> Observation | None:
-        """What must be seen of a layer first; `trimtab.attach` then needs batches. Asked of `at` each site."""
+    def observes(self, role: str) -> Observation | None:
+        """What must be seen of a layer first, asked of `at` each site; `trimtab.attach` then needs batches."""
         return None
 
     def informed(self, observed: Mapping[str, Sequence[Observed]]) -> Self:

@@ -28,6 +28,7 @@ from trimtab.adapt.contract import (
     Place,
     Spec,
     copy_of,
+    exactly,
     kaiming_uniform,
     normal,
     pattern_value,
@@ -116,9 +117,8 @@ class LowRank(Method):
     def fixed(self) -> frozenset[str]:
         return frozenset((*FACTORS[2:], *EMBEDDED[2:])) if self._away else frozenset()
 
-    @property
-    def observes(self) -> Observation | None:
-        return None if self._start is None else self._start.observes(self.rank)
+    def observes(self, role: str) -> Observation | None:
+        return None if self._start is None or role in BIASES else self._start.observes(self.rank)
 
     def informed(self, observed: Mapping[str, Sequence[Observed]]) -> Self:
         """Ranks where data want them, at the same scale everywhere; ranks that are given stay."""
@@ -133,7 +133,8 @@ class LowRank(Method):
                 new[pattern] = rank
                 ratio = rank / method.rank
                 alphas[pattern] = method.alpha * (ratio**0.5 if self.rslora else ratio)
-        method = self.replace(rank_pattern=new, alpha_pattern={**alphas, **self.alpha_pattern})
+        given = {key: a for key, a in self.alpha_pattern.items() if key not in alphas}
+        method = self.replace(rank_pattern=new, alpha_pattern={**alphas, **given})
         kept = [Place(path) for path, rank in ranks.items() if rank]
         return method if len(kept) == len(ranks) else method.aimed(kept)
 

@@ -65,8 +65,7 @@ class SHiRA(Method):
     def fixed(self) -> frozenset[str]:
         return frozenset({"shira_indices"})
 
-    @property
-    def observes(self) -> Gradients | None:
+    def observes(self, role: str) -> Gradients | None:
         return Gradients(squared=True) if self.mask == "fisher" else None
 
     def informed(self, observed: Mapping[str, Sequence[Observed]]) -> Self:
