@@ -9,7 +9,6 @@ from typing import Any
 from rich.console import Console
 
 from trimtab.adapt.adapter import Adapter
-from trimtab.adapt.attach import attach
 from trimtab.adapt.parse import method_from
 from trimtab.engine import keep_memory
 from trimtab.models.load import Base, load
@@ -17,6 +16,7 @@ from trimtab.train.recipe import Recipe
 from trimtab.train.recipe_file import make_recipe
 from trimtab.train.run import Outcome, Run
 from trimtab.train.screen import Screen
+from trimtab.train.setup import begun
 
 
 def train(
@@ -84,10 +84,9 @@ def _named(data: object) -> str:
 def train_recipe(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> Outcome:
     """Load the base of a recipe, attach its method, and train."""
     keep_memory()
-    method = method_from(recipe.method)
+    method_from(recipe.method)  # a method that does not exist stops the run before anything is loaded
     base = load(recipe.model, dtype=recipe.dtype, device=recipe.device)
-    adapter = attach(base.model, method, recipe.name, seed=recipe.seed)
-    return _run(recipe, base, adapter, resume=resume, quiet=quiet)
+    return _run(recipe, base, begun(recipe, base), resume=resume, quiet=quiet)
 
 
 def _run(

@@ -18,15 +18,13 @@ from pathlib import Path
 
 import torch
 
-from trimtab.adapt.attach import attach
-from trimtab.adapt.parse import method_from
 from trimtab.data import CorpusFeed, Datum
 from trimtab.engine import Engine, SamplingParams, keep_memory
 from trimtab.evals import held_out, questions, some
 from trimtab.models.load import Base, load
 from trimtab.train import facts
 from trimtab.train.recipe import Recipe
-from trimtab.train.setup import Rows, plan_rows, resolved, saves, total_steps
+from trimtab.train.setup import Rows, begun, plan_rows, resolved, saves, total_steps
 from trimtab.train.sources import Sources, read_sources
 from trimtab.train.unrelated import Unrelated
 
@@ -69,7 +67,7 @@ def plan(recipe: Recipe) -> Plan:
     """
     keep_memory()
     base = load(recipe.model, dtype=recipe.dtype, device=recipe.device)
-    adapter = attach(base.model, method_from(recipe.method), recipe.name, seed=recipe.seed)
+    adapter = begun(recipe, base)
     engine = Engine(base, micro_tokens=recipe.batch.micro_tokens)
     whole = resolved(recipe, base, adapter, None)
     sources = read_sources(whole, base.tokenizer, engine.context(adapter.name))

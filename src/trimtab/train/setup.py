@@ -3,22 +3,60 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from trimtab.adapt.acting import using
 from trimtab.adapt.adapter import Adapter
+from trimtab.adapt.attach import attach
+from trimtab.adapt.context import IGNORED
 from trimtab.adapt.contract import Method
+from trimtab.adapt.parse import method_from
 from trimtab.adapt.probe import probe
-from trimtab.data import TokenStats
+from trimtab.data import Datum, TokenStats
 from trimtab.errors import ConfigError, TargetError
 from trimtab.models.load import Base
 from trimtab.train import facts
 from trimtab.train.recipe import Recipe, differences
 from trimtab.train.recipe_file import read_recipe
-from trimtab.train.sources import Sources
+from trimtab.train.sources import Sources, read_sources
 
 Rows = list[tuple[str, str]]
+SHOWN, TOGETHER = 128, 8
+"""Examples of the training data that a method which begins from data is shown, and how many in a batch."""
+
+
+def begun(recipe: Recipe, base: Base) -> Adapter:
+    """The recipe's method, attached; one that begins from data (EVA, LoRA-GA, FISH) sees the first examples."""
+    batches = shown_batches(recipe, base)  # nothing is read unless the method asks
+    method = method_from(recipe.method)
+    return attach(base.model, method, recipe.name, seed=recipe.seed, batches=batches)
+
+
+def shown_batches(recipe: Recipe, base: Base) -> Iterator[dict[str, Tensor]]:
+    """The first training examples as calls of the model; what is not learnt has no label."""
+    limit = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+    sample = read_sources(recipe, base.tokenizer, limit).sample[:SHOWN]
+    for start in range(0, len(sample), TOGETHER):
+        yield _padded(sample[start : start + TOGETHER])
+
+
+def _padded(data: Sequence[Datum]) -> dict[str, Tensor]:
+    """Whole texts, their last target included, padded on the right."""
+    shape = len(data), max(len(datum) for datum in data) + 1
+    ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, IGNORED)
+    for row, datum in enumerate(data):
+        end = len(datum) + 1
+        ids[row, :end] = torch.tensor([*datum.tokens, datum.targets[-1]])
+        mask[row, :end] = 1
+        learnt = torch.tensor(datum.weights) > 0
+        labels[row, 1:end] = torch.tensor(datum.targets).where(learnt, IGNORED)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def run_folder(recipe: Recipe, adapter: Adapter, *, resume: bool) -> Path:
@@ -135,6 +173,8 @@ def shown_method(method: Method) -> str:
     for key, value in method:
         if isinstance(value, Method):
             shown.append(f"{key}={shown_method(value)}")
+        elif isinstance(value, Mapping) and len(value) > 3:
+            shown.append(f"{key} of {len(value)} modules")
         elif type(value) in (int, float) and (value or key in chosen):
             shown.append(f"{key}={value:g}")
         elif key in chosen:
