@@ -56,7 +56,12 @@ INNER, OWN = "bias-of-target", "bias"
 BIASES = (INNER, OWN)
 """Roles of a site where a bias is trained: of a layer that has factors too, or of another."""
 FACTORS = ("lora_A.weight", "lora_B.weight", "lora_A_first.weight", "lora_B_first.weight")
-EMBEDDED = ("lora_embedding_A", "lora_embedding_B", "lora_embedding_A_first", "lora_embedding_B_first")
+EMBEDDED = (
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_embedding_A_first",
+    "lora_embedding_B_first",
+)
 """Slots of A, B, A₀ and B₀."""
 
 
@@ -325,7 +330,9 @@ class LowRank(Method):
 def beside(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Factors whose product is the sum of these: ranks are concatenated (group by group, expert by expert)."""
     a, b = factors[0]
-    stacked = a.dim() == 3 and b.dim() == 3 and a.shape[0] == b.shape[0] and a.shape[1] == b.shape[2]
+    stacked = (
+        a.dim() == 3 and b.dim() == 3 and a.shape[0] == b.shape[0] and a.shape[1] == b.shape[2]
+    )
     if stacked and not a.shape[0] == b.shape[0] == a.shape[1] == 1:  # experts
         return torch.cat([a for a, _ in factors], dim=1), torch.cat([b for _, b in factors], dim=2)
     groups = a.shape[0] // b.shape[1]

@@ -124,7 +124,11 @@ class _InputWatch:
             if None in ones:
                 raise _unseen(path, len(ones), ones.index(None))
             found[path] = [
-                {"directions": one.directions, "shares": one.shares, "count": torch.tensor(one.count)}
+                {
+                    "directions": one.directions,
+                    "shares": one.shares,
+                    "count": torch.tensor(one.count),
+                }
                 for one in ones
                 if one is not None
             ]

@@ -39,7 +39,9 @@ class EVA(Initialisation):
         if self.rho == 1:
             return ranks
         shares = {
-            path: torch.stack([_padded(o["shares"], round(rank * self.rho)) for o in observed[path]])
+            path: torch.stack(
+                [_padded(o["shares"], round(rank * self.rho)) for o in observed[path]]
+            )
             for path, rank in ranks.items()
         }
         owners = [path for path, share in shares.items() for _ in range(share.shape[1])]

@@ -1,6 +1,6 @@
 """OLoRA (Büyükakyüz 2024, arXiv 2406.01775): the factors begin as the first part of a QR decomposition.
 
-    W = Q R,   B = Q[:, :r],   A = R[:r]
+W = Q R,   B = Q[:, :r],   A = R[:r]
 """
 
 from __future__ import annotations

@@ -36,8 +36,6 @@ class PiSSA(Initialisation):
     ) -> tuple[Tensor, Tensor]:
         check_rank(weight, rank, min(weight.shape), "pissa")
         exact = self.niter is None
-        u, s, v = leading(
-            weight, min(weight.shape) if exact else rank, self.niter or 0, generator
-        )
+        u, s, v = leading(weight, min(weight.shape) if exact else rank, self.niter or 0, generator)
         root = (s[:rank] / scaling).sqrt()
         return root[:, None] * v[:rank], u[:, :rank] * root

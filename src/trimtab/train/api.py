@@ -84,7 +84,9 @@ def _named(data: object) -> str:
 def train_recipe(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> Outcome:
     """Load the base of a recipe, attach its method, and train."""
     keep_memory()
-    method_from(recipe.method)  # a method that does not exist stops the run before anything is loaded
+    method_from(
+        recipe.method
+    )  # a method that does not exist stops the run before anything is loaded
     base = load(recipe.model, dtype=recipe.dtype, device=recipe.device)
     return _run(recipe, base, begun(recipe, base), resume=resume, quiet=quiet)
 
