@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -27,7 +29,9 @@ def batch(rows: int = 6, length: int = 12, seed: int = 1) -> dict[str, Tensor]:
     return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask, "labels": labels}
 
 
-def seen(model: nn.Module, paths: list[str], what: Inputs | Gradients, data: list[object]) -> dict[str, list[Observed]]:  # fmt: skip
+def seen(
+    model: nn.Module, paths: list[str], what: Inputs | Gradients, data: Iterable[object]
+) -> dict[str, list[Observed]]:
     anatomy = anatomy_of(model)
     wants = {}
     for path in paths:
@@ -230,10 +234,10 @@ def test_layers_that_settle_are_seen_no_more() -> None:
     model = tiny.llama()
     calls: list[int] = []
 
-    def endless() -> object:
+    def endless() -> Iterable[object]:
         while True:
             calls.append(1)
             yield batch()
 
-    found = seen(model, ["model.layers.0.self_attn.q_proj"], Inputs(4), endless())  # type: ignore[arg-type]
+    found = seen(model, ["model.layers.0.self_attn.q_proj"], Inputs(4), endless())
     assert found and len(calls) == 2

@@ -229,3 +229,19 @@ def test_leading_vectors_are_the_exact_ones_where_they_stand_out() -> None:
         for mine, true in ((found[0].T, exact[0].T), (found[2], exact[2])):
             cosines = (mine[:5] * true[:5]).sum(1).abs()
             torch.testing.assert_close(cosines, torch.ones(5), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("init", ["pissa", "eva", "lora-ga"])
+def test_a_method_around_another_hands_on_what_it_asks_for(init: str) -> None:
+    model = tiny.llama()
+    inner = tt.LoRA(rank=2, init=init, targets=("q_proj", "down_proj"))
+    adapter = tt.attach(model, tt.SpotTune(inner=inner, hidden=4), "a", batches=batches("llama"))
+    assert bool(adapter.fixed) == (init != "eva")
+    inputs = {"input_ids": torch.arange(3, 12)[None]}
+    with torch.no_grad():
+        for name, tensor in adapter.named().items():
+            if name not in adapter.fixed:
+                tensor.add_(torch.randn_like(tensor) * 0.1)
+        again = tiny.llama()
+        tt.attach(again, tt.exported(adapter))
+        assert (output(again, inputs) - output(model, inputs)).abs().max() < 1e-5

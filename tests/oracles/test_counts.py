@@ -77,6 +77,8 @@ COUNTS: list[tuple[str, Method, int]] = [
     ("llama-7b", tt.LoRA(rank=8, targets=QUERY_VALUE, layers=(0, -1)), 2 * 2 * 8 * 8192),
     ("roberta-base", tt.LoRA(rank=8, targets=QUERY_VALUE, train=("classifier",)),
      294_912 + (768 * 768 + 768) + (768 * 2 + 2)),
+    # first factors that are kept are not trained
+    ("llama-3.2-3b", tt.LoRA(rank=32, targets=QUERY_VALUE, init="pissa"), 9_175_040),
     # DoRA: one magnitude per output more
     ("llama-3.2-3b", tt.DoRA(rank=32, targets=QUERY_VALUE), 9_289_728),
     # SHiRA: as many values as the LoRA of its rank, or a share of the weights

@@ -212,6 +212,25 @@ def test_peft_reads_the_form_to_share_and_refuses_the_other(
             PeftModel.from_pretrained(kit.llama(), tmp_path / "own")
 
 
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal", "eva"])
+def test_a_start_that_left_the_base_alone_is_read(init: str, tmp_path: Path) -> None:
+    model = kit.llama()
+    with kit.quiet("lora with eva initialization"):
+        options = {"eva_config": EvaConfig()} if init == "eva" else {}
+        other = theirs(init, **options)
+        if init == "eva":
+            initialize_lora_eva_weights(other, batches(model, 1), show_progress_bar=False)
+        with torch.no_grad():
+            for name, parameter in other.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.1)
+        other.save_pretrained(tmp_path)
+    tt.attach(model, tt.Adapter.load(tmp_path), "loaded")
+    batch = kit.batch_of(model)
+    with torch.no_grad():
+        kit.assert_close(kit.outputs(model, batch), kit.outputs(other.eval(), batch), init)
+
+
 def _same_function(model: nn.Module, adapter: tt.Adapter, other: PeftModel) -> None:
     """The same steps away from the same first factors give the same outputs and gradients."""
     pairs = kit.paired(adapter, other)

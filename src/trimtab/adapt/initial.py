@@ -20,7 +20,7 @@ from trimtab.adapt.contract import Layer
 from trimtab.adapt.observed import Observation, Observed
 from trimtab.adapt.parse import name_and_options
 from trimtab.config import Config
-from trimtab.errors import ConfigError
+from trimtab.errors import AttachError, ConfigError
 from trimtab.registry import Registry
 
 DEFAULT = "default"
@@ -90,6 +90,7 @@ class Start:
 
     def __init__(self, init: Initialisation, layer: Layer, rank: int, scaling: float) -> None:
         self._init = init
+        self._name = type(init).__name__
         self._layer = layer
         self._rank = rank
         self._scaling = scaling
@@ -106,6 +107,11 @@ class Start:
     @torch.no_grad()
     def _factors(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         if self._made is None:
+            if self._init.observes(self._rank) is not None and not self._layer.observed:
+                raise AttachError(
+                    f"init {self._name} begins from data, and was told nothing of this layer: the method around it "
+                    "does not hand on what it asks for."
+                )
             shape_a, shape_b = self._layer.factor_shapes(self._rank)
             groups = shape_a[0] // shape_b[1]
             observed = {

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor
@@ -29,12 +28,10 @@ from trimtab.adapt.contract import (
     Spec,
     copy_of,
     exactly,
-    kaiming_uniform,
-    normal,
     pattern_value,
-    zeros,
 )
-from trimtab.adapt.initial import DEFAULT, Initialisation, Start, initialisation
+from trimtab.adapt.factors import KEPT, beside, factor_specs, plain_factors, whole
+from trimtab.adapt.initial import DEFAULT, Initialisation, initialisation
 from trimtab.adapt.peft_config import refuse_unknown, selectors
 from trimtab.errors import TargetError, UnsupportedError
 from trimtab.frozen import Layer
@@ -55,14 +52,6 @@ PEFT_DEFAULTS: Mapping[str, Any] = {
 INNER, OWN = "bias-of-target", "bias"
 BIASES = (INNER, OWN)
 """Roles of a site where a bias is trained: of a layer that has factors too, or of another."""
-FACTORS = ("lora_A.weight", "lora_B.weight", "lora_A_first.weight", "lora_B_first.weight")
-EMBEDDED = (
-    "lora_embedding_A",
-    "lora_embedding_B",
-    "lora_embedding_A_first",
-    "lora_embedding_B_first",
-)
-"""Slots of A, B, A₀ and B₀."""
 
 
 class LowRank(Method):
@@ -79,8 +68,7 @@ class LowRank(Method):
     }
     short_names: ClassVar[Mapping[str, str]] = {
         "lora_A.weight": "A", "lora_B.weight": "B", "lora_embedding_A": "A", "lora_embedding_B": "B",
-        "lora_bias.inner": "bias", "lora_bias.own": "bias", **dict(zip(FACTORS[2:], ("A0", "B0"), strict=True)),
-        **dict(zip(EMBEDDED[2:], ("A0", "B0"), strict=True)),
+        "lora_bias.inner": "bias", "lora_bias.own": "bias", **KEPT,
     }  # fmt: skip
 
     targets: str | tuple[str, ...] = "all-linear"
@@ -120,7 +108,7 @@ class LowRank(Method):
 
     @property
     def fixed(self) -> frozenset[str]:
-        return frozenset((*FACTORS[2:], *EMBEDDED[2:])) if self._away else frozenset()
+        return frozenset(KEPT) if self._away else frozenset()
 
     def observes(self, role: str) -> Observation | None:
         return None if self._start is None or role in BIASES else self._start.observes(self.rank)
@@ -169,18 +157,7 @@ class LowRank(Method):
                 raise TargetError("a bias was asked for on a layer that has none.")
             slot = "lora_bias.inner" if role == INNER else "lora_bias.own"
             return {"bias": Spec(slot, tuple(bias.shape), copy_of(bias))}
-        shape_a, shape_b = layer.factor_shapes(self.rank)
-        a, b, a_first, b_first = EMBEDDED if layer.kind == "embedding" else FACTORS
-        if self._start is not None:
-            start = Start(self._start, layer, self.rank, self.scaling)
-            specs = {"A": Spec(a, shape_a, start.a), "B": Spec(b, shape_b, start.b)}
-            if not self._away:
-                return specs
-            kept = {"A0": Spec(a_first, shape_a, start.a), "B0": Spec(b_first, shape_b, start.b)}
-            return {**specs, **kept}
-        if layer.kind == "embedding":
-            return {"A": Spec(a, shape_a, zeros), "B": Spec(b, shape_b, normal(1.0))}
-        return {"A": Spec(a, shape_a, kaiming_uniform), "B": Spec(b, shape_b, zeros)}
+        return factor_specs(layer, self.rank, self.scaling, self._start)
 
     def delta(self, p: Params, x: Tensor, at: At) -> Tensor | None:
         if at.role in BIASES:
@@ -229,7 +206,7 @@ class LowRank(Method):
         factors, rank = [], 0
         for method, p in parts:
             if isinstance(method, LowRank):
-                a, b = method._whole(p)
+                a, b = whole(p)
                 factors.append((a, b * method.scaling))
                 rank += method.rank * (2 if method._away else 1)
         a, b = beside(factors)
@@ -253,18 +230,7 @@ class LowRank(Method):
     def plain_tensors(
         self, tensors: Mapping[str, Tensor], place: Place | None
     ) -> dict[str, Tensor]:
-        rest = {slot: t for slot, t in tensors.items() if slot not in (*FACTORS, *EMBEDDED)}
-        for slots in (FACTORS, EMBEDDED):
-            if slots[2] in tensors:
-                p = dict(zip(("A", "B", "A0", "B0"), (tensors[s] for s in slots), strict=True))
-                return {**rest, **dict(zip(slots, self._whole(p), strict=False))}
-        return dict(tensors)
-
-    def _whole(self, p: Params) -> tuple[Tensor, Tensor]:
-        """Factors whose product is the change without its scale."""
-        if "A0" not in p:
-            return p["A"], p["B"]
-        return beside([(p["A"], p["B"]), (p["A0"], -p["B0"])])
+        return plain_factors(tensors)
 
     def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
         return {
@@ -325,16 +291,3 @@ class LowRank(Method):
         whole = anatomy.select(self.train) if self.train else []
         inside = tuple(f"{path}." for path in whole)
         return [p for p in anatomy.biased if p not in whole and not p.startswith(inside)]
-
-
-def beside(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Factors whose product is the sum of these: ranks are concatenated (group by group, expert by expert)."""
-    a, b = factors[0]
-    stacked = (
-        a.dim() == 3 and b.dim() == 3 and a.shape[0] == b.shape[0] and a.shape[1] == b.shape[2]
-    )
-    if stacked and not a.shape[0] == b.shape[0] == a.shape[1] == 1:  # experts
-        return torch.cat([a for a, _ in factors], dim=1), torch.cat([b for _, b in factors], dim=2)
-    groups = a.shape[0] // b.shape[1]
-    parts = [a.unflatten(0, (groups, -1)) for a, _ in factors]
-    return torch.cat(parts, dim=1).flatten(0, 1), torch.cat([b for _, b in factors], dim=1)

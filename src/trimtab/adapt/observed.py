@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from trimtab.errors import DataError
+
 Observed = Mapping[str, Tensor]
 """What was seen of one layer: ``directions_KI`` and ``shares_K``, or ``gradient`` in the weight's canonical
 orientation; and ``count``, of the positions or of the batches that reached it."""
@@ -34,3 +36,11 @@ class Gradients:
 
 
 Observation = Inputs | Gradients
+
+
+def unseen(path: str, experts: int, expert: int) -> DataError:
+    """The error for a layer, or one of its experts, that no batch reaches."""
+    which = f"expert {expert} of {path}" if experts > 1 else path
+    return DataError(
+        f"no batch reaches {which}, so nothing is known of it; give more batches, or leave it out of the targets."
+    )

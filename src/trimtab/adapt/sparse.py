@@ -7,11 +7,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from trimtab.errors import ConfigError
+from trimtab.frozen import Layer
+
+
+def chosen_places(
+    layer: Layer,
+    by: Literal["random", "magnitude", "fisher"],
+    count: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """``count`` places of a layer's weight: random ones, or those of its largest values or mean squared gradients."""
+    if by == "random":
+        return random_places(layer.matrix_shape(), count, generator)
+    scores = layer.dense().abs() if by == "magnitude" else layer.observed["gradient"]
+    return largest_places(scores.detach(), count)
 
 
 def random_places(shape: tuple[int, int], count: int, generator: torch.Generator) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from trimtab.adapt.contract import (
+from trimtab.adapt.contract import (  # fmt: skip
     At,
     Layer,
     Method,
@@ -30,13 +30,17 @@ from trimtab.adapt.contract import (
 )
 from trimtab.adapt.observed import Gradients
 from trimtab.adapt.peft_config import refuse_unknown, selectors
-from trimtab.adapt.sparse import largest_places, random_places, shared_out
+from trimtab.adapt.sparse import chosen_places, shared_out
 from trimtab.models.anatomy import Anatomy
 
-_PEFT_DEFAULTS = {
-    "r": 32, "mask_type": "random", "random_seed": None, "target_modules": None, "fan_in_fan_out": False,
-    "init_weights": True, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None,
-}  # fmt: skip
+_PEFT_OPTIONS = {
+    "r",
+    "mask_type",
+    "random_seed",
+    "target_modules",
+    "fan_in_fan_out",
+    "init_weights",
+}
 
 
 @final
@@ -46,10 +50,7 @@ class SHiRA(Method):
     kind: ClassVar[str] = "shira"
     lr: ClassVar[float] = 3e-4
     peft_type: ClassVar[str | None] = "SHIRA"
-    disk: ClassVar[Mapping[str, str]] = {
-        "shira_weight": "shira_weight",
-        "shira_indices": "shira_indices",
-    }
+    disk: ClassVar[Mapping[str, str]] = {s: s for s in ("shira_weight", "shira_indices")}
     short_names: ClassVar[Mapping[str, str]] = {"shira_weight": "v", "shira_indices": "places"}
 
     targets: str | tuple[str, ...] = "all-linear"
@@ -86,7 +87,9 @@ class SHiRA(Method):
         count = self._count(*layer.matrix_shape())
 
         def places(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-            return self._places(layer, count, generator)
+            if self.seed is not None:
+                generator = torch.Generator().manual_seed(self.seed)
+            return chosen_places(layer, self.mask, count, generator)
 
         return {
             "v": Spec("shira_weight", (count,), zeros),
@@ -99,14 +102,6 @@ class SHiRA(Method):
         if self.share is not None:
             return max(1, round(self.share * out * rest))
         return self.rank * (out + rest)
-
-    def _places(self, layer: Layer, count: int, generator: torch.Generator) -> Tensor:
-        if self.mask == "random":
-            if self.seed is not None:
-                generator = torch.Generator().manual_seed(self.seed)
-            return random_places(layer.matrix_shape(), count, generator)
-        scores = layer.dense().abs() if self.mask == "magnitude" else layer.observed["gradient"]
-        return largest_places(scores.detach(), count)
 
     def delta(self, p: Params, x: Tensor, at: At) -> Tensor | None:
         return at.layer.sparse(x, p["places"], p["v"])
@@ -128,10 +123,8 @@ class SHiRA(Method):
         return self.replace(rank=sum(method.rank for method in methods), mask="random"), new
 
     def in_peft(self, anatomy: Anatomy, places: Sequence[Place]) -> bool:
-        layers = [anatomy.modules.get(place.path) for place in places]
-        dense = all(isinstance(layer, nn.Linear) for layer in layers)
-        patterns = self.rank_pattern or self.count_pattern
-        return dense and self.share is None and self.count is None and not patterns
+        by_rank = not (self.share or self.count or self.rank_pattern or self.count_pattern)
+        return by_rank and all(isinstance(anatomy.modules.get(p.path), nn.Linear) for p in places)
 
     def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
         return {"r": self.rank, "mask_type": "random", "random_seed": self.seed}
@@ -140,12 +133,6 @@ class SHiRA(Method):
     def from_peft(
         cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]
     ) -> SHiRA | None:
-        refuse_unknown(config, _PEFT_DEFAULTS, set(_PEFT_DEFAULTS), "SHiRA")
-        layers = config.get("layers_to_transform")
-        return cls(
-            targets=selectors(config.get("target_modules")),
-            exclude=selectors(config.get("exclude_modules")),
-            layers=(layers,) if isinstance(layers, int) else layers,
-            rank=config.get("r", 32),
-            seed=config.get("random_seed"),
-        )
+        refuse_unknown(config, {}, _PEFT_OPTIONS, "SHiRA")
+        targets, seed = selectors(config.get("target_modules")), config.get("random_seed")
+        return cls(targets=targets, rank=config.get("r", 32), seed=seed)
