@@ -25,6 +25,19 @@ SMALL = {
     "spottune": "spottune(inner=lora(rank=4), hidden=8)",
     "full": "full(targets='mlp_down')",
     "shira": "shira(rank=3)",
+    "loha": "loha(rank=4)",
+    "lokr": "lokr(rank=2)",
+    "hira": "hira(rank=4)",
+    "fourierft": "fourierft(entries=12)",
+    "vera": "vera(rank=8)",
+    "randlora": "randlora(rank=8, alpha=32)",
+    "mora": "mora(rank=2)",
+    "miss": "miss(rank=4)",
+    "oft": "oft(block=8)",
+    "boft": "boft(block=4, factors=2)",
+    "hra": "hra(rank=4)",
+    "tokens": "tokens(ids=(5, 17, 40, 3, 60))",
+    "diff": "diff(keep=0.1)",
 }
 ON_MODEL = {
     ("lora", "mixed"): "lora(rank=4, targets=['embed', 're:conv.*', 'grouped', 'head'])",
@@ -38,6 +51,27 @@ ON_MODEL = {
         "mixed",
     ): "full(targets=['embed', 're:conv.*', 'grouped', 'head', 'norm', 'batch_norm'])",
     ("shira", "mixed"): "shira(rank=2, targets=['embed', 're:conv.*', 'grouped', 'head'])",
+    **{
+        (name, "mixed"): SMALL[name].replace(
+            ")", ", targets=['embed', 're:conv.*', 'grouped', 'head'])"
+        )
+        for name in (
+            "loha",
+            "lokr",
+            "hira",
+            "fourierft",
+            "vera",
+            "randlora",
+            "mora",
+            "miss",
+            "hra",
+            "diff",
+        )
+    },
+    ("piggyback", "mixed"): "piggyback(targets=['embed', 're:conv.*', 'grouped', 'head'])",
+    ("oft", "mixed"): "oft(block=2, targets=['embed', 'conv1', 'conv2', 'grouped', 'head'])",
+    ("boft", "mixed"): "boft(block=2, targets=['embed', 're:conv.*', 'grouped', 'head'])",
+    ("tokens", "mixed"): "tokens(ids=(5, 17, 40, 3, 60), targets='embed')",
     ("lora", "classifier"): "lora(rank=4, train=['score'])",
     ("lora", "bert"): "lora(rank=4, train=['classifier'])",
 }
@@ -60,7 +94,10 @@ NOT_MERGEABLE = {
     "prefix": "softmax of attention",
     "spottune": "each example chooses",
 }
-IDENTITY_AT_FIRST = {"lora", "dora", "ia3", "bitfit", "spottune", "full", "shira"}
+IDENTITY_AT_FIRST = {
+    "lora", "dora", "ia3", "bitfit", "spottune", "full", "loha", "lokr", "hira", "vera", "randlora", "mora", "miss",
+    "oft", "boft", "hra", "norms", "tokens", "piggyback", "diff", "shira",
+}  # fmt: skip
 """Methods whose papers start them as the identity (a Houlsby bottleneck only nearly; a prefix never)."""
 
 

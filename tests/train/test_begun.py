@@ -17,7 +17,8 @@ from trimtab.errors import AttachError
 from trimtab.models.load import load
 from trimtab.train.plan import plan
 from trimtab.train.recipe_file import read_recipe
-from trimtab.train.setup import begun, shown_batches
+from trimtab.train.setup import opened_base
+from trimtab.train.shown import shown_batches
 from trimtab.train.sources import read_sources
 
 EVA = {"kind": "lora", "rank": 2, "init": "eva"}
@@ -53,8 +54,8 @@ def test_it_trains_resumes_and_its_recipe_runs_again(home: Path, method: object)
     assert straight.after.held_out.loss.value < straight.before.held_out.loss.value
     # the recipe that the run left says what data decided, and decides the same again
     again = read_recipe(straight.folder / "recipe.yaml")
-    base = load(again.model, dtype="float32")
-    assert begun(again, base).method.to_dict() == dict(again.method)
+    _, _, adapter = opened_base(again)
+    assert adapter.method.to_dict() == dict(again.method)
 
 
 def test_a_plan_is_made_of_it(home: Path) -> None:

@@ -77,6 +77,8 @@ class SiteBase(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name.startswith("__"):  # how a layer copies itself is not how a site does
+                raise
             return getattr(super().__getattr__(BASE), name)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -52,6 +52,10 @@ class ConvLayer(Layer):
     def bias(self) -> Tensor | None:
         return self.module.bias
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.module.weight.shape)
+
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         m = self.module
         if m.padding_mode != "zeros":
@@ -63,10 +67,6 @@ class ConvLayer(Layer):
     def call(self, x: Tensor) -> Tensor:
         y: Tensor = self.module(x)
         return y
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.module.weight.shape)
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """A is a convolution to ``rank`` channels with the layer's kernel, B one of size 1 (as PEFT's)."""

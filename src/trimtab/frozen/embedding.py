@@ -47,14 +47,14 @@ class EmbeddingLayer(Layer):
         return None
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._scaled(self._look_up(x, weight))
+        return self.rescaled(self._look_up(x, weight))
 
     def call(self, x: Tensor) -> Tensor:
         y: Tensor = self.module(x)
         return y
 
     def lowrank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return self._scaled(F.linear(self._look_up(x, a), b))
+        return self.rescaled(F.linear(self._look_up(x, a), b))
 
     def sparse(self, x: Tensor, indices: Tensor, values: Tensor) -> Tensor:
         """Only the columns of the tokens that occur are built, one for each position of x."""
@@ -67,7 +67,7 @@ class EmbeddingLayer(Layer):
             values = torch.where(columns == self.module.padding_idx, values.detach(), values)
         table = values.new_zeros(none + 1, self.out_features)
         table = table.index_put((first[columns], rows), values, accumulate=True)
-        return self._scaled(table[first[ids]].reshape(*x.shape, self.out_features))
+        return self.rescaled(table[first[ids]].reshape(*x.shape, self.out_features))
 
     def probe(self, push: Push) -> tuple[Tensor, Tensor | None]:
         rows_IO = push(self, torch.arange(self.in_features, device=self.device), None)
@@ -91,5 +91,5 @@ class EmbeddingLayer(Layer):
         m = self.module
         return F.embedding(x, columns.T, m.padding_idx, scale_grad_by_freq=m.scale_grad_by_freq)
 
-    def _scaled(self, y: Tensor) -> Tensor:
+    def rescaled(self, y: Tensor) -> Tensor:
         return y if self.scale is None else y * self.scale.to(y.dtype)

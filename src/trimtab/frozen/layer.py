@@ -93,6 +93,11 @@ class Layer(ABC):
     def write(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """A new module of the same kind that holds ``weight`` and ``bias`` densely."""
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight in canonical orientation, (out, in, *kernel)."""
+        return self.out_features, self.in_features
+
     # -- low-rank factors: ΔW = B A without building ΔW ------------------------------------------
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -109,22 +114,8 @@ class Layer(ABC):
 
     # -- sparse changes: ΔW given by places in the weight as a matrix (out, the rest) ----------------
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the canonical weight."""
-        return self.out_features, self.in_features
-
     def matrix_shape(self) -> tuple[int, int]:
-        """Shape of the weight as a matrix: (out, all other axes).
-
-        Raises:
-            UnsupportedError: the weight is a vector.
-        """
-        if len(self.shape) < 2:
-            raise UnsupportedError(
-                f"the weight of a {self.kind} layer is a vector, and this method changes matrices. Choose linear, "
-                "embedding or convolution targets."
-            )
+        """Shape of the weight as a matrix: (out, all other axes)."""
         return self.shape[0], math.prod(self.shape[1:])
 
     def scattered(self, indices: Tensor, values: Tensor) -> Tensor:
@@ -144,6 +135,10 @@ class Layer(ABC):
     def over_out(self, v: Tensor) -> Tensor:
         """A vector over the output channels, shaped to broadcast over the output."""
         return v
+
+    def rescaled(self, y: Tensor) -> Tensor:
+        """What the layer itself does to a product with its weight (some embeddings scale theirs)."""
+        return y
 
     def row_norms(self, weight: Tensor) -> Tensor:
         """L2 norm of each output channel's weights, in fp32 or wider."""

@@ -52,6 +52,10 @@ class NormLayer(Layer):
     def bias(self) -> Tensor | None:
         return self.module._parameters.get("bias")
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        raise no_factors("norm")
+
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         raise no_factors("norm")
 
@@ -60,10 +64,6 @@ class NormLayer(Layer):
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         raise no_factors("norm")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.out_features,)
 
     def call(self, x: Tensor) -> Tensor:
         y: Tensor = self.module(x)

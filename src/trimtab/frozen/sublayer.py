@@ -49,6 +49,10 @@ class SubLayer(Layer):
     def dense(self) -> Tensor:
         raise self._no_weight()
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        raise self._no_weight()
+
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         raise self._no_weight()
 
@@ -56,10 +60,6 @@ class SubLayer(Layer):
         raise self._no_weight()
 
     def lowrank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        raise self._no_weight()
-
-    @property
-    def shape(self) -> tuple[int, ...]:
         raise self._no_weight()
 
     def probe(self, push: Push) -> tuple[Tensor, Tensor | None]:

@@ -35,6 +35,7 @@ class IA3(Method):
     short_names: ClassVar[Mapping[str, str]] = {"ia3_l": "l"}
 
     feedforward: str | tuple[str, ...] = "mlp_down"
+    """Layers whose input is rescaled."""
 
     def place(self, anatomy: Anatomy) -> Sequence[Place]:
         inner = anatomy.select(self.feedforward, (), self.layers) if self.feedforward else []

@@ -29,18 +29,8 @@ from trimtab.adapt.contract import (  # fmt: skip
     zeros,
 )
 from trimtab.adapt.observed import Gradients
-from trimtab.adapt.peft_config import refuse_unknown, selectors
 from trimtab.adapt.sparse import chosen_places, shared_out
 from trimtab.models.anatomy import Anatomy
-
-_PEFT_OPTIONS = {
-    "r",
-    "mask_type",
-    "random_seed",
-    "target_modules",
-    "fan_in_fan_out",
-    "init_weights",
-}
 
 
 @final
@@ -51,16 +41,29 @@ class SHiRA(Method):
     lr: ClassVar[float] = 3e-4
     peft_type: ClassVar[str | None] = "SHIRA"
     disk: ClassVar[Mapping[str, str]] = {s: s for s in ("shira_weight", "shira_indices")}
+    peft_options: ClassVar[Mapping[str, tuple[str, Any]]] = {
+        "r": ("rank", 32),
+        "random_seed": ("seed", None),
+    }
+    peft_lacks: ClassVar[Mapping[str, Any]] = {"mask_type": ...}
+    scales: ClassVar[str] = "v"
     short_names: ClassVar[Mapping[str, str]] = {"shira_weight": "v", "shira_indices": "places"}
 
     targets: str | tuple[str, ...] = "all-linear"
     rank: int = Field(default=32, ge=1)
+    """A matrix has rank · (in + out) trained values."""
     share: float | None = Field(default=None, gt=0, le=1)
+    """This share of its weights instead."""
     mask: Literal["random", "magnitude", "fisher"] = "random"
+    """Which weights: any, the largest, or those with the largest Fisher information."""
     seed: int | None = None
+    """Of random places, in every layer alike, as PEFT draws them; empty is that of the adapter."""
     count: int | None = Field(default=None, ge=1)
+    """As many values instead, in every layer."""
     rank_pattern: Mapping[str, int] = Field(default_factory=dict)
+    """End of a path -> its rank."""
     count_pattern: Mapping[str, int] = Field(default_factory=dict)
+    """End of a path -> its number of values."""
 
     @property
     def fixed(self) -> frozenset[str]:
@@ -109,9 +112,6 @@ class SHiRA(Method):
     def merged(self, p: Params, layer: Layer, role: str) -> tuple[Tensor, Tensor | None] | None:
         return layer.dense() + layer.scattered(p["places"], p["v"]), layer.bias()
 
-    def scaled(self, p: Params, weight: float, role: str) -> dict[str, Tensor]:
-        return {"v": p["v"] * weight, "places": p["places"]}
-
     def sum(
         self, parts: Sequence[tuple[Method, Params]], role: str
     ) -> tuple[Method, dict[str, Tensor]]:
@@ -125,14 +125,3 @@ class SHiRA(Method):
     def in_peft(self, anatomy: Anatomy, places: Sequence[Place]) -> bool:
         by_rank = not (self.share or self.count or self.rank_pattern or self.count_pattern)
         return by_rank and all(isinstance(anatomy.modules.get(p.path), nn.Linear) for p in places)
-
-    def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
-        return {"r": self.rank, "mask_type": "random", "random_seed": self.seed}
-
-    @classmethod
-    def from_peft(
-        cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]
-    ) -> SHiRA | None:
-        refuse_unknown(config, {}, _PEFT_OPTIONS, "SHiRA")
-        targets, seed = selectors(config.get("target_modules")), config.get("random_seed")
-        return cls(targets=targets, rank=config.get("r", 32), seed=seed)

@@ -55,10 +55,15 @@ class SpotTune(Method):
     lr: ClassVar[float] = 5e-4
 
     inner: Any = "lora"
+    """The method whose edits are gated."""
     hidden: int = Field(default=64, ge=1)
+    """Width of the policy network."""
     temperature: float = Field(default=5.0, gt=0)
+    """Of the sampled choice in training."""
     blocks: int | None = Field(default=None, ge=1)
+    """Adapt at most so many blocks over a batch."""
     budget_weight: float = Field(default=0.01, ge=0)
+    """Weight of the two losses that keep to ``blocks``."""
 
     @field_validator("inner")
     @classmethod
@@ -69,6 +74,13 @@ class SpotTune(Method):
                 f"{inner.kind} does not edit layers on its own; choose a layer-wise method"
             )
         return inner
+
+    @field_validator("targets", "exclude", "layers")
+    @classmethod
+    def _of_inner(cls, value: Any) -> Any:
+        if value:
+            raise ValueError("the inner method says where it acts: inner=lora(targets='mlp')")
+        return value
 
     def place(self, anatomy: Anatomy) -> Sequence[Place]:
         places = [p for p in self.inner.place(anatomy) if anatomy.block_of(p.path) is not None]

@@ -22,6 +22,7 @@ from torch import nn
 from trimtab.errors import TargetError, suggest
 from trimtab.frozen import Layer, view
 from trimtab.frozen.experts import ExpertLayer, expert_parameters
+from trimtab.frozen.sublayer import SubLayer
 from trimtab.models.families import FAMILIES, GENERIC, ROLES, Family
 
 
@@ -131,6 +132,13 @@ class Anatomy:
             for path, module in self.modules.items()
             for name in expert_parameters(module)
         }
+
+    def layer(self, path: str) -> Layer:
+        """The view of the layer at a path (of expert 0 at an expert parameter, of a sub-layer's output)."""
+        if path in self.experts:
+            return self.expert_layers(path)[0]
+        module = self.modules[path]
+        return view(module) or SubLayer(module, self.width, self.around(path))
 
     def expert_layers(self, path: str) -> list[Layer]:
         """Each expert's slice of the expert parameter at a path."""

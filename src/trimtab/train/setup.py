@@ -3,60 +3,59 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from trimtab.adapt.acting import using
 from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.attach import attach
-from trimtab.adapt.context import IGNORED
 from trimtab.adapt.contract import Method
 from trimtab.adapt.parse import method_from
 from trimtab.adapt.probe import probe
-from trimtab.data import Datum, TokenStats
+from trimtab.adapt.tree import anatomy_of
+from trimtab.data import TokenStats
+from trimtab.engine import keep_memory
 from trimtab.errors import ConfigError, TargetError
-from trimtab.models.load import Base
+from trimtab.models.anatomy import Anatomy
+from trimtab.models.load import Base, load
 from trimtab.train import facts
 from trimtab.train.recipe import Recipe, differences
 from trimtab.train.recipe_file import read_recipe
-from trimtab.train.sources import Sources, read_sources
+from trimtab.train.shown import shown_batches
+from trimtab.train.sources import Sources, with_labels
 
 Rows = list[tuple[str, str]]
-SHOWN, TOGETHER = 128, 8
-"""Examples of the training data that a method which begins from data is shown, and how many in a batch."""
+MOST_SHOWN = 12
 
 
-def begun(recipe: Recipe, base: Base) -> Adapter:
-    """The recipe's method, attached; one that begins from data (EVA, LoRA-GA, FISH) sees the first examples."""
-    batches = shown_batches(recipe, base)  # nothing is read unless the method asks
+def opened_base(recipe: Recipe) -> tuple[Recipe, Base, Adapter]:
+    """The base of a recipe with its method attached; and the recipe, with the labels of a classifier."""
+    keep_memory()
     method = method_from(recipe.method)
-    return attach(base.model, method, recipe.name, seed=recipe.seed, batches=batches)
+    recipe = with_labels(recipe)
+    classifies = recipe.task == "sequence-classification"
+    base = load(
+        recipe.model,
+        dtype=recipe.dtype,
+        device=recipe.device,
+        task=recipe.task,
+        labels=recipe.data.labels if classifies else None,
+    )
+    if classifies:
+        method = with_head(method, anatomy_of(base.model))
+    batches = shown_batches(recipe, base)  # read only if the method asks
+    adapter = attach(base.model, method, recipe.name, seed=recipe.seed, batches=batches)
+    return recipe, base, adapter
 
 
-def shown_batches(recipe: Recipe, base: Base) -> Iterator[dict[str, Tensor]]:
-    """The first training examples as calls of the model; what is not learnt has no label."""
-    limit = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
-    sample = read_sources(recipe, base.tokenizer, limit).sample[:SHOWN]
-    for start in range(0, len(sample), TOGETHER):
-        yield _padded(sample[start : start + TOGETHER])
-
-
-def _padded(data: Sequence[Datum]) -> dict[str, Tensor]:
-    """Whole texts, their last target included, padded on the right."""
-    shape = len(data), max(len(datum) for datum in data) + 1
-    ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    labels = torch.full(shape, IGNORED)
-    for row, datum in enumerate(data):
-        end = len(datum) + 1
-        ids[row, :end] = torch.tensor([*datum.tokens, datum.targets[-1]])
-        mask[row, :end] = 1
-        learnt = torch.tensor(datum.weights) > 0
-        labels[row, 1:end] = torch.tensor(datum.targets).where(learnt, IGNORED)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+def with_head(method: Method, anatomy: Anatomy) -> Method:
+    """A method that trains the classification head too, in full, unless it acts there or trains modules of its own
+    choice already."""
+    places = {place.path for place in method.place(anatomy)}
+    if method.train or places.intersection(anatomy.head):
+        return method
+    return method.replace(train=("head",))
 
 
 def run_folder(recipe: Recipe, adapter: Adapter, *, resume: bool) -> Path:
@@ -148,6 +147,7 @@ def plan_rows(
         ("sites", f"{len(adapter.sites)}: " + ", ".join(f"{n} × {k}" for k, n in sites.items())),
         ("trained", f"{adapter.count:,} parameters ({adapter.count / whole:.2%} of the model)"),
         *(("data", note) for note in sources.notes),
+        *([("classes", _shown_labels(recipe))] if recipe.task == "sequence-classification" else []),
         (
             "tokens",
             ("" if sources.whole else "of the first: ") + str(TokenStats.of(sources.sample)),
@@ -164,6 +164,13 @@ def plan_rows(
     if sources.overlap:
         rows.append(("careful", f"{sources.overlap} held-out examples are trained on as well"))
     return rows
+
+
+def _shown_labels(recipe: Recipe) -> str:
+    """How many labels a classifier has, and the first of them."""
+    labels = recipe.data.labels or ()
+    more = ", …" if len(labels) > MOST_SHOWN else ""
+    return f"{len(labels)}: {', '.join(labels[:MOST_SHOWN])}{more}"
 
 
 def shown_method(method: Method) -> str:
