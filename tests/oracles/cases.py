@@ -252,7 +252,6 @@ SHIRA = [
         tt.SHiRA(rank=5, seed=0, targets=("query",), train=("classifier",)),
     ),
 ]
-CASES = [*LORA, *DORA, *IA3, *PREFIX, *SHIRA]
 QVD = ["q_proj", "v_proj", "down_proj"]
 WEIGHT = [
     Case("loha", kit.llama, LoHaConfig(target_modules=QVD, r=4, alpha=6), tt.LoHa(rank=4, alpha=6, targets=tuple(QVD))),
@@ -304,4 +303,4 @@ SELECTION = [
     Case("tokens", kit.llama, TrainableTokensConfig(token_indices=[3, 9, 50], target_modules=["embed_tokens"]),
          tt.Tokens(ids=(3, 9, 50), targets=("embed_tokens",))),
 ]  # fmt: skip
-CASES = [*LORA, *DORA, *IA3, *PREFIX, *WEIGHT, *ROTATION, *SELECTION]
+CASES = [*LORA, *DORA, *IA3, *PREFIX, *WEIGHT, *ROTATION, *SELECTION, *SHIRA]
