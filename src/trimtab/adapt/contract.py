@@ -83,7 +83,7 @@ class Progress:
 class Method(Config, ABC):
     """One PEFT technique with its hyper-parameters.
 
-    ``targets`` and ``exclude`` select sites (see `trimtab.models.anatomy`), ``layers`` restricts them to
+    ``targets`` and ``exclude`` select sites (see `trimtab.models.selectors`), ``layers`` restricts them to
     blocks of those indices. ``train`` names modules that are trained in full, per adapter, under the
     same routes (a classification head).
 

@@ -140,4 +140,9 @@ def layer_at(anatomy: Anatomy, path: str) -> Layer:
         raise TargetError(
             "the model itself is the target; put it into a container module and attach to that."
         )
+    if path in anatomy.uncalled:
+        raise TargetError(
+            f"{path!r} is never called: its weight is read as it is, and no adapter can edit that. Leave it out of "
+            "the targets."
+        )
     return anatomy.layer(path)

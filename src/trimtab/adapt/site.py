@@ -101,6 +101,8 @@ class Site(SiteBase):
         bank.fire(self.path)
         context = bank.context(self.training)
         x, call = self._input(args, kwargs)
+        if self.layer.kind == "embedding":
+            x = context.for_each_row(x)
         split = context.layout(x)
         acting = [self.acting(part.owner) for part in split.parts]
         if not any(acting):

@@ -84,12 +84,13 @@ class SpotTune(Method):
 
     def place(self, anatomy: Anatomy) -> Sequence[Place]:
         places = [p for p in self.inner.place(anatomy) if anatomy.block_of(p.path) is not None]
-        if not places or not anatomy.role("input_embedding"):
+        inputs = anatomy.inputs_of([place.path for place in places])
+        if not places or not inputs:
             raise UnsupportedError(
-                "SpotTune needs a transformer with blocks and an input embedding that Trimtab knows: its policy "
-                "reads the embeddings and decides block by block."
+                "SpotTune needs a transformer with blocks and one input embedding that Trimtab knows: its policy "
+                "reads the embeddings and decides block by block. Of a model with two towers, target one."
             )
-        return [*(Place(path, POLICY) for path in anatomy.role("input_embedding")), *places]
+        return [*(Place(path, POLICY) for path in inputs), *places]
 
     def at(self, path: str) -> SpotTune:
         inner = self.inner.at(path)
@@ -119,7 +120,8 @@ class SpotTune(Method):
         return {} if role == POLICY else self.inner.tensors(layer, role)
 
     def shared(self, anatomy: Anatomy, places: Sequence[Place]) -> dict[str, Spec]:
-        width, count = anatomy.width, len(anatomy.blocks)
+        width = anatomy.width_at(places[0].path)
+        count = len(anatomy.blocks)
         return {
             "norm": Spec("policy.norm.weight", (width,), ones),
             "down": Spec("policy.down.weight", (self.hidden, width), normal(width**-0.5)),
