@@ -31,6 +31,7 @@ class InputWatch:
         self.wants: Mapping[str, tuple[Sequence[Layer], Inputs]] = wants
         self._components: dict[tuple[str, int], Components] = {}
         self._leader: dict[str, str] = {}
+        self._given_tokens: set[str] = set()
         self._newest: tuple[str, Tensor] | None = None
         for layers, _ in wants.values():
             for layer in layers:
@@ -131,7 +132,12 @@ class InputWatch:
         positions = x[..., 0].numel()
         fitting = [mask.flatten() for mask in masks if mask.numel() == positions]
         if fitting:
+            self._given_tokens.add(path)
             return torch.stack(fitting).all(0).to(x.device)
+        if (
+            path in self._given_tokens
+        ):  # what else it is given (relative positions) is not of the data
+            return torch.zeros(positions, dtype=torch.bool, device=x.device)
         if any(positions != mask.shape[0] and not bool(mask.all()) for mask in masks):
             raise UnsupportedError(
                 f"{path} is given {positions} positions, and the batch's masks tell of {masks[0].numel()}: it cannot "
