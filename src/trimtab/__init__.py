@@ -60,6 +60,7 @@ _PLACES = {
     "Piggyback": "trimtab.methods.piggyback",
     "DiffPruning": "trimtab.methods.diff",
     "Prefix": "trimtab.methods.prefix",
+    "SHiRA": "trimtab.methods.shira",
     "SpotTune": "trimtab.methods.spottune",
     "Full": "trimtab.methods.full",
     "load": "trimtab.models.load",
@@ -137,6 +138,7 @@ if TYPE_CHECKING:
     from trimtab.methods.piggyback import Piggyback as Piggyback
     from trimtab.methods.prefix import Prefix as Prefix
     from trimtab.methods.randlora import RandLoRA as RandLoRA
+    from trimtab.methods.shira import SHiRA as SHiRA
     from trimtab.methods.spottune import SpotTune as SpotTune
     from trimtab.methods.tokens import Tokens as Tokens
     from trimtab.methods.vera import VeRA as VeRA

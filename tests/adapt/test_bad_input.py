@@ -243,12 +243,12 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(
     whole = slots.add
     left = 5
 
-    def failing(*args: Any) -> None:
+    def failing(*args: Any, **kwargs: Any) -> None:
         nonlocal left
         left -= 1
         if not left:
             raise MemoryError
-        whole(*args)
+        whole(*args, **kwargs)
 
     for method in ("lora(rank=2, targets='all-linear')", "prefix(length=2)", "ia3"):
         bare, before, left = models.llama(), look(model), 1 if "prefix" in method else 5

@@ -34,6 +34,7 @@ SMALL = {
     "prefix": "prefix(length=3, init_std=1.0)",
     "spottune": "spottune(inner=lora(rank=4), hidden=8)",
     "full": "full(targets='mlp_down')",
+    "shira": "shira(rank=3)",
     "loha": "loha(rank=4)",
     "lokr": "lokr(rank=2)",
     "hira": "hira(rank=4)",
@@ -63,6 +64,7 @@ ON_MODEL = {
         "full",
         "mixed",
     ): "full(targets=['embed', 're:conv.*', 'grouped', 'head', 'norm', 'batch_norm'])",
+    ("shira", "mixed"): "shira(rank=2, targets=['embed', 're:conv.*', 'grouped', 'head'])",
     **{
         (name, "mixed"): SMALL[name].replace(
             ")", ", targets=['embed', 're:conv.*', 'grouped', 'head'])"
@@ -117,7 +119,7 @@ NOT_MERGEABLE = {
 }
 IDENTITY_AT_FIRST = {
     "lora", "dora", "ia3", "bitfit", "spottune", "full", "loha", "lokr", "hira", "vera", "randlora", "mora", "miss",
-    "oft", "boft", "hra", "norms", "tokens", "piggyback", "diff",
+    "oft", "boft", "hra", "norms", "tokens", "piggyback", "diff", "shira",
 }  # fmt: skip
 IDENTITY_AT_FIRST = {"lora", "dora", "adalora", "ia3", "bitfit", "spottune", "full"}
 """Methods whose papers start them as the identity (a Houlsby bottleneck only nearly; a prefix never)."""

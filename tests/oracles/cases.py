@@ -22,6 +22,7 @@ from peft import (
     PeftConfig,
     PrefixTuningConfig,
     RandLoraConfig,
+    ShiraConfig,
     TaskType,
     TrainableTokensConfig,
     VeraConfig,
@@ -289,6 +290,20 @@ PREFIX = [
         tt.Prefix(length=5, train=("classifier",)),
     ),
 ]
+SHIRA = [
+    Case(
+        "shira",
+        kit.llama,
+        ShiraConfig(target_modules=["q_proj", "v_proj", "down_proj"], r=2, random_seed=3),
+        tt.SHiRA(rank=2, seed=3, targets=("q_proj", "v_proj", "down_proj")),
+    ),
+    Case(
+        "shira-bert",
+        kit.bert,
+        ShiraConfig(target_modules=["query"], r=5, random_seed=0, modules_to_save=["classifier"]),
+        tt.SHiRA(rank=5, seed=0, targets=("query",), train=("classifier",)),
+    ),
+]
 QVD = ["q_proj", "v_proj", "down_proj"]
 WEIGHT = [
     Case("loha", kit.llama, LoHaConfig(target_modules=QVD, r=4, alpha=6), tt.LoHa(rank=4, alpha=6, targets=tuple(QVD))),
@@ -342,3 +357,4 @@ SELECTION = [
 ]  # fmt: skip
 CASES = [*LORA, *DORA, *IA3, *PREFIX, *WEIGHT, *ROTATION, *SELECTION]
 CASES = [*LORA, *DORA, *ADALORA, *IA3, *PREFIX]
+CASES = [*LORA, *DORA, *IA3, *PREFIX, *WEIGHT, *ROTATION, *SELECTION, *SHIRA]

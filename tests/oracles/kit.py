@@ -28,6 +28,8 @@ ALWAYS = (
     "Unsupported layer type",  # LN tuning's, of every norm
 )
 
+torch.sparse.check_sparse_tensor_invariants.disable()  # PEFT's SHiRA leaves it open, and torch warns
+
 Make = Callable[[], nn.Module]
 Batch = dict[str, Any]
 Pairs = dict[str, tuple[Any, Any]]
@@ -164,10 +166,11 @@ def paired(adapter: tt.Adapter, theirs: nn.Module) -> Pairs:
         AssertionError: the two sides do not train the same tensors in the same shapes.
     """
     parameters = dict(theirs.named_parameters())
-    names = {name.key: peft_name(theirs, name) for name in adapter.named()}
+    learnt = {n: t for n, t in adapter.named().items() if n not in adapter.fixed}
+    names = {name.key: peft_name(theirs, name) for name in learnt}
     trained = {key for key, parameter in parameters.items() if parameter.requires_grad}
     assert trained == set(names.values()), trained ^ set(names.values())
-    pairs = {key: (tensor, parameters[names[key]]) for key, tensor in adapter.tensors.items()}
+    pairs = {n.key: (tensor, parameters[names[n.key]]) for n, tensor in learnt.items()}
     for key, (ours, other) in pairs.items():
         assert ours.shape == other.shape, key
     return pairs
@@ -175,9 +178,9 @@ def paired(adapter: tt.Adapter, theirs: nn.Module) -> Pairs:
 
 @torch.no_grad()
 def stir(adapter: tt.Adapter, seed: int = 2) -> None:
-    """Move every tensor away from its first value (many start at zero)."""
+    """Move every trained tensor away from its first value (many start at zero)."""
     generator = torch.Generator().manual_seed(seed)
-    for tensor in adapter.tensors.values():
+    for tensor in adapter.parameters():
         tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.1)
 
 

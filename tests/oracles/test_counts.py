@@ -77,6 +77,8 @@ COUNTS: list[tuple[str, Method, int]] = [
     ("llama-7b", tt.LoRA(rank=8, targets=QUERY_VALUE, layers=(0, -1)), 2 * 2 * 8 * 8192),
     ("roberta-base", tt.LoRA(rank=8, targets=QUERY_VALUE, train=("classifier",)),
      294_912 + (768 * 768 + 768) + (768 * 2 + 2)),
+    # first factors that are kept are not trained
+    ("llama-3.2-3b", tt.LoRA(rank=32, targets=QUERY_VALUE, init="pissa"), 9_175_040),
     # DoRA: one magnitude per output more
     ("llama-3.2-3b", tt.DoRA(rank=32, targets=QUERY_VALUE), 9_289_728),
     # LoRA-FA trains B alone; LoRA+ and few bits change nothing
@@ -84,6 +86,9 @@ COUNTS: list[tuple[str, Method, int]] = [
     ("llama-3.2-3b", tt.LoRA(rank=32, plus=16, bits=8, targets=QUERY_VALUE), 9_175_040),
     # AdaLoRA: one value per component more
     ("llama-3.2-3b", tt.AdaLoRA(rank=64, targets=QUERY_VALUE), 18_353_664),
+    # SHiRA: as many values as the LoRA of its rank, or a share of the weights
+    ("llama-3.2-3b", tt.SHiRA(rank=32, targets=QUERY_VALUE), 9_175_040),
+    ("llama-7b", tt.SHiRA(share=0.005, targets=QUERY_VALUE), 32 * 2 * round(0.005 * 4096 * 4096)),
     # (IA)³: keys, values and the inner width
     ("llama-7b", tt.IA3(), 614_400),
     ("llama-3.2-3b", tt.IA3(), 286_720),

@@ -149,6 +149,7 @@ def change(folder: Path, **options: Any) -> None:
         ("init_lora_weights", "pissa", "path_initial_model_for_weight_conversion"),
         ("init_lora_weights", "pissa_niter_4", "path_initial_model_for_weight_conversion"),
         ("init_lora_weights", "olora", "changed its base"),
+        ("init_lora_weights", "lora_ga", "changed its base"),
         ("peft_type", "GLORA", "GLORA"),
         ("peft_type", "LORAX", "Did you mean 'LORA'"),
     ],

@@ -17,7 +17,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from trimtab.adapt.adapter import Adapter, Origin, SiteSpec, TensorName
-from trimtab.adapt.contract import Method, Params, Place
+from trimtab.adapt.contract import Method, Params, Place, exactly
 from trimtab.errors import BaseMismatchError, ConfigError, UnsupportedError
 
 
@@ -116,23 +116,18 @@ def _one_method(methods_at: Mapping[str, Method]) -> Method:
     if not different:
         return common
     fields = {name for m in different.values() for name, value in m if value != dict(common)[name]}
-    patterned = {"rank": "rank_pattern", "alpha": "alpha_pattern"}
+    patterned = {"rank": "rank_pattern", "alpha": "alpha_pattern", "count": "count_pattern"}
     if not fields <= patterned.keys():
         raise UnsupportedError(
             f"{common.kind}: the parts differ in {', '.join(sorted(fields))} from site to site."
         )
     changes = {
         patterned[field]: {
-            _exactly(path, methods_at): dict(method)[field] for path, method in different.items()
+            exactly(path, methods_at): dict(method)[field] for path, method in different.items()
         }
         for field in fields
     }
     return common.replace(**changes)
-
-
-def _exactly(path: str, paths: Mapping[str, Method]) -> str:
-    """A pattern for this path alone: patterns match the ends of paths, unless they begin with ^."""
-    return f"^{path}" if any(other.endswith(f".{path}") for other in paths) else path
 
 
 def _params(adapter: Adapter, site: SiteSpec) -> tuple[Params, dict[str, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from trimtab.adapt.bank import CHILD, Bank, bank_of, find_bank
 from trimtab.adapt.contract import Method, Spec
 from trimtab.adapt.edit import Edit
 from trimtab.adapt.fingerprint import fingerprint
+from trimtab.adapt.observe import Batches, observe
+from trimtab.adapt.observed import Observation, Observed
 from trimtab.adapt.parse import method_from
 from trimtab.adapt.plan import check_whole, checked, layer_at, placed, planned
 from trimtab.adapt.site import ExpertsSite, Site, SiteBase
@@ -24,6 +26,7 @@ from trimtab.errors import (
     DuplicateNameError,
     TargetError,
 )
+from trimtab.frozen import Layer
 from trimtab.models.anatomy import Anatomy
 
 
@@ -35,6 +38,7 @@ def attach(
     seed: int = 0,
     trainable: bool = True,
     any_base: bool = False,
+    batches: Batches | None = None,
 ) -> Adapter:
     """Attach a new adapter of a method, or a saved adapter, to a model, in place.
 
@@ -48,9 +52,11 @@ def attach(
         seed: of the initial values.
         trainable: whether the adapter's tensors require gradients.
         any_base: attach an adapter that was made for other weights of the same architecture.
+        batches: for a method that begins from data (``LoRA(init="eva")``): each is one call of the model, such as
+            a dict with input_ids, attention_mask and labels.
 
     Raises:
-        DuplicateNameError, BaseMismatchError, TargetError, AttachError: nothing was changed.
+        DuplicateNameError, BaseMismatchError, TargetError, AttachError, DataError: nothing was changed.
     """
     bank = _existing_bank(model)
     anatomy = anatomy_of(model)
@@ -62,16 +68,22 @@ def attach(
             adapter.base = base
     else:
         adapter = planned(model, method_from(method), name or "default", anatomy)
-        adapter.base = base
     if bank is not None and adapter.name in bank.adapters:
         raise DuplicateNameError(
             f"an adapter {adapter.name!r} is attached already; detach it first, or choose another name."
         )
+    new = not isinstance(method, Adapter)
+    observed: Mapping[str, Sequence[Observed]] = {}
+    if new:
+        observed = _observed(model, adapter, anatomy, batches)
+        if observed:
+            informed = adapter.method.informed(observed)
+            adapter = planned(model, informed, adapter.name, anatomy)
+        adapter.base = base
     layers = {
         path: layer_at(anatomy, path) for path in dict.fromkeys(site.path for site in adapter.sites)
     }
-    specs = specs_of(adapter, anatomy, layers)
-    new = not isinstance(method, Adapter)
+    specs = specs_of(adapter, anatomy, layers, observed)
     tensors = initial_tensors(adapter, specs, layers, seed, new=new)
     attention.check(model, adapter, anatomy)
     bank = bank or _new_bank(model)
@@ -94,6 +106,21 @@ def detach(model: nn.Module, name: str) -> Adapter:
     adapter.unbind()
     _withdraw(model, bank, name, holders)
     return adapter
+
+
+def _observed(
+    model: nn.Module, adapter: Adapter, anatomy: Anatomy, batches: Batches | None
+) -> dict[str, list[Observed]]:
+    """What data show of the sites of which the method wants to know."""
+    wants: dict[str, tuple[list[Layer], Observation]] = {}
+    for site in adapter.sites:
+        asked = adapter.methods[site.method].at(site.path).observes(site.role)
+        if asked is not None:
+            stacked = site.path in anatomy.experts
+            one = None if stacked else layer_at(anatomy, site.path)
+            layers = anatomy.expert_layers(site.path) if one is None else [one]
+            wants[site.path] = layers, asked
+    return observe(model, anatomy, wants, batches)
 
 
 # -- changing the model -------------------------------------------------------------------------------

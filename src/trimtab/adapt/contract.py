@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -27,6 +27,8 @@ from pydantic import field_validator
 from torch import Tensor
 
 from trimtab.adapt.at import At as At
+from trimtab.adapt.observed import Observation as Observation
+from trimtab.adapt.observed import Observed as Observed
 from trimtab.adapt.peft_config import read_options
 from trimtab.config import Config
 from trimtab.errors import ConfigError, UnsupportedError
@@ -155,6 +157,16 @@ class Method(Config, ABC):
     def fixed(self) -> frozenset[str]:
         """Slots that belong to the adapter and its file but are never trained (indices, kept first values)."""
         return frozenset()
+
+    # -- what data tell before it begins -----------------------------------------------------------
+
+    def observes(self, role: str) -> Observation | None:
+        """What must be seen of a layer first, asked of `at` each site; `trimtab.attach` then needs batches."""
+        return None
+
+    def informed(self, observed: Mapping[str, Sequence[Observed]]) -> Self:
+        """The method that data make of this one: ``observed`` by path, one for each expert."""
+        return self
 
     # -- the edits -------------------------------------------------------------------------------------
 
@@ -294,6 +306,11 @@ def pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
         except re.error as error:
             raise ConfigError(f"pattern {pattern!r} is not a regular expression: {error}") from None
     return default
+
+
+def exactly(path: str, paths: Iterable[str]) -> str:
+    """A pattern for this path alone: patterns match the ends of paths, unless they begin with ^."""
+    return f"^{path}" if any(other.endswith(f".{path}") for other in paths) else path
 
 
 # -- initial values -----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -69,7 +70,7 @@ def counted(adapter: Adapter, specs: Specs) -> int:
         TensorName(path, spec.name): spec for (_, path), of in specs.items() for spec in of.values()
     }
     trained = known.keys() - adapter.fixed_among(known)
-    return sum(_size(known[name].shape) for name in trained if known[name].stored)
+    return sum(math.prod(known[name].shape) for name in trained if known[name].stored)
 
 
 def grouped(adapter: Adapter) -> list[str]:
@@ -81,13 +82,6 @@ def grouped(adapter: Adapter) -> list[str]:
         )
         counts[folded] = counts.get(folded, 0) + 1
     return [f"{count:>4} × {path}" for path, count in counts.items()]
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for axis in shape:
-        size *= axis
-    return size
 
 
 def _base_count(model: nn.Module) -> int:

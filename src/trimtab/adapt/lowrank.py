@@ -3,7 +3,10 @@
     ΔW = s · B A,   A_RI, B_OR,   s = alpha / rank   (alpha / √rank for rsLoRA, arXiv 2312.03732)
 
 A starts uniform in ±1/√in and B at zero, so that ΔW is zero; an embedding swaps the two, as loralib and
-PEFT do (its A is looked up, and would never learn from a zero B that looks nothing up).
+PEFT do (its A is looked up, and would never learn from a zero B that looks nothing up). ``init`` names another
+start (`trimtab.adapt.initial`); where that is away from zero, the first factors are kept:
+
+    ΔW = s · (B A − B₀ A₀) = s · [B, −B₀] [A; A₀],   the second being a plain LoRA of twice the rank, to share
 """
 
 from __future__ import annotations
@@ -11,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor
@@ -19,15 +21,17 @@ from torch import Tensor
 from trimtab.adapt.contract import (
     At,
     Method,
+    Observation,
+    Observed,
     Params,
     Place,
     Spec,
     copy_of,
-    kaiming_uniform,
-    normal,
+    exactly,
     pattern_value,
-    zeros,
 )
+from trimtab.adapt.factors import KEPT, factor_specs, joined, plain_factors
+from trimtab.adapt.initial import DEFAULT, Initialisation, initialisation
 from trimtab.adapt.peft_config import refuse_unknown, selectors
 from trimtab.errors import TargetError, UnsupportedError
 from trimtab.frozen import Layer
@@ -50,31 +54,6 @@ BIASES = (INNER, OWN)
 """Roles of a site where a bias is trained: of a layer that has factors too, or of another."""
 
 
-def stacked(a: Tensor, b: Tensor, rank: int) -> bool:
-    """Whether these are the factors of all experts of a mixture, (E, R, I) and (E, O, R)."""
-    return a.dim() == 3 and a.shape[1] == rank == b.shape[-1] and len(a) == len(b)
-
-
-def paired(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors as (G, R/G, I) and (G, O/G, R/G): a pair for each expert, or group of a convolution; mostly one."""
-    if stacked(a, b, rank):
-        return a, b
-    groups = rank // b.shape[1]
-    return a.flatten(1).unflatten(0, (groups, -1)), b.flatten(1).unflatten(0, (groups, -1))
-
-
-def joined(parts: Sequence[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, Tensor]:
-    """Factors (A, B, rank) beside one another: their product is the sum of the products."""
-    a, b, rank = parts[0]
-    if stacked(a, b, rank):
-        return torch.cat([a for a, _, _ in parts], dim=1), torch.cat(
-            [b for _, b, _ in parts], dim=2
-        )
-    groups = rank // b.shape[1]
-    rows = torch.cat([a.unflatten(0, (groups, -1)) for a, _, _ in parts], dim=1)
-    return rows.flatten(0, 1), torch.cat([b for _, b, _ in parts], dim=1)
-
-
 class LowRank(Method):
     """Fields and edits of LoRA; DoRA adds to it. Patterns map the end of a path to a rank or an alpha."""
 
@@ -89,7 +68,7 @@ class LowRank(Method):
     }
     short_names: ClassVar[Mapping[str, str]] = {
         "lora_A.weight": "A", "lora_B.weight": "B", "lora_embedding_A": "A", "lora_embedding_B": "B",
-        "lora_bias.inner": "bias", "lora_bias.own": "bias",
+        "lora_bias.inner": "bias", "lora_bias.own": "bias", **KEPT,
     }  # fmt: skip
 
     targets: str | tuple[str, ...] = "all-linear"
@@ -103,6 +82,8 @@ class LowRank(Method):
     """Of what enters A, in training."""
     bias: Literal["none", "lora_only", "all"] = "none"
     """Train biases too: those of the targets, or all."""
+    init: str = DEFAULT
+    """Where the factors begin: default, gaussian, orthogonal, pissa, olora, lora-ga or eva."""
     rank_pattern: Mapping[str, int] = Field(default_factory=dict)
     """End of a path -> its rank."""
     alpha_pattern: Mapping[str, float] = Field(default_factory=dict)
@@ -115,9 +96,48 @@ class LowRank(Method):
             raise ValueError("every rank must be at least 1")
         return value
 
+    @field_validator("init")
+    @classmethod
+    def _init(cls, value: str) -> str:
+        initialisation(value)
+        return value
+
     @property
     def scaling(self) -> float:
         return float(self.alpha / (self.rank**0.5 if self.rslora else self.rank))
+
+    @property
+    def _start(self) -> Initialisation | None:
+        return initialisation(self.init)
+
+    @property
+    def _away(self) -> bool:
+        return self._start is not None and self._start.away
+
+    @property
+    def fixed(self) -> frozenset[str]:
+        return frozenset(KEPT) if self._away else frozenset()
+
+    def observes(self, role: str) -> Observation | None:
+        return None if self._start is None or role in BIASES else self._start.observes(self.rank)
+
+    def informed(self, observed: Mapping[str, Sequence[Observed]]) -> Self:
+        """Ranks where data want them, at the same scale everywhere; ranks that are given stay."""
+        if self._start is None or self.rank_pattern:
+            return self
+        ranks = self._start.ranks({path: self.at(path).rank for path in observed}, observed)
+        new, alphas = {}, {}
+        for path, rank in ranks.items():
+            method = self.at(path)
+            if rank and rank != method.rank:
+                pattern = exactly(path, ranks)
+                new[pattern] = rank
+                ratio = rank / method.rank
+                alphas[pattern] = method.alpha * (ratio**0.5 if self.rslora else ratio)
+        given = {key: a for key, a in self.alpha_pattern.items() if key not in alphas}
+        method = self.replace(rank_pattern=new, alpha_pattern={**alphas, **given})
+        kept = [Place(path) for path, rank in ranks.items() if rank]
+        return method if len(kept) == len(ranks) else method.aimed(kept)
 
     def place(self, anatomy: Anatomy) -> Sequence[Place]:
         paths = anatomy.select(self.targets, self.exclude, self.layers)
@@ -145,27 +165,23 @@ class LowRank(Method):
                 raise TargetError("a bias was asked for on a layer that has none.")
             slot = "lora_bias.inner" if role == INNER else "lora_bias.own"
             return {"bias": Spec(slot, tuple(bias.shape), copy_of(bias))}
-        shape_a, shape_b = layer.factor_shapes(self.rank)
-        if layer.kind == "embedding":
-            return {
-                "A": Spec("lora_embedding_A", shape_a, zeros),
-                "B": Spec("lora_embedding_B", shape_b, normal(1.0)),
-            }
-        return {
-            "A": Spec("lora_A.weight", shape_a, kaiming_uniform),
-            "B": Spec("lora_B.weight", shape_b, zeros),
-        }
+        return factor_specs(layer, self.rank, self.scaling, self._start)
 
     def delta(self, p: Params, x: Tensor, at: At) -> Tensor | None:
         if at.role in BIASES:
             return None
+        given = x
         if self.dropout and at.training:
             if not x.is_floating_point():
                 raise UnsupportedError(
                     "dropout before an embedding would drop token ids; set dropout=0 for it."
                 )
             x = F.dropout(x, self.dropout)
-        return at.layer.lowrank(x, *self.factors(p))
+        change = at.layer.lowrank(x, *self.factors(p))
+        if "A0" not in p:
+            return change
+        # twice the same operation, and no longer product, so that it is exactly zero at first
+        return change - at.layer.lowrank(given, p["A0"], p["B0"] * self.scaling)
 
     def leave(self, p: Params, y: Tensor, at: At) -> Tensor:
         if at.role not in BIASES:
@@ -178,9 +194,22 @@ class LowRank(Method):
         """The two factors whose product is ΔW."""
         return p["A"], p["B"] * self.scaling
 
+    def whole(self, p: Params) -> tuple[Tensor, Tensor]:
+        """The factors of the whole change, the first ones that are kept among them."""
+        a, b = self.factors(p)
+        if "A0" not in p:
+            return a, b
+        return joined([(a, b, self.rank), (p["A0"], p["B0"] * -self.scaling, self.rank)])
+
+    @property
+    def plain_rank(self) -> int:
+        """The rank of `whole`."""
+        return self.rank * (2 if self._away else 1)
+
     def product(self, p: Params, layer: Layer) -> Tensor:
         """ΔW in canonical orientation."""
-        return layer.product(*self.factors(p))
+        change = layer.product(*self.factors(p))
+        return change - layer.product(p["A0"], p["B0"] * self.scaling) if "A0" in p else change
 
     def merged(self, p: Params, layer: Layer, role: str) -> tuple[Tensor, Tensor | None] | None:
         if role in BIASES:
@@ -190,7 +219,7 @@ class LowRank(Method):
     def scaled(self, p: Params, weight: float, role: str) -> dict[str, Tensor]:
         if role in BIASES:
             return super().scaled(p, weight, role)
-        return {"A": p["A"], "B": p["B"] * weight}
+        return {short: t * weight if short in ("B", "B0") else t for short, t in p.items()}
 
     def sum(
         self, parts: Sequence[tuple[Method, Params]], role: str
@@ -198,15 +227,30 @@ class LowRank(Method):
         """Concatenation of ranks: exact, with every scaling folded into B."""
         if role in BIASES:
             return super().sum(parts, role)
-        methods = [method for method, _ in parts if isinstance(method, LowRank)]
-        given = zip(methods, parts, strict=True)
-        a, b = joined([(p["A"], p["B"] * m.scaling, m.rank) for m, (_, p) in given])
-        rank = sum(method.rank for method in methods)
+        found = [(*m.whole(p), m.plain_rank) for m, p in parts if isinstance(m, LowRank)]
+        a, b = joined(found)
+        rank = sum(rank for _, _, rank in found)
         # Dropout acts on each x before its A; one shared dropout would act on all of them at once.
-        return self.replace(rank=rank, alpha=float(rank), rslora=False, dropout=0.0), {
-            "A": a,
-            "B": b,
-        }
+        changes = {"rank": rank, "alpha": float(rank), "rslora": False, "dropout": 0.0}
+        return self.replace(init=DEFAULT, **changes), {"A": a, "B": b}
+
+    def plain(self) -> Self:
+        """Twice the rank, where the first factors are kept. The scale stays."""
+        if not self._away:
+            return self
+        factor = 2**0.5 if self.rslora else 2
+        return self.replace(
+            init=DEFAULT,
+            rank=self.plain_rank,
+            alpha=factor * self.alpha,
+            rank_pattern={path: 2 * rank for path, rank in self.rank_pattern.items()},
+            alpha_pattern={path: factor * alpha for path, alpha in self.alpha_pattern.items()},
+        )
+
+    def plain_tensors(
+        self, tensors: Mapping[str, Tensor], place: Place | None
+    ) -> dict[str, Tensor]:
+        return plain_factors(tensors, self.rank)
 
     def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
         return {

@@ -38,12 +38,15 @@ METHODS = {
     "piggyback": "trimtab.methods.piggyback:Piggyback",
     "diff": "trimtab.methods.diff:DiffPruning",
     "prefix": "trimtab.methods.prefix:Prefix",
+    "shira": "trimtab.methods.shira:SHiRA",
     "spottune": "trimtab.methods.spottune:SpotTune",
 }
 methods: Registry[type[Method]] = Registry("method", "trimtab.methods", METHODS)
 
 PRESETS = {
+    "fish": "shira(mask='fisher', share=0.005)",
     "houlsby": "bottleneck(size=64)",
+    "magnitude": "shira(mask='magnitude')",
 }
 """Settings that have a name of their own. Options are added to them: ``houlsby(size=8)``."""
 
@@ -82,6 +85,18 @@ def _from_string(text: str) -> Method:
         options = _options(text, arguments)
         return preset.replace(**options) if options else preset
     return methods.get(name).parse(_options(text, arguments), where=f"method {name}")
+
+
+def name_and_options(text: str) -> tuple[str, dict[str, Any]]:
+    """What ``name`` or ``name(option=literal)`` says.
+
+    Raises:
+        ConfigError: a text that cannot be read.
+    """
+    form = _FORM.fullmatch(text)
+    if form is None:
+        raise ConfigError(f"{text!r}: write a name and options, for example 'pissa(niter=4)'.")
+    return form.group(1), _options(text, form.group(2) or "")
 
 
 def _options(text: str, arguments: str) -> dict[str, Any]:

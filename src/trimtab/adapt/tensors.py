@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from trimtab.adapt.adapter import Adapter, TensorName
-from trimtab.adapt.contract import Spec
+from trimtab.adapt.contract import Observed, Spec
 from trimtab.adapt.disk import checksum
 from trimtab.errors import (
     AttachError,
@@ -20,7 +21,10 @@ from trimtab.models.anatomy import Anatomy
 
 
 def specs_of(
-    adapter: Adapter, anatomy: Anatomy, layers: Mapping[str, Layer]
+    adapter: Adapter,
+    anatomy: Anatomy,
+    layers: Mapping[str, Layer],
+    observed: Mapping[str, Sequence[Observed]] = MappingProxyType({}),
 ) -> dict[tuple[int, str], dict[str, Spec]]:
     """Specs by (number of the site, or -1 - number of the method for its shared tensors; path)."""
     found: dict[tuple[int, str], dict[str, Spec]] = {}
@@ -28,8 +32,12 @@ def specs_of(
         method = adapter.methods[site.method].at(site.path)
         if site.path in anatomy.experts:
             each = anatomy.expert_layers(site.path)
+            for layer, seen in zip(each, observed.get(site.path, ()), strict=False):
+                layer.observed = seen
             specs = _stacked([method.tensors(layer, site.role) for layer in each])
         else:
+            for seen in observed.get(site.path, ()):
+                layers[site.path].observed = seen
             specs = method.tensors(layers[site.path], site.role)
         found[number, site.path] = specs
     for number, method in enumerate(adapter.methods):

@@ -55,6 +55,19 @@ class EmbeddingLayer(Layer):
     def lowrank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return self.rescaled(F.linear(self._look_up(x, a), b))
 
+    def sparse(self, x: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+        """Only the columns of the tokens that occur are built, one for each position of x."""
+        rows, columns = indices.long()
+        ids = x.flatten()
+        place = torch.arange(ids.shape[0], device=ids.device)
+        none = ids.shape[0]  # where the columns of absent tokens go
+        first = ids.new_full((self.in_features,), none).scatter(0, ids, place)
+        if self.module.padding_idx is not None:  # the frozen table learns nothing there either
+            values = torch.where(columns == self.module.padding_idx, values.detach(), values)
+        table = values.new_zeros(none + 1, self.out_features)
+        table = table.index_put((first[columns], rows), values, accumulate=True)
+        return self.rescaled(table[first[ids]].reshape(*x.shape, self.out_features))
+
     def probe(self, push: Push) -> tuple[Tensor, Tensor | None]:
         rows_IO = push(self, torch.arange(self.in_features, device=self.device), None)
         scale = self.scale

@@ -16,14 +16,17 @@ the registry ``layers`` (entry-point group ``trimtab.frozen``).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.errors import TargetError, UnsupportedError
+from trimtab.kernels.sparse import scattered
 from trimtab.registry import Registry
 
 PIECE = 1 << 20
@@ -45,6 +48,8 @@ class Layer(ABC):
     out_features: int
     _squares: tuple[object, Tensor] | None = None
     """Row norms, squared, and the state of the weight that they are of."""
+    observed: Mapping[str, Tensor] = MappingProxyType({})
+    """What some batches of data showed of this layer, while its adapter begins (`trimtab.adapt.observe`)."""
 
     @classmethod
     @abstractmethod
@@ -110,6 +115,20 @@ class Layer(ABC):
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """ΔW = B A in canonical orientation."""
         return b @ a
+
+    # -- sparse changes: ΔW given by places in the weight as a matrix (out, the rest) ----------------
+
+    def matrix_shape(self) -> tuple[int, int]:
+        """Shape of the weight as a matrix: (out, all other axes)."""
+        return self.shape[0], math.prod(self.shape[1:])
+
+    def scattered(self, indices: Tensor, values: Tensor) -> Tensor:
+        """ΔW in canonical orientation: ``values_K`` at the places ``indices_2K`` of the matrix."""
+        return scattered(indices, values, self.matrix_shape()).reshape(self.shape)
+
+    def sparse(self, x: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+        """``apply(x, ΔW)``; without the dense ΔW where the kind allows."""
+        return self.apply(x, self.scattered(indices, values))
 
     # -- channels --------------------------------------------------------------------------------
 

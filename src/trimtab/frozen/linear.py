@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from trimtab.frozen.layer import Layer, Push
+from trimtab.kernels.sparse import sparse_linear
 
 
 def push_identity(layer: Layer, push: Push) -> tuple[Tensor, Tensor]:
@@ -35,6 +36,9 @@ class LinearMap(Layer):
 
     def lowrank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return F.linear(F.linear(x, a), b)
+
+    def sparse(self, x: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+        return sparse_linear(x, indices, values, self.out_features)
 
     def probe(self, push: Push) -> tuple[Tensor, Tensor | None]:
         return push_identity(self, push)

@@ -30,6 +30,7 @@ from trimtab.adapt.contract import (
     pattern_value,
     zeros,
 )
+from trimtab.adapt.initial import DEFAULT
 from trimtab.adapt.lowrank import BIASES, LowRank
 from trimtab.adapt.parse import method_from
 from trimtab.models.anatomy import Anatomy
@@ -81,6 +82,8 @@ class AdaLoRA(LowRank):
     def _agree(self) -> Self:
         if self.rslora:
             raise ValueError("adalora has no rslora")
+        if self.init != DEFAULT:
+            raise ValueError("adalora begins in its own way and has no other init")
         if self.target_rank > self.rank:
             raise ValueError("target_rank is what is left of rank, so it cannot be more")
         return self

@@ -87,5 +87,5 @@ class DoRA(LowRank):
 
     def _factor(self, p: Params, layer: Layer) -> Tensor:
         with torch.no_grad():
-            norms = layer.edited_row_norms(*self.factors(p))
+            norms = layer.edited_row_norms(*self.whole(p))
         return p["m"].flatten() / norms

@@ -25,8 +25,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from trimtab.adapt.contract import At, Layer, Method, Params, Place, Sites, Spec
+from trimtab.adapt.factors import paired
 from trimtab.adapt.lowbit import SHORTEST, rounded
-from trimtab.adapt.lowrank import BIASES, LowRank, paired
+from trimtab.adapt.lowrank import BIASES, LowRank
 from trimtab.errors import UnsupportedError
 
 RANDOM = frozenset({"lora_A.weight", "lora_embedding_B"})
@@ -52,6 +53,10 @@ class LoRA(LowRank):
         if self.bits and min([self.rank, *self.rank_pattern.values()]) < SHORTEST:
             raise ValueError(
                 f"bits rounds rows of the factors, so the rank must be {SHORTEST} or more"
+            )
+        if self.bits and self._away:
+            raise ValueError(
+                f"bits rounds the factors, which would move the start that {self.init} keeps"
             )
         return self
 

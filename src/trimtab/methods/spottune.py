@@ -14,7 +14,7 @@ global policy): two auxiliary losses see to it, with z_l the share of examples t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast, final
 
 import torch
@@ -22,7 +22,19 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from trimtab.adapt.contract import At, Layer, Method, Params, Place, Spec, normal, ones, zeros
+from trimtab.adapt.contract import (
+    At,
+    Layer,
+    Method,
+    Observation,
+    Observed,
+    Params,
+    Place,
+    Spec,
+    normal,
+    ones,
+    zeros,
+)
 from trimtab.adapt.parse import method_from
 from trimtab.errors import RouteError, UnsupportedError
 from trimtab.models.anatomy import Anatomy
@@ -83,6 +95,26 @@ class SpotTune(Method):
     def at(self, path: str) -> SpotTune:
         inner = self.inner.at(path)
         return self if inner is self.inner else self.replace(inner=inner)
+
+    @property
+    def fixed(self) -> frozenset[str]:
+        return self.inner.fixed
+
+    def observes(self, role: str) -> Observation | None:
+        return None if role == POLICY else self.inner.observes(role)
+
+    def informed(self, observed: Mapping[str, Sequence[Observed]]) -> SpotTune:
+        return self.replace(inner=self.inner.informed(observed))
+
+    def plain(self) -> SpotTune:
+        return self.replace(inner=self.inner.plain())
+
+    def plain_tensors(
+        self, tensors: Mapping[str, Tensor], place: Place | None
+    ) -> dict[str, Tensor]:
+        if place is None or place.role == POLICY:
+            return dict(tensors)
+        return cast(dict[str, Tensor], self.inner.plain_tensors(tensors, place))
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         return {} if role == POLICY else self.inner.tensors(layer, role)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from trimtab.models.load import Base, load
 from trimtab.train import facts
 from trimtab.train.recipe import Recipe, differences
 from trimtab.train.recipe_file import read_recipe
+from trimtab.train.shown import shown_batches
 from trimtab.train.sources import Sources, with_labels
 
 Rows = list[tuple[str, str]]
@@ -42,7 +44,9 @@ def opened_base(recipe: Recipe) -> tuple[Recipe, Base, Adapter]:
     )
     if classifies:
         method = with_head(method, anatomy_of(base.model))
-    return recipe, base, attach(base.model, method, recipe.name, seed=recipe.seed)
+    batches = shown_batches(recipe, base)  # read only if the method asks
+    adapter = attach(base.model, method, recipe.name, seed=recipe.seed, batches=batches)
+    return recipe, base, adapter
 
 
 def with_head(method: Method, anatomy: Anatomy) -> Method:
@@ -176,6 +180,8 @@ def shown_method(method: Method) -> str:
     for key, value in method:
         if isinstance(value, Method):
             shown.append(f"{key}={shown_method(value)}")
+        elif isinstance(value, Mapping) and len(value) > 3:
+            shown.append(f"{key} of {len(value)} modules")
         elif type(value) in (int, float) and (value or key in chosen):
             shown.append(f"{key}={value:g}")
         elif key in chosen:

@@ -1,0 +1,1 @@
+"""Fused operations as functions, each beside its plain-torch twin."""
