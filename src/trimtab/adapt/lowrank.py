@@ -234,7 +234,7 @@ class LowRank(Method):
         changes = {"rank": rank, "alpha": float(rank), "rslora": False, "dropout": 0.0}
         return self.replace(init=DEFAULT, **changes), {"A": a, "B": b}
 
-    def plain(self) -> Self:
+    def plain(self) -> Method:
         """Twice the rank, where the first factors are kept. The scale stays."""
         if not self._away:
             return self

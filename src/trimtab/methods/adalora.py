@@ -173,8 +173,7 @@ class AdaLoRA(LowRank):
     def sum(
         self, parts: Sequence[tuple[Method, Params]], role: str
     ) -> tuple[Method, dict[str, Tensor]]:
-        folded = [(m, {**p, "A": m.factors(p)[0]}) for m, p in parts if isinstance(m, AdaLoRA)]
-        method, found = super().sum(folded, role)  # every scale is folded into B
+        method, found = super().sum(parts, role)  # E is folded into A, every scale into B
         if role in BIASES or not isinstance(method, AdaLoRA):
             return method, found
         e = parts[0][1]["E"]
