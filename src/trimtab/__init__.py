@@ -28,6 +28,7 @@ _PLACES = {
     "disable": "trimtab.adapt.acting",
     "enable": "trimtab.adapt.acting",
     "exported": "trimtab.adapt.export",
+    "fused": "trimtab.adapt.fuse",
     "interpolate": "trimtab.adapt.arithmetic",
     "merge": "trimtab.adapt.merge",
     "parameter_groups": "trimtab.optim.adam",
@@ -46,6 +47,14 @@ _PLACES = {
     "Prefix": "trimtab.methods.prefix",
     "SpotTune": "trimtab.methods.spottune",
     "Full": "trimtab.methods.full",
+    "AdapterPlus": "trimtab.methods.adapterplus",
+    "Compacter": "trimtab.methods.compacter",
+    "DiReFT": "trimtab.methods.direft",
+    "Fusion": "trimtab.methods.fusion",
+    "LoReFT": "trimtab.methods.loreft",
+    "NoReFT": "trimtab.methods.noreft",
+    "Parallel": "trimtab.methods.parallel",
+    "Pfeiffer": "trimtab.methods.pfeiffer",
     "load": "trimtab.models.load",
     "train": "trimtab.train.api",
 }
@@ -97,15 +106,24 @@ if TYPE_CHECKING:
     from trimtab.adapt.describe import describe as describe
     from trimtab.adapt.describe import resolve as resolve
     from trimtab.adapt.export import exported as exported
+    from trimtab.adapt.fuse import fused as fused
     from trimtab.adapt.merge import merge as merge
     from trimtab.adapt.probe import probe as probe
     from trimtab.adapt.stepper import Stepper as Stepper
+    from trimtab.methods.adapterplus import AdapterPlus as AdapterPlus
     from trimtab.methods.bitfit import BitFit as BitFit
     from trimtab.methods.bottleneck import Bottleneck as Bottleneck
+    from trimtab.methods.compacter import Compacter as Compacter
+    from trimtab.methods.direft import DiReFT as DiReFT
     from trimtab.methods.dora import DoRA as DoRA
     from trimtab.methods.full import Full as Full
+    from trimtab.methods.fusion import Fusion as Fusion
     from trimtab.methods.ia3 import IA3 as IA3
     from trimtab.methods.lora import LoRA as LoRA
+    from trimtab.methods.loreft import LoReFT as LoReFT
+    from trimtab.methods.noreft import NoReFT as NoReFT
+    from trimtab.methods.parallel import Parallel as Parallel
+    from trimtab.methods.pfeiffer import Pfeiffer as Pfeiffer
     from trimtab.methods.prefix import Prefix as Prefix
     from trimtab.methods.spottune import SpotTune as SpotTune
     from trimtab.models.load import load as load

@@ -21,10 +21,19 @@ SMALL = {
     "lora": "lora(rank=4)",
     "dora": "dora(rank=4)",
     "bottleneck": "bottleneck(size=6)",
+    "pfeiffer": "pfeiffer(size=6)",
+    "parallel": "parallel(size=6)",
+    "adapterplus": "adapterplus(size=6)",
+    "compacter": "compacter(size=8)",
+    "fusion": "fusion(parts=['pfeiffer(size=4)', 'pfeiffer(size=6)'])",
+    "loreft": "loreft(rank=3, first=2, last=1)",
+    "direft": "direft(rank=3, first=1, last=2)",
+    "noreft": "noreft(rank=3, first=2, last=2, tied=True)",
     "prefix": "prefix(length=3, init_std=1.0)",
     "spottune": "spottune(inner=lora(rank=4), hidden=8)",
     "full": "full(targets='mlp_down')",
 }
+EVERY_KIND = "['embed', 're:conv.*', 'grouped', 'norm', 'batch_norm', 'head']"
 ON_MODEL = {
     ("lora", "mixed"): "lora(rank=4, targets=['embed', 're:conv.*', 'grouped', 'head'])",
     ("dora", "mixed"): "dora(rank=4, targets=['re:conv.*', 'grouped', 'head'])",
@@ -36,6 +45,21 @@ ON_MODEL = {
         "full",
         "mixed",
     ): "full(targets=['embed', 're:conv.*', 'grouped', 'head', 'norm', 'batch_norm'])",
+    ("bottleneck", "mixed"): f"bottleneck(size=6, targets={EVERY_KIND})",
+    ("pfeiffer", "mixed"): f"pfeiffer(size=6, targets={EVERY_KIND})",
+    ("parallel", "mixed"): "parallel(size=6, targets=['head', 'norm'])",
+    ("adapterplus", "mixed"): f"adapterplus(size=6, targets={EVERY_KIND})",
+    (
+        "compacter",
+        "mixed",
+    ): "compacter(size=8, targets=['embed', 'conv1', 'conv2', 'grouped', 'norm', 'batch_norm'])",
+    ("fusion", "mixed"): f"fusion(parts=[pfeiffer(size=4, targets={EVERY_KIND}), "
+    f"bottleneck(size=6, targets={EVERY_KIND})])",
+    # a pooled head reads one position of the last block, so only that end can learn there
+    ("loreft", "bert"): "loreft(rank=3, first=2, last=0)",
+    ("direft", "bert"): "direft(rank=3, first=2, last=0)",
+    ("loreft", "classifier"): "loreft(rank=3, first=0, last=2)",
+    ("direft", "classifier"): "direft(rank=3, first=0, last=2)",
     ("lora", "classifier"): "lora(rank=4, train=['score'])",
     ("lora", "bert"): "lora(rank=4, train=['classifier'])",
 }
@@ -43,7 +67,9 @@ ON_MODEL = {
 NO_ATTENTION = "there is no attention in it to put keys and values into"
 NO_BLOCKS = "it has no transformer blocks and no hidden states of one width"
 REFUSED = {
-    ("bottleneck", "mixed"): NO_BLOCKS,
+    ("loreft", "mixed"): NO_BLOCKS,
+    ("direft", "mixed"): NO_BLOCKS,
+    ("noreft", "mixed"): NO_BLOCKS,
     ("prefix", "mixed"): NO_ATTENTION,
     ("spottune", "mixed"): NO_BLOCKS,
 }
@@ -55,11 +81,19 @@ if not hasattr(
 
 NOT_MERGEABLE = {
     "bottleneck": "a non-linear activation",
+    "pfeiffer": "a non-linear activation",
+    "parallel": "a non-linear activation",
+    "adapterplus": "a non-linear activation",
+    "compacter": "a non-linear activation",
+    "fusion": "a non-linear activation",
+    "loreft": "chosen positions",
+    "direft": "chosen positions",
+    "noreft": "chosen positions",
     "prefix": "softmax of attention",
     "spottune": "each example chooses",
 }
-IDENTITY_AT_FIRST = {"lora", "dora", "ia3", "bitfit", "spottune", "full"}
-"""Methods whose papers start them as the identity (a Houlsby bottleneck only nearly; a prefix never)."""
+IDENTITY_AT_FIRST = {"lora", "dora", "ia3", "bitfit", "spottune", "full", "parallel"}
+"""Methods whose papers start them as the identity (other bottlenecks nearly; a prefix or an intervention never)."""
 
 
 @dataclass(frozen=True)

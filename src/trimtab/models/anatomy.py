@@ -190,6 +190,8 @@ class Anatomy:
             return self.head
         if role == "norms":
             return self.norms
+        if role == "blocks":
+            return self.blocks
         if role == "all":
             return self.whole
         globs = {
@@ -202,6 +204,8 @@ class Anatomy:
             "attention_output": self.family.attention_output,
             "mlp_output": self.family.mlp_output,
             "mlp_down": self.family.mlp_down,
+            "mlp_input": self.family.mlp_input,
+            "mlp_norm": self.family.mlp_norm,
             "embeddings": self.family.embeddings,
             "input_embedding": self.family.input_embedding,
             "self_attention": self.family.self_attention,

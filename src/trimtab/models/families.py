@@ -8,7 +8,7 @@ Keys are the ``model_type`` of a transformers config.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 
@@ -26,6 +26,8 @@ class Family:
     attention_output: tuple[str, ...] = ()
     mlp_output: tuple[str, ...] = ()
     mlp_down: tuple[str, ...] = ()
+    mlp_input: tuple[str, ...] = ()
+    mlp_norm: tuple[str, ...] = ()
     embeddings: tuple[str, ...] = ()
     input_embedding: tuple[str, ...] = ()
     self_attention: tuple[str, ...] = ()
@@ -42,6 +44,7 @@ LLAMA = Family(
     fused_qkv=("**.self_attn.qkv_proj",),
     attention_output=("**.self_attn.o_proj", "**.self_attn.dense"),
     mlp_output=("**.layers.*.mlp",),
+    mlp_input=("**.layers.*.mlp",),
     mlp_down=(
         "**.mlp.down_proj",
         "**.mlp.fc2",
@@ -59,6 +62,7 @@ GPT2 = Family(
     fused_qkv=("**.attn.c_attn",),
     attention_output=("**.attn.resid_dropout",),
     mlp_output=("**.mlp.dropout",),
+    mlp_input=("**.h.*.mlp",),
     mlp_down=("**.mlp.c_proj",),
     embeddings=("**.wte", "**.wpe"),
     input_embedding=("**.wte",),
@@ -73,6 +77,8 @@ BERT = Family(
     values=("**.attention.self.value",),
     attention_output=("**.attention.output.dropout",),
     mlp_output=("**.layer.*.output.dropout",),
+    mlp_input=("**.layer.*.intermediate.dense",),
+    mlp_norm=("**.layer.*.output.LayerNorm",),
     mlp_down=("**.layer.*.output.dense",),
     embeddings=("**.embeddings.*_embeddings",),
     input_embedding=("**.embeddings.word_embeddings",),
@@ -87,6 +93,7 @@ T5 = Family(
     values=("**.SelfAttention.v", "**.EncDecAttention.v"),
     attention_output=("**.layer.0.dropout", "**.decoder.block.*.layer.1.dropout"),
     mlp_output=("**.encoder.block.*.layer.1.dropout", "**.decoder.block.*.layer.2.dropout"),
+    mlp_input=("**.DenseReluDense",),
     mlp_down=("**.DenseReluDense.wo",),
     embeddings=("**.embed_tokens",),
     input_embedding=("**.encoder.embed_tokens",),
@@ -102,12 +109,15 @@ BART = Family(
     values=("**.self_attn.v_proj", "**.encoder_attn.v_proj"),
     attention_output=("**.self_attn.out_proj", "**.encoder_attn.out_proj"),
     mlp_output=("**.layers.*.fc2",),
+    mlp_input=("**.layers.*.fc1",),
+    mlp_norm=("**.layers.*.final_layer_norm",),
     mlp_down=("**.layers.*.fc2",),
     embeddings=("**.embed_tokens", "**.embed_positions"),
     input_embedding=("**.encoder.embed_tokens",),
     self_attention=("**.self_attn",),
     shifts_positions=False,
 )
+MBART = replace(BART, mlp_norm=())  # the same names, but its norms come first
 VIT = Family(
     blocks=("**.encoder.layer.*", "**.layers.*"),
     attention=("**.layer.*.attention", "**.layers.*.attention"),
@@ -117,6 +127,7 @@ VIT = Family(
     values=("**.attention.attention.value", "**.attention.v_proj"),
     attention_output=("**.attention.output.dropout", "**.attention.o_proj"),
     mlp_output=("**.layer.*.output.dropout", "**.layers.*.mlp"),
+    mlp_input=("**.layer.*.intermediate.dense", "**.layers.*.mlp"),
     mlp_down=("**.layer.*.output.dense", "**.mlp.fc2"),
 )
 GENERIC = Family(
@@ -141,7 +152,7 @@ FAMILIES = MappingProxyType(
         "t5": T5,
         "mt5": T5,
         "bart": BART,
-        "mbart": BART,
+        "mbart": MBART,
         "vit": VIT,
         **dict.fromkeys(
             (
@@ -156,6 +167,7 @@ FAMILIES = MappingProxyType(
 
 ROLES = (
     "all-linear", "attention", "mlp", "queries", "keys", "values", "fused_qkv", "attention_output", "mlp_output",
-    "mlp_down", "embeddings", "input_embedding", "self_attention", "norms", "head", "all",
+    "mlp_down", "mlp_input", "mlp_norm", "embeddings", "input_embedding", "self_attention", "blocks", "norms", "head",
+    "all",
 )  # fmt: skip
 """Words that selectors understand beside names, globs and regular expressions."""

@@ -1,0 +1,72 @@
+"""LoReFT (Wu et al. 2024, arXiv 2404.03592): edit hidden states inside a low-rank subspace, at the prompt's ends.
+
+    h' = h + Rᵀ( W h + b − R h ),   R Rᵀ = 1
+
+R is the Gram-Schmidt basis of the rows of a trained matrix, found anew in each forward (by a Cholesky factor,
+in fp32 or wider): its rows are orthonormal whatever a step does, and an orthonormal matrix is its own basis, so
+a file holds and restores it bitwise. W = R, b = 0 is the identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trimtab.adapt.contract import At, Init, Method, Params
+from trimtab.adapt.intervention import Intervention, of_end
+
+
+def _orthogonal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Orthonormal rows."""
+    return torch.nn.init.orthogonal_(torch.empty(shape), generator=generator)
+
+
+@final
+class LoReFT(Intervention):
+    """``LoReFT(rank=8, first=7, last=7)``: at the output of every block ("f7+l7" in the paper)."""
+
+    kind: ClassVar[str] = "loreft"
+    basis_init: ClassVar[tuple[Init]] = (_orthogonal,)
+    basis_cast: ClassVar[bool] = False
+
+    def change(self, p: Params, h: Tensor, at: At) -> Tensor:
+        wide = torch.promote_types(p["basis"].dtype, h.dtype)
+        basis = orthonormal(p["basis"].to(wide)).to(h.dtype)
+        return (F.linear(h, p["source"], p["b"]) - F.linear(h, basis)) @ basis
+
+    def scaled(self, p: Params, weight: float, role: str) -> dict[str, Tensor]:
+        result = dict(p)
+        for end in self.ends:
+            one = of_end(p, end)
+            basis = orthonormal(one["basis"])
+            result[f"{end}.source"] = weight * one["source"] + (1 - weight) * basis
+            result[f"{end}.b"] = weight * one["b"]
+        return result
+
+    def sum(
+        self, parts: Sequence[tuple[Method, Params]], role: str
+    ) -> tuple[Method, dict[str, Tensor]]:
+        """Exact: in an orthonormal basis Q of all their rows, W = Q (1 + M) and b = Q c for the sum M h + c."""
+        self.same_positions(parts)
+        result: dict[str, Tensor] = {}
+        for end in self.ends:
+            each = [of_end(p, end) for _, p in parts]
+            bases = [orthonormal(p["basis"]) for p in each]
+            whole = torch.linalg.qr(torch.cat(bases).mT)[0].mT
+            source, shift = whole, torch.zeros_like(whole[:, 0])
+            for basis, p in zip(bases, each, strict=True):
+                turned = whole @ basis.mT
+                source = source + turned @ (p["source"] - basis)
+                shift = shift + turned @ p["b"]
+            result |= {f"{end}.basis": whole, f"{end}.source": source, f"{end}.b": shift}
+        return self.replace(rank=result[f"{self.ends[0]}.b"].shape[0]), result
+
+
+def orthonormal(rows: Tensor) -> Tensor:
+    """The Gram-Schmidt basis of rows_RC."""
+    factor = torch.linalg.cholesky(rows @ rows.mT)
+    return torch.linalg.solve_triangular(factor, rows, upper=False)
