@@ -126,7 +126,8 @@ def main() -> None:
         with torch.no_grad():
             for parameter in base.parameters():
                 noise = torch.randn_like(parameter) * 0.1
-                parameter.mul_(8).add_(noise) if parameter.dim() > 1 else parameter.add_(noise)
+                loud = 8 if parameter.dim() > 1 and family != "t5" else 1  # T5's are loud already
+                parameter.mul_(loud).add_(noise)
         state = {key: value.clone() for key, value in base.state_dict().items()}
         facts = {"model": name, "sizes": json.dumps({**COMMON, **sizes}), "versions": versions()}
         save_file(state, HERE / f"{family}.base.safetensors", metadata=facts)
