@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from trimtab.adapt.adapter import Adapter
+from trimtab.adapt.adapter import Adapter, TensorName
 from trimtab.adapt.bank import find_bank
 from trimtab.adapt.contract import Method
 from trimtab.adapt.parse import method_from
@@ -50,7 +50,14 @@ def resolve(model: nn.Module, method: Method | str | Mapping[str, object]) -> st
     adapter = planned(model, chosen, "plan", anatomy)
     layers = {site.path: layer_at(anatomy, site.path) for site in adapter.sites}
     specs = specs_of(adapter, anatomy, layers)
-    count = sum(_size(spec.shape) for found in specs.values() for spec in found.values())
+    named = {
+        TensorName(path, spec.name): spec
+        for (_, path), found in specs.items()
+        for spec in found.values()
+    }
+    trained = {name: spec for name, spec in named.items() if spec.stored}
+    fixed = adapter.fixed_among(trained)
+    count = sum(_size(spec.shape) for name, spec in trained.items() if name not in fixed)
     head = f"{chosen.kind}: {len(adapter.sites)} sites, {count:,} parameters"
     return "\n".join([head, *(f"  {line}" for line in grouped(adapter))])
 

@@ -3,8 +3,8 @@
     h' = h + Rᵀ( W h + b − R h ),   R Rᵀ = 1
 
 R is the Gram-Schmidt basis of the rows of a trained matrix, found anew in each forward (by a Cholesky factor,
-in fp32 or wider): its rows are orthonormal whatever a step does, and an orthonormal matrix is its own basis, so
-a file holds and restores it bitwise. W = R, b = 0 is the identity.
+in fp32 or wider), so its rows are orthonormal whatever a step does; the matrix itself is what is stored, so loading
+is bitwise. W = R, b = 0 is the identity.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from trimtab.adapt.contract import (
     zeros,
 )
 from trimtab.adapt.mlp import MLP
-from trimtab.errors import UnsupportedError
+from trimtab.errors import RouteError, UnsupportedError
 from trimtab.models.anatomy import Anatomy
 
 INPUT, OUTPUT = "input", "output"
@@ -89,5 +89,11 @@ class Parallel(MLP):
         if at.role == INPUT:
             return None
         if at.role == OUTPUT:
-            return self.outer(p, at.scratch.pop((at.name, at.part.owner, at.index)))
+            inner = at.scratch.pop((at.name, at.part.owner, at.index), None)
+            if inner is None:
+                raise RouteError(
+                    f"adapter {at.name!r}: {at.path} is reached outside a forward of the model, so what its "
+                    "feed-forward read is not known. Call the model, or wrap the call in trimtab.captured."
+                )
+            return self.outer(p, inner)
         return self.outer(p, self.inner(p, x))
