@@ -146,7 +146,7 @@ def test_an_encoder_decoder_model_is_edited_in_its_encoder() -> None:
 def test_it_must_act_somewhere_in_a_subspace() -> None:
     with pytest.raises(ConfigError, match="nowhere"):
         tt.LoReFT(first=0, last=0)
-    with pytest.raises(UnsupportedError, match="rank 40"):
+    with pytest.raises(UnsupportedError, match="no 40 directions"):
         tt.attach(tiny.llama(), tt.LoReFT(rank=40), "a")
 
 

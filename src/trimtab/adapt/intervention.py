@@ -79,10 +79,6 @@ class Intervention(Method):
         if layer.kind == "conv":
             raise UnsupportedError(f"{self.kind}: a convolution has no positions of a prompt.")
         width = width_of(layer)
-        if self.rank > width:
-            raise UnsupportedError(
-                f"{self.kind}: rank {self.rank} is larger than the width {width}."
-            )
         specs: dict[str, Spec] = {}
         for end in self.ends:
             for short in SHORT:

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimtab.adapt.contract import At, Init, Method, Params
+from trimtab.adapt.contract import At, Init, Layer, Method, Params, Spec
 from trimtab.adapt.intervention import Intervention, of_end
+from trimtab.errors import UnsupportedError
 
 
 def _orthogonal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -32,6 +33,13 @@ class LoReFT(Intervention):
     kind: ClassVar[str] = "loreft"
     basis_init: ClassVar[tuple[Init]] = (_orthogonal,)
     basis_cast: ClassVar[bool] = False
+
+    def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
+        if self.rank > layer.out_features > 0:
+            raise UnsupportedError(
+                f"loreft: no {self.rank} directions are orthonormal in a width of {layer.out_features}; lower the rank."
+            )
+        return super().tensors(layer, role)
 
     def change(self, p: Params, h: Tensor, at: At) -> Tensor:
         wide = torch.promote_types(p["basis"].dtype, h.dtype)
