@@ -132,6 +132,43 @@ def test_pfeiffer_reads_through_the_norm_where_the_norm_comes_last() -> None:
     assert {site.path for site in pre.sites} == {"encoder.layers.0", "decoder.layers.0"}
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        "bottleneck(size=4",
+        "parallel(size=4",
+        "adapterplus(size=4",
+        "compacter(size=8",
+        "pfeiffer(size=4",
+    ],
+)
+def test_each_expert_has_its_own(method: str) -> None:
+    """Beside or after the experts' own matrices, stacked: rows of a mixed batch are the rows alone."""
+    case = CASES["mixtral"]
+    model, inputs = case.model(), case.inputs()
+    for seed, name in enumerate("ab"):
+        adapter = shaken(
+            tt.attach(model, f"{method}, targets='experts.down_proj')", name), seed=seed
+        )
+        assert all(tensor.shape[0] == 4 for tensor in adapter.tensors.values())
+    names = ["a", None, "b", "a"]
+    with tt.rows(model, names):
+        together = output(model, inputs)
+    for row, name in enumerate(names):
+        with tt.using(model, name):
+            alone = output(model, {"input_ids": inputs["input_ids"][[row]]})
+        assert (together[row] - alone[0]).abs().max() < 1e-9
+    with tt.using(model, None):
+        assert (output(model, inputs)[0] - together[0]).abs().max() > 1e-6
+
+
+def test_a_parallel_adapter_wants_channels_last() -> None:
+    model = tiny.mixed()
+    for target in ("conv1", "batch_norm", "embed"):
+        with pytest.raises(UnsupportedError, match="position by position"):
+            tt.attach(model, tt.Parallel(size=4, targets=target), "a")
+
+
 # -- sizes and presets ----------------------------------------------------------------------------------
 
 

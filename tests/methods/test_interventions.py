@@ -12,8 +12,11 @@ from tests.laws.cells import shaken
 from tests.tiny import CASES, output
 from trimtab.adapt.bank import Plan, bank_of
 from trimtab.adapt.route import Route, Span
+from trimtab.data import Datum
+from trimtab.engine import Engine
 from trimtab.errors import ConfigError, RouteError, UnsupportedError
 from trimtab.methods.loreft import orthonormal
+from trimtab.optim.params import AdamParams
 
 BLOCK = "model.layers.1"
 KINDS = pytest.mark.parametrize("kind", ["loreft", "direft", "noreft"])
@@ -148,6 +151,38 @@ def test_it_must_act_somewhere_in_a_subspace() -> None:
         tt.LoReFT(first=0, last=0)
     with pytest.raises(UnsupportedError, match="no 40 directions"):
         tt.attach(tiny.llama(), tt.LoReFT(rank=40), "a")
+
+
+def test_what_has_no_positions_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="expert"):
+        tt.attach(tiny.mixtral(), tt.LoReFT(rank=2, targets="experts.down_proj"), "a")
+    with pytest.raises(UnsupportedError, match="convolution"):
+        tt.attach(tiny.mixed(), tt.DiReFT(rank=2, targets="conv1"), "a")
+
+
+TRAINED = [
+    "loreft(rank=4)", "direft(rank=4)", "noreft(rank=4, tied=True)", "pfeiffer", "fusion", "parallel",
+    "compacter(size=8)", "adapterplus",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_the_engine_trains_it(method: str) -> None:
+    """With the prompt told by the data, and a fusion's own loss added to the objective."""
+    model = tiny.llama()
+    tt.attach(model, method, "a")
+    engine = Engine(model)
+    data = [
+        Datum.causal([3, 4, 5, 6, 7], [0, 0, 1, 1, 1]),
+        Datum.causal([8, 9, 10, 11], [0, 0, 1, 1]),
+    ]
+    losses = []
+    for _ in range(12):
+        result = engine.forward_backward(data, "a")
+        losses.append(result.mean)
+        assert list(result.auxiliary) == (["a.value"] if method == "fusion" else [])
+        engine.optim_step("a", AdamParams(lr=0.02))
+    assert losses[-1] < losses[0] - 0.1
 
 
 # -- the subspace ---------------------------------------------------------------------------------------

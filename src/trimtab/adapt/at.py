@@ -154,6 +154,11 @@ class At:
             RouteError: nothing tells the prompt, or it was read without this adapter.
         """
         context = self.context
+        if y.dim() > 3:
+            raise RouteError(
+                f"adapter {self.name!r}: {self.path} gives a tensor of shape {tuple(y.shape)}, whose positions cannot "
+                "be told apart; target a module that gives (batch, positions, width)."
+            )
         if context.decoding:
             if (self.name, PROMPT) not in self.memory:
                 raise RouteError(

@@ -66,6 +66,11 @@ class Intervention(Method):
 
     def place(self, anatomy: Anatomy) -> Sequence[Place]:
         places = super().place(anatomy)
+        if any(place.path in anatomy.experts for place in places):
+            raise UnsupportedError(
+                f"{self.kind}: an expert sees its own tokens only, so none is the first or the last of a prompt; "
+                "target whole blocks or feed-forwards."
+            )
         if not anatomy.encoder_decoder:
             return places
         reading = [place for place in places if "decoder" not in place.path.split(".")]

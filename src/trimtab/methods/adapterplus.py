@@ -23,6 +23,7 @@ class AdapterPlus(InsertedMLP):
 
     kind: ClassVar[str] = "adapterplus"
     lr: ClassVar[float] = 1e-3
+    weight_decay: ClassVar[float] = 1e-4
     inits: ClassVar[tuple[Init, Init]] = (truncated_normal(1e-2), truncated_normal(1e-2))
 
     targets: str | tuple[str, ...] = "blocks"

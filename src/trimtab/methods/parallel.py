@@ -26,7 +26,7 @@ from trimtab.adapt.contract import (
     ones,
     zeros,
 )
-from trimtab.adapt.mlp import MLP
+from trimtab.adapt.mlp import MLP, channel_axis
 from trimtab.errors import RouteError, UnsupportedError
 from trimtab.models.anatomy import Anatomy
 
@@ -67,7 +67,7 @@ class Parallel(MLP):
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         reads, gives = layer.in_features, layer.out_features
-        if layer.kind in ("conv", "embedding") or not reads:
+        if layer.kind == "embedding" or not reads or channel_axis(layer) != -1:
             raise UnsupportedError(
                 f"parallel: beside a layer of kind {layer.kind} it would need inputs of a known width, position by "
                 "position; choose linear layers or whole feed-forwards."
