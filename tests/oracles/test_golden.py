@@ -1,4 +1,4 @@
-"""Golden files: what the library ``adapters`` computes (see golden/make_adapters.py), and where it differs."""
+"""Golden files: what ``adapters`` and ``pyreft`` compute (see the scripts in golden/), and where they differ."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent / "golden"
 DEVIATES = {"llama.par_bn"}
 """Cases in which it does not compute what the paper says; each has a test of its own below."""
 CASES = sorted(
-    path.stem for path in FOLDER.glob("*.safetensors") if not path.stem.endswith(".base")
+    path.stem for path in FOLDER.glob("*.*.safetensors") if not path.stem.endswith(".base")
 )
 
 
@@ -122,3 +122,63 @@ def test_a_parallel_adapter_reads_what_the_feed_forward_reads() -> None:
         block.post_attention_layernorm.register_forward_pre_hook(before)
         block.mlp.register_forward_hook(after)
     torch.testing.assert_close(outputs(model, found), found["output"], atol=1e-5, rtol=1e-5)
+
+
+# -- pyreft (see golden/make_pyreft.py) -----------------------------------------------------------------
+
+PYREFT = load_file(FOLDER / "pyreft.safetensors")
+WIDTH, FIRST, LAST = 12, 3, 2
+
+
+def intervened(kind: str, end: str, length: int) -> tuple[set[int], Tensor]:
+    """The positions that one end of our method edits, with pyreft's tensors there, and its whole output."""
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False)).eval()
+    h = PYREFT["h"][:, :length]
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(WIDTH))
+        tt.attach(model, f"{kind}(rank=3, first={FIRST}, last={LAST}, targets='0')", "a")
+        for key, tensor in bank_of(model).adapters["a"].tensors.items():
+            _, at, short = key.removeprefix("0.").split("_")
+            tensor.copy_(PYREFT[f"{kind}.{short}"])
+            if (
+                at != end
+            ):  # the other end does nothing: W = R and b = 0, or W = 0 where nothing is subtracted
+                nothing = torch.zeros(3, WIDTH) if kind == "direft" else PYREFT[f"{kind}.basis"]
+                tensor.copy_(torch.zeros(3) if short == "b" else nothing)
+        out = model(h)
+    changed = ((out - h).abs().amax(-1)[0] > 1e-5).nonzero().flatten().tolist()
+    return set(changed), out
+
+
+@pytest.mark.parametrize("kind", ["loreft", "noreft", "direft"])
+def test_interventions_are_pyrefts(kind: str) -> None:
+    """At the same positions of a prompt that is long enough for both ends."""
+    result = PYREFT[f"{kind}.result"]
+    for length in (6, 9, 12):
+        theirs = PYREFT[f"positions.{length}"].tolist()
+        for end, wanted in zip(("first", "last"), theirs, strict=True):
+            positions, out = intervened(kind, end, length)
+            assert positions == set(wanted) - {-1}
+            for position in positions:
+                torch.testing.assert_close(
+                    out[0, position], result[0, position], atol=1e-5, rtol=1e-5
+                )
+
+
+@pytest.mark.parametrize("length", [2, 3, 4, 5])
+def test_short_prompts_are_edited_whole(length: int) -> None:
+    """pyreft gives each end half of a short prompt, rounded down: the middle one of an odd number is left out."""
+    ours = [intervened("loreft", end, length)[0] for end in ("first", "last")]
+    theirs = [set(end) - {-1} for end in PYREFT[f"positions.{length}"].tolist()]
+    assert ours[0] | ours[1] == set(range(length)) and not ours[0] & ours[1]
+    assert theirs[0] <= ours[0] and theirs[1] <= ours[1]
+    assert len(ours[0] | ours[1]) - len(theirs[0] | theirs[1]) == length % 2
+
+
+def test_direft_of_the_paper_is_not_pyrefts_class_of_that_name() -> None:
+    """The paper's W₂ is free; pyreft's is held orthonormal, so what it finds is one point of ours."""
+    basis = PYREFT["direft.basis"]
+    torch.testing.assert_close(basis @ basis.T, torch.eye(3), atol=1e-5, rtol=1e-5)
+    ours = tt.attach(nn.Sequential(nn.Linear(WIDTH, WIDTH)), "direft(rank=3, targets='0')", "a")
+    free = ours.tensors["0.reft_first_basis"].detach()
+    assert (free @ free.T - torch.eye(3)).abs().max() > 0.1

@@ -76,5 +76,7 @@ class LoReFT(Intervention):
 
 def orthonormal(rows: Tensor) -> Tensor:
     """The Gram-Schmidt basis of rows_RC."""
-    factor = torch.linalg.cholesky(rows @ rows.mT)
+    factor = torch.linalg.cholesky_ex(rows @ rows.mT)[
+        0
+    ]  # no check, which would wait for the device
     return torch.linalg.solve_triangular(factor, rows, upper=False)
