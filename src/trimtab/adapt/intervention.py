@@ -1,18 +1,19 @@
 """Interventions on hidden states at chosen positions of the prompt, shared by the methods of ReFT
 (Wu et al. 2024, arXiv 2404.03592).
 
-    h' = h + R_dropped( change(h) )   at the first ``first`` and the last ``last`` positions of the prompt
+    h' = h + Bᵀ( W h + b − B h )   at the first ``first`` and the last ``last`` positions of the prompt
+
+B spans a subspace, and what lies there is replaced by W h + b; dropout acts on the change.
 
 Each of the two ends has tensors of its own, unless ``tied``. In a prompt that is too short for both, a position
 belongs to the end that is nearer. Positions that are generated later pass untouched, so decoding costs nothing.
 Padding does not count, and in a packed row each document has its own prompt.
 
-Shapes: C is the width, R the rank; source_RC and b_R make what is put into the subspace, basis_RC spans it.
+Shapes: C is the width, R the rank; basis_RC is B, source_RC is W, and b_R.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, Self
 
@@ -32,7 +33,7 @@ SHORT = ("basis", "source", "b")
 
 
 class Intervention(Method):
-    """Fields, places and positions; a method says the change."""
+    """Fields, places, positions and the change; a method says what B is."""
 
     affine: ClassVar[bool] = False
     why_not_affine: ClassVar[str] = "it acts at chosen positions of the prompt, a weight at all"
@@ -93,9 +94,14 @@ class Intervention(Method):
                 specs[f"{end}.{short}"] = Spec(f"reft_{end}_{short}", shape, init, cast)
         return specs
 
-    @abstractmethod
-    def change(self, p: Params, h: Tensor, at: At) -> Tensor:
+    def subspace(self, basis: Tensor, dtype: torch.dtype) -> Tensor:
+        """The rows that span the subspace, from the trained ones."""
+        return basis.to(dtype)
+
+    def change(self, p: Params, h: Tensor) -> Tensor:
         """What is added to h_..C; ``p`` are the tensors of one end."""
+        basis = self.subspace(p["basis"], h.dtype)
+        return F.linear(h, p["source"] - basis, p["b"]) @ basis
 
     def leave(self, p: Params, y: Tensor, at: At) -> Tensor:
         ranks = at.prompt_ranks(y)
@@ -103,7 +109,7 @@ class Intervention(Method):
             return y
         flat = out = y.flatten(0, -2)
         for end, (index, real) in self._positions(ranks):
-            change = self.change(of_end(p, end), flat[index], at)
+            change = self.change(of_end(p, end), flat[index])
             if self.dropout and at.training:
                 change = F.dropout(change, self.dropout)
             out = out.index_add(0, index, change.to(y.dtype) * real)
@@ -129,7 +135,7 @@ class Intervention(Method):
                 real = slot.new_zeros(total + 1).scatter(0, slot, 1)
                 yield BOTH if self.tied else end, (index[:total], real[:total, None])
 
-    # -- arithmetic: every kind is h + basisᵀ(…), so a sum is one whose ranks are concatenated --------------
+    # -- arithmetic: every kind is h + Bᵀ(…), so in a sum the ranks are concatenated --------------
 
     def same_positions(self, parts: Sequence[tuple[Method, Params]]) -> None:
         """Raise `UnsupportedError` where the parts act at different positions."""
@@ -138,6 +144,15 @@ class Intervention(Method):
             raise UnsupportedError(
                 f"{self.kind}: the parts act at different positions of the prompt."
             )
+
+    def scaled(self, p: Params, weight: float, role: str) -> dict[str, Tensor]:
+        result = dict(p)
+        for end in self.ends:
+            one = of_end(p, end)
+            basis = self.subspace(one["basis"], one["source"].dtype)
+            result[f"{end}.source"] = weight * one["source"] + (1 - weight) * basis
+            result[f"{end}.b"] = weight * one["b"]
+        return result
 
     def sum(
         self, parts: Sequence[tuple[Method, Params]], role: str

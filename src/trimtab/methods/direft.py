@@ -12,7 +12,7 @@ from typing import ClassVar, final
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimtab.adapt.contract import At, Params
+from trimtab.adapt.contract import Params
 from trimtab.adapt.intervention import Intervention
 
 
@@ -22,7 +22,7 @@ class DiReFT(Intervention):
 
     kind: ClassVar[str] = "direft"
 
-    def change(self, p: Params, h: Tensor, at: At) -> Tensor:
+    def change(self, p: Params, h: Tensor) -> Tensor:
         return F.linear(h, p["source"], p["b"]) @ p["basis"]
 
     def scaled(self, p: Params, weight: float, role: str) -> dict[str, Tensor]:

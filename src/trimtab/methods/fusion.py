@@ -63,10 +63,6 @@ class Fusion(Inserted):
             )
         return each[0]
 
-    def at(self, path: str) -> Fusion:
-        parts = tuple(part.at(path) for part in self.parts)
-        return self if parts == self.parts else self.replace(parts=parts)
-
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         width = layer.out_features
         square = (width, width)

@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from typing import ClassVar, final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from trimtab.adapt.contract import At, Init, Layer, Method, Params, Spec
+from trimtab.adapt.contract import Init, Layer, Method, Params, Spec
 from trimtab.adapt.intervention import Intervention, of_end
 from trimtab.errors import UnsupportedError
 
@@ -41,19 +40,8 @@ class LoReFT(Intervention):
             )
         return super().tensors(layer, role)
 
-    def change(self, p: Params, h: Tensor, at: At) -> Tensor:
-        wide = torch.promote_types(p["basis"].dtype, h.dtype)
-        basis = orthonormal(p["basis"].to(wide)).to(h.dtype)
-        return (F.linear(h, p["source"], p["b"]) - F.linear(h, basis)) @ basis
-
-    def scaled(self, p: Params, weight: float, role: str) -> dict[str, Tensor]:
-        result = dict(p)
-        for end in self.ends:
-            one = of_end(p, end)
-            basis = orthonormal(one["basis"])
-            result[f"{end}.source"] = weight * one["source"] + (1 - weight) * basis
-            result[f"{end}.b"] = weight * one["b"]
-        return result
+    def subspace(self, basis: Tensor, dtype: torch.dtype) -> Tensor:
+        return orthonormal(basis.to(torch.promote_types(basis.dtype, dtype))).to(dtype)
 
     def sum(
         self, parts: Sequence[tuple[Method, Params]], role: str
