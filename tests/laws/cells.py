@@ -34,6 +34,8 @@ SMALL = {
     "full": "full(targets='mlp_down')",
 }
 EVERY_KIND = "['embed', 're:conv.*', 'grouped', 'norm', 'batch_norm', 'head']"
+POOLED = ("bert", "classifier", "roberta", "deberta", "vit", "clip")
+"""Models whose head reads one position of the last block: there only one end of the prompt can learn."""
 ON_MODEL = {
     ("lora", "mixed"): "lora(rank=4, targets=['embed', 're:conv.*', 'grouped', 'head'])",
     ("dora", "mixed"): "dora(rank=4, targets=['re:conv.*', 'grouped', 'head'])",
@@ -55,11 +57,11 @@ ON_MODEL = {
     ): "compacter(size=8, targets=['embed', 'conv1', 'conv2', 'grouped', 'norm', 'batch_norm'])",
     ("fusion", "mixed"): f"fusion(parts=[pfeiffer(size=4, targets={EVERY_KIND}), "
     f"bottleneck(size=6, targets={EVERY_KIND})])",
-    # a pooled head reads one position of the last block, so only that end can learn there
-    ("loreft", "bert"): "loreft(rank=3, first=2, last=0)",
-    ("direft", "bert"): "direft(rank=3, first=2, last=0)",
-    ("loreft", "classifier"): "loreft(rank=3, first=0, last=2)",
-    ("direft", "classifier"): "direft(rank=3, first=0, last=2)",
+    **{
+        (m, c): f"{m}(rank=3, first=2, last=1, tied=True)"
+        for m in ("loreft", "direft")
+        for c in POOLED
+    },
     ("lora", "classifier"): "lora(rank=4, train=['score'])",
     ("lora", "bert"): "lora(rank=4, train=['classifier'])",
 }

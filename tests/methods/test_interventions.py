@@ -186,6 +186,10 @@ def test_the_engine_trains_it(method: str) -> None:
         assert list(result.auxiliary) == (["a.value"] if method == "fusion" else [])
         engine.optim_step("a", AdamParams(lr=0.02))
     assert losses[-1] < losses[0] - 0.1
+    if method.startswith("loreft"):  # what a file would hold is orthonormal
+        for key, tensor in adapter.tensors.items():
+            if key.endswith("basis"):
+                assert (tensor @ tensor.T - torch.eye(4)).abs().max() < 1e-5
 
 
 # -- the subspace ---------------------------------------------------------------------------------------

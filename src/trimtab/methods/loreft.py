@@ -2,9 +2,9 @@
 
     h' = h + Rᵀ( W h + b − R h ),   R Rᵀ = 1
 
-R is the Gram-Schmidt basis of the rows of a trained matrix, found anew in each forward (by a Cholesky factor,
-in fp32 or wider), so its rows are orthonormal whatever a step does; the matrix itself is what is stored, so loading
-is bitwise. W = R, b = 0 is the identity.
+R is the Gram-Schmidt basis of the rows of a trained matrix, found in each forward (by a Cholesky factor, in fp32
+or wider), so its rows are orthonormal in any loop and any dtype. Around an optimiser's steps the matrix is then
+replaced by that basis, so a file holds R itself, and loads bitwise. W = R, b = 0 is the identity.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from trimtab.adapt.contract import Init, Layer, Method, Params, Spec
+from trimtab.adapt.contract import Init, Layer, Method, Params, Progress, Sites, Spec
 from trimtab.adapt.intervention import Intervention, of_end
 from trimtab.errors import UnsupportedError
 
@@ -42,6 +42,11 @@ class LoReFT(Intervention):
 
     def subspace(self, basis: Tensor, dtype: torch.dtype) -> Tensor:
         return orthonormal(basis.to(torch.promote_types(basis.dtype, dtype))).to(dtype)
+
+    def after_step(self, sites: Sites, memory: dict[str, Tensor], progress: Progress) -> None:
+        for end in self.ends:
+            for p in sites.values():
+                p[f"{end}.basis"].copy_(orthonormal(p[f"{end}.basis"]))
 
     def sum(
         self, parts: Sequence[tuple[Method, Params]], role: str
