@@ -47,10 +47,15 @@ class Intervention(Method):
 
     targets: str | tuple[str, ...] = "blocks"
     rank: int = Field(default=8, ge=1)
+    """Dimensions of the subspace."""
     first: int = Field(default=7, ge=0)
+    """How many positions at the start of the prompt."""
     last: int = Field(default=7, ge=0)
+    """How many positions at its end."""
     tied: bool = False
+    """The same tensors for both ends."""
     dropout: float = Field(default=0.05, ge=0.0, lt=1.0)
+    """Of the change, in training."""
 
     @model_validator(mode="after")
     def _somewhere(self) -> Self:

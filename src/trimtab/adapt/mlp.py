@@ -23,6 +23,7 @@ from torch import Tensor
 from trimtab.adapt.contract import At, Init, Layer, Method, Params, Spec, zeros
 from trimtab.errors import UnsupportedError
 
+Activation = Literal["gelu", "relu", "silu", "tanh"]
 NORM = "norm"
 """Role of a norm before which `Inserted` acts."""
 
@@ -38,8 +39,11 @@ class Sized(Method):
     """Fields of a narrow middle: its ``size``, or ``reduction``: the width divided by it."""
 
     size: int | None = Field(default=None, ge=1)
+    """Width of the middle, instead of ``reduction``."""
     reduction: int | None = Field(default=None, ge=1)
-    activation: Literal["gelu", "relu", "silu", "tanh"] = "gelu"
+    """The width divided by it is the size of the middle, instead of ``size``."""
+    activation: Activation = "gelu"
+    """The σ between the two maps."""
 
     @model_validator(mode="before")
     @classmethod

@@ -28,7 +28,9 @@ class AdapterPlus(InsertedMLP):
 
     targets: str | tuple[str, ...] = "blocks"
     reduction: int | None = Field(default=96, ge=1)
+    """The width divided by it is the size of the middle."""
     drop: float = Field(default=0.1, ge=0.0, lt=1.0)
+    """How often an example leaves out the adapter of a block, in training."""
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         return {

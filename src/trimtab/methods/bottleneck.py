@@ -28,3 +28,4 @@ class Bottleneck(InsertedMLP):
 
     targets: str | tuple[str, ...] = ("attention_output", "mlp_output")
     size: int | None = Field(default=64, ge=1)
+    """Width of the middle."""

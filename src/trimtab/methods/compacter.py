@@ -36,8 +36,11 @@ class Compacter(Inserted, Sized):
 
     targets: str | tuple[str, ...] = ("attention_output", "mlp_output")
     reduction: int | None = Field(default=32, ge=1)
+    """The width divided by it is the size of the middle."""
     n: int = Field(default=4, ge=1)
+    """How many Kronecker products; it must divide width and size."""
     rank: int = Field(default=1, ge=1)
+    """The k of the thin factors."""
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         width, n, k = width_of(layer), self.n, self.rank

@@ -32,7 +32,9 @@ class Fusion(Inserted):
     lr: ClassVar[float] = 5e-5
 
     parts: tuple[Any, ...] = Field(default=("pfeiffer", "pfeiffer"))
+    """The methods of the adapters that are fused."""
     regularisation: float = Field(default=0.01, ge=0.0)
+    """Weight of the loss that holds V near the identity."""
 
     @field_validator("parts", mode="after")
     @classmethod

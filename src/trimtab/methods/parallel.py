@@ -26,7 +26,7 @@ from trimtab.adapt.contract import (
     ones,
     zeros,
 )
-from trimtab.adapt.mlp import MLP, channel_axis
+from trimtab.adapt.mlp import MLP, Activation, channel_axis
 from trimtab.errors import RouteError, UnsupportedError
 from trimtab.models.anatomy import Anatomy
 
@@ -44,8 +44,11 @@ class Parallel(MLP):
     inits: ClassVar[tuple[Init, Init]] = (kaiming_uniform, zeros)
 
     reduction: int | None = Field(default=2, ge=1)
-    activation: Literal["gelu", "relu", "silu", "tanh"] = "relu"
+    """The width divided by it is the size of the middle."""
+    activation: Activation = "relu"
+    """The σ between the two maps."""
     scaling: float | Literal["learned"] = 4.0
+    """The s before the change; ``learned`` trains it."""
 
     @property
     def factor(self) -> float:

@@ -10,12 +10,12 @@ In a post-norm block it is one edit of what goes into the last norm, which the a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal, final
+from typing import ClassVar, final
 
 from pydantic import Field
 
 from trimtab.adapt.contract import Init, Place, normal
-from trimtab.adapt.mlp import NORM, InsertedMLP
+from trimtab.adapt.mlp import NORM, Activation, InsertedMLP
 from trimtab.models.anatomy import Anatomy
 
 
@@ -28,7 +28,9 @@ class Pfeiffer(InsertedMLP):
     inits: ClassVar[tuple[Init, Init]] = (normal(0.02), normal(0.02))
 
     reduction: int | None = Field(default=16, ge=1)
-    activation: Literal["gelu", "relu", "silu", "tanh"] = "relu"
+    """The width divided by it is the size of the middle."""
+    activation: Activation = "relu"
+    """The σ between the two maps."""
 
     def place(self, anatomy: Anatomy) -> Sequence[Place]:
         norms = anatomy.role("mlp_norm")
