@@ -28,6 +28,7 @@ _PLACES = {
     "disable": "trimtab.adapt.acting",
     "enable": "trimtab.adapt.acting",
     "exported": "trimtab.adapt.export",
+    "fused": "trimtab.adapt.fuse",
     "interpolate": "trimtab.adapt.arithmetic",
     "merge": "trimtab.adapt.merge",
     "parameter_groups": "trimtab.optim.adam",
@@ -63,6 +64,14 @@ _PLACES = {
     "SHiRA": "trimtab.methods.shira",
     "SpotTune": "trimtab.methods.spottune",
     "Full": "trimtab.methods.full",
+    "AdapterPlus": "trimtab.methods.adapterplus",
+    "Compacter": "trimtab.methods.compacter",
+    "DiReFT": "trimtab.methods.direft",
+    "Fusion": "trimtab.methods.fusion",
+    "LoReFT": "trimtab.methods.loreft",
+    "NoReFT": "trimtab.methods.noreft",
+    "Parallel": "trimtab.methods.parallel",
+    "Pfeiffer": "trimtab.methods.pfeiffer",
     "load": "trimtab.models.load",
     "train": "trimtab.train.api",
 }
@@ -114,27 +123,36 @@ if TYPE_CHECKING:
     from trimtab.adapt.describe import describe as describe
     from trimtab.adapt.describe import resolve as resolve
     from trimtab.adapt.export import exported as exported
+    from trimtab.adapt.fuse import fused as fused
     from trimtab.adapt.merge import merge as merge
     from trimtab.adapt.probe import probe as probe
     from trimtab.adapt.stepper import Stepper as Stepper
     from trimtab.methods.adalora import AdaLoRA as AdaLoRA
+    from trimtab.methods.adapterplus import AdapterPlus as AdapterPlus
     from trimtab.methods.bitfit import BitFit as BitFit
     from trimtab.methods.boft import BOFT as BOFT
     from trimtab.methods.bottleneck import Bottleneck as Bottleneck
+    from trimtab.methods.compacter import Compacter as Compacter
     from trimtab.methods.diff import DiffPruning as DiffPruning
+    from trimtab.methods.direft import DiReFT as DiReFT
     from trimtab.methods.dora import DoRA as DoRA
     from trimtab.methods.fourierft import FourierFT as FourierFT
     from trimtab.methods.full import Full as Full
+    from trimtab.methods.fusion import Fusion as Fusion
     from trimtab.methods.hira import HiRA as HiRA
     from trimtab.methods.hra import HRA as HRA
     from trimtab.methods.ia3 import IA3 as IA3
     from trimtab.methods.loha import LoHa as LoHa
     from trimtab.methods.lokr import LoKr as LoKr
     from trimtab.methods.lora import LoRA as LoRA
+    from trimtab.methods.loreft import LoReFT as LoReFT
     from trimtab.methods.miss import MiSS as MiSS
     from trimtab.methods.mora import MoRA as MoRA
+    from trimtab.methods.noreft import NoReFT as NoReFT
     from trimtab.methods.norms import Norms as Norms
     from trimtab.methods.oft import OFT as OFT
+    from trimtab.methods.parallel import Parallel as Parallel
+    from trimtab.methods.pfeiffer import Pfeiffer as Pfeiffer
     from trimtab.methods.piggyback import Piggyback as Piggyback
     from trimtab.methods.prefix import Prefix as Prefix
     from trimtab.methods.randlora import RandLoRA as RandLoRA

@@ -27,6 +27,9 @@ ADDITIVE = {
     "ia3": "ia3",
     "bitfit": "bitfit",
     "bottleneck": "bottleneck(size=4)",
+    "pfeiffer": "pfeiffer(size=4)",
+    "parallel": "parallel(size=4)",
+    "noreft": "noreft(rank=2, first=2, last=1, layers=(1,))",
 }
 """Methods whose edits have exact sums, small."""
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # masters are fp32
@@ -93,6 +96,13 @@ ON_PROBE = {
     "ia3-in": "ia3(targets='layer', feedforward='layer')",
     "bitfit": "bitfit(targets='layer')",
     "bottleneck": "bottleneck(size=4, targets='layer')",
+    "pfeiffer": "pfeiffer(size=4, targets='layer')",
+    "parallel": "parallel(size=4, targets='layer')",
+    "scaled_parallel": "parallel(size=4, scaling='learned', targets='layer')",
+    "adapterplus": "adapterplus(size=4, drop=0, targets='layer')",
+    "loreft": "loreft(rank=2, first=1, last=0, dropout=0, targets='layer')",
+    "noreft": "noreft(rank=2, first=1, last=0, dropout=0, targets='layer')",
+    "direft": "direft(rank=2, first=1, last=0, dropout=0, tied=True, targets='layer')",
 }
 each = pytest.mark.parametrize("method", ON_PROBE.values(), ids=ON_PROBE)
 
@@ -297,6 +307,12 @@ def test_the_sum_of_adapters_at_different_sites(kind: str, tmp_path: Path) -> No
             "bottleneck(size=2, targets='mlp_output')",
             "bottleneck(size=2, targets='o_proj')",
         ),
+        "pfeiffer": ("pfeiffer(size=2)", "pfeiffer(size=2, targets='o_proj')"),
+        "parallel": ("parallel(size=2)", "parallel(size=2, targets='o_proj')"),
+        "noreft": (
+            "noreft(rank=2, targets='layers.0')",
+            "noreft(rank=2, targets='layers.1.mlp', tied=False)",
+        ),
     }[kind]
     parts = [
         made(method, name, seed)
@@ -390,6 +406,8 @@ def test_attached_adapters_add_too() -> None:
     ("method", "reason"),
     [
         ("dora(rank=2)", "normalises|norm of its own factors"),
+        ("compacter(size=8)", "compacter has tensors of the whole adapter"),
+        ("fusion", "fusion: "),
         ("prefix(length=2)", "prefix has tensors of the whole adapter"),
         ("spottune(hidden=4)", "spottune has tensors of the whole adapter"),
         ("full(targets='lm_head')", "full"),

@@ -31,6 +31,14 @@ SMALL = {
     "dora": "dora(rank=4)",
     "adalora": "adalora(rank=4, target_rank=2)",
     "bottleneck": "bottleneck(size=6)",
+    "pfeiffer": "pfeiffer(size=6)",
+    "parallel": "parallel(size=6)",
+    "adapterplus": "adapterplus(size=6)",
+    "compacter": "compacter(size=8)",
+    "fusion": "fusion(parts=['pfeiffer(size=4)', 'pfeiffer(size=6)'])",
+    "loreft": "loreft(rank=3, first=2, last=1)",
+    "direft": "direft(rank=3, first=1, last=2)",
+    "noreft": "noreft(rank=3, first=2, last=2, tied=True)",
     "prefix": "prefix(length=3, init_std=1.0)",
     "spottune": "spottune(inner=lora(rank=4), hidden=8)",
     "full": "full(targets='mlp_down')",
@@ -49,6 +57,9 @@ SMALL = {
     "tokens": "tokens(ids=(5, 17, 40, 3, 60))",
     "diff": "diff(keep=0.1)",
 }
+EVERY_KIND = "['embed', 're:conv.*', 'grouped', 'norm', 'batch_norm', 'head']"
+POOLED = ("bert", "classifier", "roberta", "deberta", "vit", "clip")
+"""Models whose head reads one position of the last block: there only one end of the prompt can learn."""
 ON_MODEL = {
     ("lora", "mixed"): "lora(rank=4, targets=['embed', 're:conv.*', 'grouped', 'head'])",
     ("dora", "mixed"): "dora(rank=4, targets=['embed', 're:conv.*', 'grouped', 'head'])",
@@ -86,6 +97,21 @@ ON_MODEL = {
     ("oft", "mixed"): "oft(block=2, targets=['embed', 'conv1', 'conv2', 'grouped', 'head'])",
     ("boft", "mixed"): "boft(block=2, targets=['embed', 're:conv.*', 'grouped', 'head'])",
     ("tokens", "mixed"): "tokens(ids=(5, 17, 40, 3, 60), targets='embed')",
+    ("bottleneck", "mixed"): f"bottleneck(size=6, targets={EVERY_KIND})",
+    ("pfeiffer", "mixed"): f"pfeiffer(size=6, targets={EVERY_KIND})",
+    ("parallel", "mixed"): "parallel(size=6, targets=['head', 'norm'])",
+    ("adapterplus", "mixed"): f"adapterplus(size=6, targets={EVERY_KIND})",
+    (
+        "compacter",
+        "mixed",
+    ): "compacter(size=8, targets=['embed', 'conv1', 'conv2', 'grouped', 'norm', 'batch_norm'])",
+    ("fusion", "mixed"): f"fusion(parts=[pfeiffer(size=4, targets={EVERY_KIND}), "
+    f"bottleneck(size=6, targets={EVERY_KIND})])",
+    **{
+        (m, c): f"{m}(rank=3, first=2, last=1, tied=True)"
+        for m in ("loreft", "direft")
+        for c in POOLED
+    },
     ("lora", "classifier"): "lora(rank=4, train=['score'])",
     ("lora", "bert"): "lora(rank=4, train=['classifier'])",
     # each tower has attention of its own width, and an input of its own
@@ -99,10 +125,12 @@ NO_REGISTRY = (
     "its attention computes softmax itself, outside the attention registry of transformers"
 )
 REFUSED = {
-    ("bottleneck", "mixed"): NO_BLOCKS,
     ("prefix", "bloom"): NO_REGISTRY,
     ("prefix", "deberta"): NO_REGISTRY,
     ("prefix", "falcon"): NO_REGISTRY,
+    ("loreft", "mixed"): NO_BLOCKS,
+    ("direft", "mixed"): NO_BLOCKS,
+    ("noreft", "mixed"): NO_BLOCKS,
     ("prefix", "mixed"): NO_ATTENTION,
     ("spottune", "mixed"): NO_BLOCKS,
 }
@@ -114,6 +142,14 @@ if not hasattr(
 
 NOT_MERGEABLE = {
     "bottleneck": "a non-linear activation",
+    "pfeiffer": "a non-linear activation",
+    "parallel": "a non-linear activation",
+    "adapterplus": "a non-linear activation",
+    "compacter": "a non-linear activation",
+    "fusion": "a non-linear activation",
+    "loreft": "chosen positions",
+    "direft": "chosen positions",
+    "noreft": "chosen positions",
     "prefix": "softmax of attention",
     "spottune": "each example chooses",
 }
@@ -123,6 +159,8 @@ IDENTITY_AT_FIRST = {
 }  # fmt: skip
 IDENTITY_AT_FIRST = {"lora", "dora", "adalora", "ia3", "bitfit", "spottune", "full"}
 """Methods whose papers start them as the identity (a Houlsby bottleneck only nearly; a prefix never)."""
+IDENTITY_AT_FIRST = {"lora", "dora", "ia3", "bitfit", "spottune", "full", "parallel"}
+"""Methods whose papers start them as the identity (other bottlenecks nearly; a prefix or an intervention never)."""
 
 
 @dataclass(frozen=True)

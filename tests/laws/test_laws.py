@@ -239,6 +239,7 @@ def test_exactly_the_declared_parameters_learn_and_the_base_stays(cell: Cell) ->
         }
         optimiser.step()
     fixed = {name.key for name in adapter.fixed}
+    assert not seen & fixed
     silent = {key for key in adapter.tensors if key not in seen | fixed}
     # no expert is sure to be chosen by eight tokens, and a key bias has no effect on a softmax
     assert {

@@ -103,6 +103,24 @@ COUNTS: list[tuple[str, Method, int]] = [
     ("bert-base", tt.Bottleneck(size=64), 2_379_264),
     ("bert-large", tt.Bottleneck(size=64), 6_343_680),
     ("bert-base", tt.Bottleneck(size=64, train=("norms",)), 2_379_264 + 25 * 2 * 768),
+    ("bert-base", tt.Bottleneck(reduction=12), 2_379_264),
+    # Pfeiffer and parallel: one per layer; a learned scale is one value more, Adapter+ has one per channel
+    ("bert-base", tt.Pfeiffer(), 894_528),
+    ("bert-base", tt.Pfeiffer(size=48), 12 * (2 * 48 * 768 + 48 + 768)),
+    ("bert-base", tt.Parallel(), 7_091_712),
+    ("bert-base", tt.Parallel(scaling="learned"), 7_091_712 + 12),
+    ("llama-7b", tt.Parallel(size=512), 32 * (2 * 512 * 4096 + 512 + 4096)),
+    ("bert-base", tt.AdapterPlus(), 12 * (2 * 8 * 768 + 8 + 2 * 768)),
+    # Compacter: two per layer of 2k(d + m) + m + d, and n³ for all; ++ after the feed-forward only
+    ("bert-base", tt.Compacter(), 24 * (2 * (768 + 24) + 24 + 768) + 4**3),
+    ("bert-base", tt.Compacter(targets="mlp_output", rank=2), 12 * (2 * 2 * (768 + 24) + 24 + 768) + 4**3),
+    # AdapterFusion: Q and K with biases, V without; the parts are not trained
+    ("bert-base", tt.Fusion(), 12 * (3 * 768**2 + 2 * 768)),
+    # LoReFT: 2rd + r per block and end
+    ("llama-7b", tt.LoReFT(rank=4, layers=(8,), first=0, last=1), 32_772),
+    ("llama-7b", tt.LoReFT(rank=8), 32 * 2 * (2 * 8 * 4096 + 8)),
+    ("llama-7b", tt.DiReFT(rank=8, tied=True), 32 * (2 * 8 * 4096 + 8)),
+    ("t0-3b", tt.NoReFT(rank=1), 24 * 2 * (2 * 2048 + 1)),
     # BitFit: every bias outside the head
     ("bert-base", tt.BitFit(), 102_912),
     ("bert-base-classifier", tt.BitFit(), 102_912),

@@ -25,6 +25,19 @@ class Held(NamedTuple):
     cast: bool
 
 
+PROMPT = "prompt"
+"""Key of what a generation remembers: that this adapter has seen the prompt."""
+
+
+class PromptRanks(NamedTuple):
+    """For each position (flattened), its rank from the start and from the end of its unit's prompt, or -1."""
+
+    from_start: Tensor
+    from_end: Tensor
+    units: Tensor
+    unit_count: int
+
+
 class At:
     """One call of one edit at one site: the site, and the context of this call.
 
@@ -127,15 +140,46 @@ class At:
         part, context = self.part, self.context
         flat = y.flatten(0, -2)
         weights = context.visible(part, y, causal=self.causal).to(y.dtype)
-        units = part.units if part.units is not None else torch.arange(y.shape[0], device=y.device)
-        if units.shape[0] != flat.shape[0]:
-            units = units.repeat_interleave(flat.shape[0] // units.shape[0])
-        units = units.to(y.device)
+        units = self._units(y)
         total = y.new_zeros(part.unit_count, y.shape[-1]).index_add(
             0, units, flat * weights[:, None]
         )
         seen = y.new_zeros(part.unit_count).index_add(0, units, weights)
         return total / seen.clamp_min(1)[:, None]
+
+    def prompt_ranks(self, y: Tensor) -> PromptRanks | None:
+        """Where each position of y_..C stands in its unit's prompt; None when the prompt lies in the cache already.
+
+        Raises:
+            RouteError: nothing tells the prompt, or it was read without this adapter.
+        """
+        context = self.context
+        if y.dim() > 3:
+            raise RouteError(
+                f"adapter {self.name!r}: {self.path} gives a tensor of shape {tuple(y.shape)}, whose positions cannot "
+                "be told apart; target a module that gives (batch, positions, width)."
+            )
+        if context.decoding:
+            if (self.name, PROMPT) not in self.memory:
+                raise RouteError(
+                    f"adapter {self.name!r} acts on the prompt, and this generation's prompt was read without it; "
+                    "route the whole generation to one choice of adapters."
+                )
+            return None
+        self.memory[self.name, PROMPT] = True
+        key = (self.part.owner, *y.shape[:-1])
+        if key not in context.ranks:
+            seen = context.visible(self.part, y, causal=self.causal)
+            context.ranks[key] = _ranks(seen, self._units(y), self.part.unit_count)
+        return context.ranks[key]
+
+    def _units(self, y: Tensor) -> Tensor:
+        """The unit of each position of y_..C."""
+        units, count = self.part.units, y[..., 0].numel()
+        units = torch.arange(y.shape[0]) if units is None else units
+        if units.shape[0] != count:
+            units = units.repeat_interleave(count // units.shape[0])
+        return units.to(y.device)
 
     def require_prompt(self) -> None:
         """Raise `RouteError` where a generation goes on whose prompt this adapter has not seen."""
@@ -150,6 +194,18 @@ class At:
         """Add an auxiliary loss of this adapter; the engine adds it to the objective once."""
         if not self.context.recomputing:
             self.context.losses.append((self.edit.adapter, name, value))
+
+
+def _ranks(seen: Tensor, units: Tensor, unit_count: int) -> PromptRanks:
+    """Ranks among the seen positions, unit by unit; the positions of a unit follow one another."""
+    seen = seen.to(torch.long)
+    before = seen.cumsum(0) - seen
+    nothing = before.new_full((unit_count,), int(seen.shape[0]))
+    start = nothing.scatter_reduce(0, units, before, "amin")
+    total = seen.new_zeros(unit_count).index_add(0, units, seen)
+    from_start = torch.where(seen > 0, before - start[units], -1)
+    from_end = torch.where(seen > 0, total[units] - 1 - from_start, -1)
+    return PromptRanks(from_start, from_end, units, unit_count)
 
 
 def cast_all(

@@ -202,10 +202,18 @@ class Bank(nn.Module):
             mask=kwargs.get("attention_mask") if plan is None else plan.mask,
             prompt=None if plan is None else plan.prompt,
             labels=kwargs.get("labels"),
+            decoding=self._decoding(past),
             training=module.training,
             memory=self._memory(past, kwargs),
             past=past,
         )
+
+    def _decoding(self, past: Any) -> bool:
+        """Whether a prompt lies in the cache; asked only for methods that need to know (it may wait for the device)."""
+        if past is None:
+            return False
+        needed = any(m.needs_prompt for a in self.adapters.values() for m in a.methods)
+        return needed and int(past.get_seq_length()) > 0
 
     def _memory(self, past: Any, kwargs: dict[str, Any]) -> dict[Any, Any]:
         """What gates remember lives as long as the cache of the generation it belongs to."""

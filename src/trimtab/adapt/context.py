@@ -27,6 +27,7 @@ class Context:
         mask: (B, T) attention mask, or None.
         prompt: (B, T) true where a gate may look (before the first trained token), or None.
         memory: where gates keep decisions that outlive this forward (a generation).
+        decoding: whether the prompt lies in the cache already; told only where a method needs the prompt.
 
     ``scratch`` carries tensors from one site to a later one of the same forward; who reads them takes them out.
     """
@@ -54,6 +55,8 @@ class Context:
         self.decoding = decoding
         self.memory: dict[Any, Any] = {} if memory is None else memory
         self.scratch: dict[Any, Any] = {}
+        self.ranks: dict[Any, Any] = {}
+        """Where positions stand in their prompts, by the shape of a part; kept by `At.prompt_ranks`."""
         self.past = past
         self.losses: list[tuple[str, str, Tensor]] = []
         self.recomputing = False

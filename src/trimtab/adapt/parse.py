@@ -16,11 +16,16 @@ from trimtab.registry import Registry
 
 METHODS = {
     "adalora": "trimtab.methods.adalora:AdaLoRA",
+    "adapterplus": "trimtab.methods.adapterplus:AdapterPlus",
     "bitfit": "trimtab.methods.bitfit:BitFit",
     "bottleneck": "trimtab.methods.bottleneck:Bottleneck",
+    "compacter": "trimtab.methods.compacter:Compacter",
+    "direft": "trimtab.methods.direft:DiReFT",
     "dora": "trimtab.methods.dora:DoRA",
     "full": "trimtab.methods.full:Full",
+    "fusion": "trimtab.methods.fusion:Fusion",
     "ia3": "trimtab.methods.ia3:IA3",
+    "loreft": "trimtab.methods.loreft:LoReFT",
     "lora": "trimtab.methods.lora:LoRA",
     "loha": "trimtab.methods.loha:LoHa",
     "lokr": "trimtab.methods.lokr:LoKr",
@@ -37,6 +42,9 @@ METHODS = {
     "tokens": "trimtab.methods.tokens:Tokens",
     "piggyback": "trimtab.methods.piggyback:Piggyback",
     "diff": "trimtab.methods.diff:DiffPruning",
+    "noreft": "trimtab.methods.noreft:NoReFT",
+    "parallel": "trimtab.methods.parallel:Parallel",
+    "pfeiffer": "trimtab.methods.pfeiffer:Pfeiffer",
     "prefix": "trimtab.methods.prefix:Prefix",
     "shira": "trimtab.methods.shira:SHiRA",
     "spottune": "trimtab.methods.spottune:SpotTune",
@@ -45,12 +53,14 @@ methods: Registry[type[Method]] = Registry("method", "trimtab.methods", METHODS)
 
 PRESETS = {
     "fish": "shira(mask='fisher', share=0.005)",
-    "houlsby": "bottleneck(size=64)",
     "magnitude": "shira(mask='magnitude')",
+    "houlsby": "bottleneck(size=64, train=['norms'])",
+    "scaled_parallel": "parallel(scaling='learned')",
+    "compacter++": "compacter(targets=['mlp_output'], train=['norms'])",
 }
 """Settings that have a name of their own. Options are added to them: ``houlsby(size=8)``."""
 
-_FORM = re.compile(r"\s*([A-Za-z0-9_\-]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
+_FORM = re.compile(r"\s*([A-Za-z0-9_\-+]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
 
 
 def method_from(value: Method | Mapping[str, Any] | str) -> Method:
@@ -114,6 +124,8 @@ def _literal(node: ast.expr) -> Any:
     """A Python literal; a nested ``name(...)`` stays text and is read as a method by its field."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         return ast.unparse(node)
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_literal(element) for element in node.elts]
     if isinstance(node, ast.Name) and node.id.lower() in ("true", "false", "none", "null"):
         return {"true": True, "false": False, "none": None, "null": None}[node.id.lower()]
     return ast.literal_eval(node)

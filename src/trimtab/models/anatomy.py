@@ -266,6 +266,8 @@ class Anatomy:
             return self.head
         if role == "norms":
             return self.norms
+        if role == "blocks":
+            return self.blocks
         if role == "all":
             return self.whole
         globs = self.family.roles[role]

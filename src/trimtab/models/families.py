@@ -300,5 +300,5 @@ HEADS = (
 )  # fmt: skip
 """Usual names of output heads, at the top of a model."""
 
-ROLES = ("all-linear", *GENERIC.roles, "norms", "head", "all")
+ROLES = ("all-linear", *GENERIC.roles, "blocks", "norms", "head", "all")
 """Words that selectors understand beside names, globs and regular expressions."""
