@@ -16,7 +16,10 @@ X = torch.randn(5, 16, dtype=torch.float64, generator=torch.Generator().manual_s
 
 def adapters(kind: str) -> list[tt.Adapter]:
     """Two of this method on a layer of its kind, with different values."""
-    method = method_from(SMALL.get(kind, kind)).replace(targets=("0",))
+    method = method_from(SMALL.get(kind, kind))
+    if method.needs_prompt or "inner" in dict(method):
+        pytest.skip("it acts on a model, not on a layer")
+    method = method.replace(targets=("0",))
     found = []
     for seed in (1, 2):
         model = bare()
