@@ -15,7 +15,7 @@ from trimtab.adapt.lowrank import LowRank
 
 @final
 class LoRA(LowRank):
-    """``LoRA(rank=16, alpha=32, targets="all-linear")``."""
+    """``LoRA(rank=16, alpha=32, targets="all-linear")``, ``LoRA(init="pissa")``."""
 
     kind: ClassVar[str] = "lora"
     lr: ClassVar[float] = 2e-4
