@@ -20,12 +20,14 @@ def given(dtype: torch.dtype, places: int = 9) -> tuple[Tensor, Tensor, Tensor]:
     return x, indices, torch.randn(places, generator=generator).to(dtype).requires_grad_()
 
 
+@pytest.mark.parametrize("few", [1, sparse.SPARSE])
 @pytest.mark.parametrize("chunk", [sparse.CHUNK, 1, 30])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_it_equals_its_twin(
-    dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, chunk: int, few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sparse, "CHUNK", chunk)
+    monkeypatch.setattr(sparse, "SPARSE", few)  # each value by itself, or blocks of rows
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.3}[dtype]
     x, indices, values = given(dtype)
     for function in (sparse_linear, sparse_linear_reference):

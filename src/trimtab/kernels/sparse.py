@@ -2,12 +2,14 @@
 
     y_NO = x_NI Sᵀ,   S_OI has values_K at (row, column) = indices_2K; values of one place add up
 
-Backward gives the gradient of the K values alone, a sum over N of products of gathered columns, in chunks.
+Backward gives the gradient of the K values alone. Where they are very few, it sums products of gathered columns;
+else it takes them out of blocks of rows of the dense gradient, one after the other. Either way in chunks.
 `sparse_linear_reference` is the twin: it scatters into a dense matrix.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor
 
 CHUNK = 1 << 22
 """Products held at a time for the gradient of the values."""
+SPARSE = 256
+"""From one value in so many places on, the gradient of each is computed by itself, and not by blocks of rows."""
 
 
 def sparse_linear(x: Tensor, indices: Tensor, values: Tensor, out_features: int) -> Tensor:
@@ -53,13 +57,24 @@ def _multiply(x: Tensor, indices: Tensor, values: Tensor, out_features: int) -> 
 def _gradient_of_values(x: Tensor, indices: Tensor, gradient: Tensor) -> Tensor:
     """For each place (o, i): Σ_n gradient_no · x_ni."""
     rows, columns = indices.long()
-    x_IN, gradient_ON = x.T.contiguous(), gradient.T.contiguous()
-    size = max(CHUNK // max(x.shape[0], 1), 1)
-    found = [
-        (gradient_ON[r] * x_IN[c]).sum(1)
-        for r, c in zip(rows.split(size), columns.split(size), strict=True)
-    ]
-    return torch.cat(found)
+    out, width, count = gradient.shape[1], x.shape[1], rows.shape[0]
+    found = gradient.new_empty(count)
+    gradient_ON = gradient.T.contiguous()
+    if count * SPARSE < out * width:
+        x_IN, size = x.T.contiguous(), max(CHUNK // max(x.shape[0], 1), 1)
+        for start in range(0, count, size):
+            part = slice(start, start + size)
+            found[part] = (gradient_ON[rows[part]] * x_IN[columns[part]]).sum(1)
+        return found
+    rows, order = rows.sort()
+    block = max(CHUNK // max(width, 1), 1)
+    starts = torch.arange(0, out + block, block, device=rows.device)
+    bounds = torch.searchsorted(rows, starts).tolist()
+    for number, (low, high) in enumerate(pairwise(bounds)):
+        first = number * block
+        dense = gradient_ON[first : first + block] @ x
+        found[order[low:high]] = dense[rows[low:high] - first, columns[order[low:high]]]
+    return found
 
 
 @_multiply.register_fake

@@ -36,7 +36,7 @@ FACTORS = ("A", "B")
 
 @final
 class LoRA(LowRank):
-    """``LoRA(rank=16, alpha=32, targets="all-linear")``; LoRA+ is ``LoRA(plus=16)``."""
+    """``LoRA(rank=16, alpha=32, targets="all-linear")``, ``LoRA(init="pissa")``; LoRA+ is ``LoRA(plus=16)``."""
 
     kind: ClassVar[str] = "lora"
     lr: ClassVar[float] = 2e-4
