@@ -43,7 +43,10 @@ _PLACES = {
     "IA3": "trimtab.methods.ia3",
     "BitFit": "trimtab.methods.bitfit",
     "Bottleneck": "trimtab.methods.bottleneck",
+    "LlamaAdapter": "trimtab.methods.llama_adapter",
+    "PTuning": "trimtab.methods.ptuning",
     "Prefix": "trimtab.methods.prefix",
+    "Prompt": "trimtab.methods.prompt",
     "SpotTune": "trimtab.methods.spottune",
     "Full": "trimtab.methods.full",
     "load": "trimtab.models.load",
@@ -105,8 +108,11 @@ if TYPE_CHECKING:
     from trimtab.methods.dora import DoRA as DoRA
     from trimtab.methods.full import Full as Full
     from trimtab.methods.ia3 import IA3 as IA3
+    from trimtab.methods.llama_adapter import LlamaAdapter as LlamaAdapter
     from trimtab.methods.lora import LoRA as LoRA
     from trimtab.methods.prefix import Prefix as Prefix
+    from trimtab.methods.prompt import Prompt as Prompt
+    from trimtab.methods.ptuning import PTuning as PTuning
     from trimtab.methods.spottune import SpotTune as SpotTune
     from trimtab.models.load import load as load
     from trimtab.optim.adam import parameter_groups as parameter_groups

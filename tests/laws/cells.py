@@ -21,7 +21,10 @@ SMALL = {
     "lora": "lora(rank=4)",
     "dora": "dora(rank=4)",
     "bottleneck": "bottleneck(size=6)",
+    "llama-adapter": "llama-adapter(length=3)",
     "prefix": "prefix(length=3, init_std=1.0)",
+    "prompt": "prompt(length=3)",
+    "ptuning": "ptuning(length=3, hidden=8)",
     "spottune": "spottune(inner=lora(rank=4), hidden=8)",
     "full": "full(targets='mlp_down')",
 }
@@ -41,25 +44,36 @@ ON_MODEL = {
 }
 
 NO_ATTENTION = "there is no attention in it to put keys and values into"
+NO_TOKENS = "it is no transformers model that reads tokens before which a prompt could stand"
 NO_BLOCKS = "it has no transformer blocks and no hidden states of one width"
 REFUSED = {
     ("bottleneck", "mixed"): NO_BLOCKS,
+    ("llama-adapter", "mixed"): NO_ATTENTION,
     ("prefix", "mixed"): NO_ATTENTION,
+    ("prompt", "mixed"): NO_TOKENS,
+    ("ptuning", "mixed"): NO_TOKENS,
     ("spottune", "mixed"): NO_BLOCKS,
 }
 """Cells that mathematics forbids."""
 if not hasattr(
     modeling_t5, "ALL_ATTENTION_FUNCTIONS"
 ):  # releases before its attention joined the registry
-    REFUSED |= {("prefix", name): "its attention cannot be reached" for name in ("t5", "t5-gated")}
+    REFUSED |= {
+        (method, name): "its attention cannot be reached"
+        for method in ("prefix", "llama-adapter")
+        for name in ("t5", "t5-gated")
+    }
 
 NOT_MERGEABLE = {
     "bottleneck": "a non-linear activation",
+    "llama-adapter": "a softmax of its own",
     "prefix": "softmax of attention",
+    "prompt": "tokens before the text",
+    "ptuning": "tokens before the text",
     "spottune": "each example chooses",
 }
-IDENTITY_AT_FIRST = {"lora", "dora", "ia3", "bitfit", "spottune", "full"}
-"""Methods whose papers start them as the identity (a Houlsby bottleneck only nearly; a prefix never)."""
+IDENTITY_AT_FIRST = {"llama-adapter", "lora", "dora", "ia3", "bitfit", "spottune", "full"}
+"""Methods whose papers start them as the identity (a Houlsby bottleneck only nearly; a prefix or a prompt never)."""
 
 
 @dataclass(frozen=True)

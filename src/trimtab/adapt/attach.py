@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trimtab.adapt import attention, checkpoint, slots
+from trimtab.adapt import attention, checkpoint, front, slots
 from trimtab.adapt.adapter import Adapter, TensorName
 from trimtab.adapt.bank import CHILD, Bank, bank_of, find_bank
 from trimtab.adapt.contract import Method, Spec
@@ -72,6 +72,7 @@ def attach(
     new = not isinstance(method, Adapter)
     tensors = initial_tensors(adapter, specs, layers, seed, new=new)
     attention.check(model, adapter, anatomy)
+    front.check(model, adapter, anatomy)
     bank = bank or _new_bank(model)
     holders: dict[TensorName, nn.Module] = {}
     try:
@@ -110,13 +111,17 @@ def _insert(
     """Put edits and tensors in their places; ``placed`` tells how far it came."""
     existing = sites_of(model)
     holders: dict[TensorName, nn.Module] = {}
+    made: list[Edit] = []
     for number in range(len(adapter.methods)):
         for spec in specs[-1 - number, ""].values():
             holders[TensorName("", spec.name)] = bank
     for number, spec_site in enumerate(adapter.sites):
         method = adapter.methods[spec_site.method].at(spec_site.path)
         holder: nn.Module = bank
-        if spec_site.role != attention.ROLE:
+        specs_here = specs[number, spec_site.path]
+        if spec_site.role == attention.ROLE:
+            holder = attention.holder(bank, spec_site.path) if specs_here else bank
+        elif spec_site.role != front.ROLE:
             site = _site(model, bank, spec_site.path, anatomy, existing)
             holder = (
                 site.holder(spec_site.path.rpartition(".")[2])
@@ -131,14 +136,18 @@ def _insert(
             block=anatomy.block_of(spec_site.path),
             order=_order(adapter, number),
             causal=anatomy.causal,
-            specs=specs[number, spec_site.path],
+            specs=specs_here,
             shared=specs[-1 - spec_site.method, ""],
         )
+        made.append(edit)
         if spec_site.role == attention.ROLE:
             attention.insert(model, bank, edit, anatomy)
+        elif spec_site.role == front.ROLE:
+            front.insert(model, bank, edit, anatomy)
         else:
             site.edits.setdefault(adapter.name, []).append(edit)
         holders |= {TensorName(spec_site.path, spec.name): holder for spec in edit.tensors.values()}
+    front.prepare(model, bank, made, anatomy)
     known = {
         TensorName(path, spec.name): spec
         for (_, path), of_site in specs.items()
@@ -169,6 +178,7 @@ def _withdraw(
         if site.bare():
             replace(model, site, site.base_layer)
     attention.remove(model, bank, name)
+    front.remove(bank, name)
     bank.adapters.pop(name, None)
     bank.active = [other for other in bank.active if other != name]
     bank.scales.pop(name, None)
@@ -258,6 +268,7 @@ def strip(model: nn.Module, bank: Bank) -> None:
     """Take the bank, its hooks and its changes of flags out of a model."""
     for name in list(bank.adapters):
         attention.remove(model, bank, name)
+        front.remove(bank, name)
     checkpoint.unwatch(model)
     for handle in bank.handles:
         handle.remove()

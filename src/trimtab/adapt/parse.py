@@ -21,13 +21,17 @@ METHODS = {
     "full": "trimtab.methods.full:Full",
     "ia3": "trimtab.methods.ia3:IA3",
     "lora": "trimtab.methods.lora:LoRA",
+    "llama-adapter": "trimtab.methods.llama_adapter:LlamaAdapter",
     "prefix": "trimtab.methods.prefix:Prefix",
+    "prompt": "trimtab.methods.prompt:Prompt",
+    "ptuning": "trimtab.methods.ptuning:PTuning",
     "spottune": "trimtab.methods.spottune:SpotTune",
 }
 methods: Registry[type[Method]] = Registry("method", "trimtab.methods", METHODS)
 
 PRESETS = {
     "houlsby": "bottleneck(size=64)",
+    "p-tuning-v2": "prefix(length=128, init_std=1.0, dropout=0.1)",
 }
 """Settings that have a name of their own. Options are added to them: ``houlsby(size=8)``."""
 

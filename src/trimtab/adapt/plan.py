@@ -11,6 +11,7 @@ from torch import nn
 from trimtab.adapt.adapter import Adapter, Origin, SiteSpec
 from trimtab.adapt.contract import Method, Place
 from trimtab.adapt.parse import methods
+from trimtab.adapt.projection import AttentionLayer
 from trimtab.errors import (
     AttachError,
     BaseMismatchError,
@@ -144,4 +145,6 @@ def layer_at(anatomy: Anatomy, path: str) -> Layer:
             "the model itself is the target; put it into a container module and attach to that."
         )
     module = anatomy.modules[path]
+    if path in anatomy.role("self_attention"):
+        return AttentionLayer.at(anatomy, path)
     return view(module) or SubLayer(module, anatomy.width, anatomy.around(path))

@@ -87,6 +87,11 @@ class Anatomy:
         )
         return int(keys), int(width)
 
+    @property
+    def query_heads(self) -> int:
+        """Number of query heads of the attention, from the config."""
+        return int(getattr(self._text_config, "num_attention_heads", 0) or 0)
+
     def weighted(self, path: str) -> bool:
         """Whether the module at a path is a layer with a weight that Trimtab knows."""
         return view(self.modules[path]) is not None
@@ -205,6 +210,7 @@ class Anatomy:
             "embeddings": self.family.embeddings,
             "input_embedding": self.family.input_embedding,
             "self_attention": self.family.self_attention,
+            "cross_attention": self.family.cross_attention,
         }[role]
         pool = [*self.modules, *self.experts, *self.aliases]
         matched = [path for path in pool if any(glob_match(g, path) for g in globs)]

@@ -29,6 +29,7 @@ class Family:
     embeddings: tuple[str, ...] = ()
     input_embedding: tuple[str, ...] = ()
     self_attention: tuple[str, ...] = ()
+    cross_attention: tuple[str, ...] = ()
     shifts_positions: bool = True
 
 
@@ -91,6 +92,7 @@ T5 = Family(
     embeddings=("**.embed_tokens",),
     input_embedding=("**.encoder.embed_tokens",),
     self_attention=("**.SelfAttention",),
+    cross_attention=("**.EncDecAttention",),
     shifts_positions=False,
 )
 BART = Family(
@@ -106,6 +108,7 @@ BART = Family(
     embeddings=("**.embed_tokens", "**.embed_positions"),
     input_embedding=("**.encoder.embed_tokens",),
     self_attention=("**.self_attn",),
+    cross_attention=("**.encoder_attn",),
     shifts_positions=False,
 )
 VIT = Family(
@@ -156,6 +159,7 @@ FAMILIES = MappingProxyType(
 
 ROLES = (
     "all-linear", "attention", "mlp", "queries", "keys", "values", "fused_qkv", "attention_output", "mlp_output",
-    "mlp_down", "embeddings", "input_embedding", "self_attention", "norms", "head", "all",
+    "mlp_down", "embeddings", "input_embedding", "self_attention", "cross_attention",
+    "norms", "head", "all",
 )  # fmt: skip
 """Words that selectors understand beside names, globs and regular expressions."""

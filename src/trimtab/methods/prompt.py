@@ -1,0 +1,93 @@
+"""Prompt tuning (Lester, Al-Rfou & Constant 2021, arXiv 2104.08691): trained input embeddings before the text.
+
+    h_0 = [P ; E[x]]
+
+In a decoder the prompt is read first, once for all rows, and the text finds its keys and values in each
+attention, as if the prompt's tokens were there. In an encoder the rows grow by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, final
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from trimtab.adapt.contract import Init, Method, Params, Place, Spec, normal
+from trimtab.adapt.encoder import TABLE, table
+from trimtab.adapt.front import ROLE
+from trimtab.adapt.peft_config import refuse_unknown
+from trimtab.adapt.reading import embedded, input_embedding, sampled
+from trimtab.errors import UnsupportedError
+from trimtab.models.anatomy import Anatomy
+
+_READ = {
+    "num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers", "prompt_tuning_init",
+    "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs", "num_transformer_submodules",
+}  # fmt: skip
+
+
+@final
+class Prompt(Method):
+    """``Prompt(length=20)``; ``text=ids`` starts it as those tokens, repeated or cut to its length.
+
+    Without a text, ``init`` draws its tokens from the vocabulary, or its values from N(0, 1) or U(−½, ½).
+    """
+
+    kind: ClassVar[str] = "prompt"
+    affine: ClassVar[bool] = False
+    why_not_affine: ClassVar[str] = "it puts tokens before the text, which no weight can do"
+    lr: ClassVar[float] = 1e-3
+    peft_type: ClassVar[str | None] = "PROMPT_TUNING"
+    peft_root: ClassVar[str] = "base_model."
+    disk: ClassVar[Mapping[str, str]] = {TABLE: "prompt_embeddings"}
+
+    length: int = Field(default=20, ge=1)
+    init: Literal["vocabulary", "normal", "uniform"] = "vocabulary"
+    text: tuple[int, ...] = ()
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.length
+
+    def place(self, anatomy: Anatomy) -> Sequence[Place]:
+        return [Place(input_embedding(anatomy)[0], ROLE)]
+
+    def shared(self, anatomy: Anatomy, places: Sequence[Place]) -> dict[str, Spec]:
+        return table((self.length, input_embedding(anatomy)[1].out_features), self._first(anatomy))
+
+    def _first(self, anatomy: Anatomy) -> Init:
+        if self.text:
+            return embedded(anatomy, self.text)
+        return {"vocabulary": sampled(anatomy), "normal": normal(1.0), "uniform": _half}[self.init]
+
+    def virtual_embeddings(self, shared: Params) -> Tensor | None:
+        return shared[TABLE]
+
+    def wrapped(self, places: Sequence[Place]) -> list[str]:
+        return []
+
+    def in_peft(self, anatomy: Anatomy, places: Sequence[Place]) -> bool:
+        return not anatomy.encoder_decoder  # PEFT's puts one before the decoder's text too
+
+    def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
+        return {"num_virtual_tokens": self.length}
+
+    @classmethod
+    def from_peft(
+        cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]
+    ) -> Prompt | None:
+        refuse_unknown(config, {}, _READ, "prompt tuning")
+        length = slots["prompt_embeddings"][0]
+        if length != config.get("num_virtual_tokens"):
+            raise UnsupportedError(
+                "this file holds a second prompt, for a decoder; in an encoder-decoder Trimtab puts one into the "
+                "encoder only."
+            )
+        return cls(length=length)
+
+
+def _half(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=generator) - 0.5

@@ -1,0 +1,99 @@
+"""P-tuning (Liu et al. 2021, arXiv 2103.10385): a prompt whose embeddings come from a trained encoder.
+
+    P = MLP(E)   or   P = W_2 relu(W_1 BiLSTM(E) + b_1) + b_2
+
+The encoder is for training; what is shared is P, a plain prompt. The MLP is PEFT's (three layers, ReLU between),
+the LSTM the paper's (two layers, both directions).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, final
+
+from pydantic import Field
+from torch import Tensor, relu
+
+from trimtab.adapt.contract import Method, Params, Place, Spec, normal
+from trimtab.adapt.encoder import TABLE, lstm, lstm_specs, mlp, mlp_specs, table
+from trimtab.adapt.front import ROLE
+from trimtab.adapt.parse import methods
+from trimtab.adapt.peft_config import refuse_unknown
+from trimtab.adapt.reading import input_embedding
+from trimtab.models.anatomy import Anatomy
+
+_READ = {
+    "num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers", "num_transformer_submodules",
+    "encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout",
+}  # fmt: skip
+_LAYERS = 2
+
+
+@final
+class PTuning(Method):
+    """``PTuning(length=20)``; ``encoder="lstm"`` is the paper's. ``hidden`` is the encoder's width: by default that
+    of the embeddings, and half of it for each direction of the LSTM.
+    """
+
+    kind: ClassVar[str] = "ptuning"
+    affine: ClassVar[bool] = False
+    why_not_affine: ClassVar[str] = "it puts tokens before the text, which no weight can do"
+    lr: ClassVar[float] = 3e-4
+    peft_type: ClassVar[str | None] = "P_TUNING"
+    peft_root: ClassVar[str] = "base_model."
+
+    length: int = Field(default=20, ge=1)
+    encoder: Literal["mlp", "lstm"] = "mlp"
+    hidden: int | None = Field(default=None, ge=1)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.length
+
+    def place(self, anatomy: Anatomy) -> Sequence[Place]:
+        return [Place(input_embedding(anatomy)[0], ROLE)]
+
+    def shared(self, anatomy: Anatomy, places: Sequence[Place]) -> dict[str, Spec]:
+        width = input_embedding(anatomy)[1].out_features
+        first = table((self.length, width), normal(1.0))
+        if self.encoder == "mlp":
+            hidden = self.hidden or width
+            return first | mlp_specs("mlp_head", (width, hidden, hidden, width))
+        hidden = self.hidden or max(width // 2, 1)
+        return (
+            first
+            | lstm_specs("lstm_head", width, hidden, _LAYERS)
+            | mlp_specs("mlp_head", (2 * hidden, 2 * hidden, width))
+        )
+
+    def ready(self, shared: Params, training: bool) -> Params:
+        x = shared[TABLE]
+        if self.encoder == "lstm":
+            x = lstm(shared, "lstm_head", x, _LAYERS)
+        return {TABLE: mlp(shared, "mlp_head", x, relu)}
+
+    def virtual_embeddings(self, shared: Params) -> Tensor | None:
+        return shared[TABLE]
+
+    def plain(self) -> Method:
+        return methods.get("prompt").parse({"length": self.length})
+
+    def plain_tensors(
+        self, tensors: Mapping[str, Tensor], place: Place | None
+    ) -> dict[str, Tensor]:
+        return dict(self.ready(tensors, training=False))
+
+    def wrapped(self, places: Sequence[Place]) -> list[str]:
+        return []
+
+    def in_peft(self, anatomy: Anatomy, places: Sequence[Place]) -> bool:
+        return not anatomy.encoder_decoder
+
+    @classmethod
+    def from_peft(
+        cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]
+    ) -> Method | None:
+        """PEFT's file holds only what the encoder made: a plain prompt."""
+        refuse_unknown(config, {}, _READ, "P-tuning")
+        only = {key: config.get(key) for key in ("num_virtual_tokens",)}
+        return methods.get("prompt").from_peft(only, slots)
