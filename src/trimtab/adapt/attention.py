@@ -177,7 +177,7 @@ class Injection:
         route = context.route
         units = x.shape[0] if route.every else len(route.owners)
         part = Part(owner, None, None, False, units)
-        call = At(edit, self.layer, context, part, self.bank, x.dtype, self.bank.training)
+        call = At(edit, self.layer, context, part, self.bank, x.dtype, context.training)
         call.x = x
         call.holder = self.bank.get_submodule(_node(self.path)) if edit.tensors else self.bank
         return call

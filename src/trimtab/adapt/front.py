@@ -132,7 +132,7 @@ class Front:
         self.grows = None if self.reads else Growth.of(anatomy.root, stack, anatomy.encoder_decoder)
         self.handles = [stack.register_forward_pre_hook(self.before, with_kwargs=True)]
         if self.grows is not None:
-            self.handles.append(stack.register_forward_hook(self.after))
+            self.handles.append(stack.register_forward_hook(self.after, prepend=True))
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -180,8 +180,9 @@ class Front:
         for name in {name for owner in owners for name in owner}:
             for source, edit in self.bank.readying.get(name, {}).items():
                 if source not in context.ready:
-                    training = self.bank.training
-                    context.ready[source] = readied(edit, context, self.bank, dtype, training)
+                    context.ready[source] = readied(
+                        edit, context, self.bank, dtype, context.training
+                    )
 
     def _embedded(self, context: Context, owner: Owner) -> Tensor:
         """(P, width) the prompts of an owner, in the order of its names."""
@@ -191,7 +192,7 @@ class Front:
                 edit, embedding = self.bank.prompts[name]
                 self.bank.fire(edit.path)
                 dtype = embedding.dtype
-                shared = readied(edit, context, self.bank, dtype, self.bank.training)
+                shared = readied(edit, context, self.bank, dtype, context.training)
                 embeddings = edit.method.virtual_embeddings(shared)
                 assert embeddings is not None
                 found.append(embeddings.to(dtype))
