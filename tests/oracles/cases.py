@@ -6,7 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, TaskType
+from peft import (
+    AdaptionPromptConfig,
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    TaskType,
+)
 from torch import nn
 
 import trimtab as tt
@@ -22,6 +31,8 @@ class Case:
     make: Callable[[], nn.Module]
     theirs: PeftConfig
     ours: Method
+    fp32: bool = False
+    """Whether, in fp64 too, the two sides round to fp32 in other places: Llama's norms do, and PEFT's softmax."""
 
 
 def lora(targets: Any, **options: Any) -> LoraConfig:
@@ -217,4 +228,78 @@ PREFIX = [
         tt.Prefix(length=5, train=("classifier",)),
     ),
 ]
-CASES = [*LORA, *DORA, *IA3, *PREFIX]
+PROMPT = [
+    Case(
+        "prompt-llama",
+        kit.llama,
+        PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=5),
+        tt.Prompt(length=5),
+        fp32=True,
+    ),
+    Case(
+        "prompt-gpt2",
+        kit.gpt2,
+        PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=5),
+        tt.Prompt(length=5, init="normal"),
+    ),
+    Case(
+        "prompt-window",
+        kit.mistral,
+        PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=5),
+        tt.Prompt(length=5, init="uniform"),
+        fp32=True,
+    ),
+    Case(
+        "prompt-bert",
+        kit.bert,
+        PromptTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=5),
+        tt.Prompt(length=5, train=("classifier",)),
+    ),
+    Case(
+        "prompt-roberta",
+        kit.roberta,
+        PromptTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=5),
+        tt.Prompt(length=5, train=("classifier",)),
+    ),
+]
+LLAMA_ADAPTER = [
+    Case(
+        f"llama-adapter-{name}",
+        make,
+        AdaptionPromptConfig(task_type=TaskType.CAUSAL_LM, adapter_len=4, adapter_layers=top),
+        tt.LlamaAdapter(length=4, top=top, gate="scalar"),
+        fp32=True,
+    )
+    for name, make, top in (("llama", kit.llama, 2), ("mistral", kit.mistral, 2))
+]
+CASES = [*LORA, *DORA, *IA3, *PREFIX, *PROMPT, *LLAMA_ADAPTER]
+
+ENCODED = [
+    Case(
+        "ptuning-llama",
+        kit.llama,
+        PromptEncoderConfig(
+            task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4, encoder_hidden_size=6
+        ),
+        tt.PTuning(length=4, hidden=6),
+        fp32=True,
+    ),
+    Case(
+        "ptuning-lstm-bert",
+        kit.bert,
+        PromptEncoderConfig(
+            task_type=TaskType.SEQ_CLS, num_virtual_tokens=4, encoder_hidden_size=6,
+            encoder_reparameterization_type="LSTM",
+        ),
+        tt.PTuning(length=4, hidden=6, encoder="lstm", train=("classifier",)),
+    ),
+    Case(
+        "prefix-mlp-llama",
+        kit.llama,
+        PrefixTuningConfig(
+            task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4, encoder_hidden_size=6, prefix_projection=True
+        ),
+        tt.Prefix(length=4, hidden=6),
+    ),
+]  # fmt: skip
+"""Tables that an encoder makes in training; PEFT's file holds the table alone."""

@@ -100,3 +100,6 @@ class LlamaAdapter(Method):
             )
         length, top = config["adapter_len"], config["adapter_layers"]
         return cls(length=length, top=top, gate="scalar")
+
+    def roles_in_file(self, path: str, slots: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+        return (ROLE,)
