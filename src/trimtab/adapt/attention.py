@@ -153,7 +153,9 @@ class Injection:
         for owner in dict.fromkeys(context.route.owners):
             for edit in self._acting(owner):
                 call = self._call(edit, context, owner, x)
-                params = edit.params(call.holder, x.dtype)
+                holder = bank.get_submodule(_node(self.path)) if edit.tensors else bank
+                call.holder = holder
+                params = edit.params(holder, x.dtype)
                 pair = edit.method.keys_values(params, call)
                 if pair is not None:
                     before.append(Before(owner, *pair))
@@ -179,5 +181,4 @@ class Injection:
         part = Part(owner, None, None, False, units)
         call = At(edit, self.layer, context, part, self.bank, x.dtype, context.training)
         call.x = x
-        call.holder = self.bank.get_submodule(_node(self.path)) if edit.tensors else self.bank
         return call

@@ -15,7 +15,7 @@ from trimtab.adapt.route import Layout, Owner, Part, Route, layout
 from trimtab.errors import RouteError
 
 if TYPE_CHECKING:
-    from trimtab.adapt.grown import Rows
+    from trimtab.adapt.interleave import Rows
 
 KeysValues = dict[str, tuple[Tensor, Tensor]]
 """Path of an attention -> its keys and values, (length, C) for all rows alike or (B, length, C)."""

@@ -56,21 +56,22 @@ def check(model: nn.Module, adapter: Adapter, anatomy: Anatomy) -> None:
             f"{adapter.method.kind} puts a prompt before the text, which needs a transformers model that reads tokens; "
             f"{type(model).__name__} is none."
         )
-    if _generates(model, anatomy):
-        attention.check_reach(model, _decoding(anatomy), anatomy, adapter.method.kind)
+    for stack in _stacks(model, anatomy)[:1]:
+        if "inputs_embeds" not in inspect.signature(stack.forward).parameters:
+            raise UnsupportedError(
+                f"{type(stack).__name__} takes no embeddings in place of token ids, so no prompt can stand before them."
+            )
 
 
-def _generates(model: PreTrainedModel, anatomy: Anatomy) -> bool:
-    """Whether the text is read from left to right, each token by those before it."""
-    if anatomy.encoder_decoder:
-        return False
-    return model.can_generate() or bool(_decoding(anatomy))
-
-
-def _decoding(anatomy: Anatomy) -> list[str]:
-    """Self-attentions that hide later positions."""
+def _decoding(model: nn.Module, anatomy: Anatomy) -> list[str]:
+    """The self-attentions of a decoder, if all of them hide later positions and can be reached."""
     paths = anatomy.role("self_attention")
-    return [p for p in paths if getattr(anatomy.modules[p], "is_causal", False)]
+    if anatomy.encoder_decoder or not isinstance(model, PreTrainedModel) or not paths:
+        return []
+    causal = all(getattr(anatomy.modules[path], "is_causal", False) for path in paths)
+    implementation = getattr(anatomy.config, "_attn_implementation", None)
+    known = implementation in {*attention.OURS, *attention.OURS.values()}
+    return paths if causal and known and attention.reachable(model, paths, anatomy) else []
 
 
 def insert(model: nn.Module, bank: Bank, edit: Edit, anatomy: Anatomy) -> None:
@@ -78,9 +79,8 @@ def insert(model: nn.Module, bank: Bank, edit: Edit, anatomy: Anatomy) -> None:
     embedding = view(anatomy.modules[edit.path])
     assert embedding is not None
     bank.prompts[edit.adapter] = Prompt(edit, embedding)
-    if isinstance(model, PreTrainedModel) and _generates(model, anatomy):
-        for path in _decoding(anatomy):
-            attention.injection(model, bank, path, anatomy).edits.setdefault(edit.adapter, [])
+    for path in _decoding(model, anatomy):
+        attention.injection(model, bank, path, anatomy).edits.setdefault(edit.adapter, [])
 
 
 def prepare(model: nn.Module, bank: Bank, edits: list[Edit], anatomy: Anatomy) -> None:
@@ -128,7 +128,7 @@ class Front:
         self.stack = stack
         self.names = tuple(inspect.signature(stack.forward).parameters)
         self.shifts = anatomy.family.shifts_positions and "position_ids" in self.names
-        self.reads = bool(_decoding(anatomy)) and not anatomy.encoder_decoder
+        self.reads = bool(_decoding(anatomy.root, anatomy))
         self.grows = None if self.reads else Growth.of(anatomy.root, stack, anatomy.encoder_decoder)
         self.handles = [stack.register_forward_pre_hook(self.before, with_kwargs=True)]
         if self.grows is not None:

@@ -23,93 +23,15 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from trimtab.adapt.context import Context
-from trimtab.adapt.route import Owner, Route
+from trimtab.adapt.interleave import Rows
+from trimtab.adapt.route import Owner
 from trimtab.errors import RouteError, UnsupportedError
 
 _POOLED = ("ForSequenceClassification", "ForMultipleChoice")
+"""Heads that pool the first position. (A decoder's, called ``score``, looks for the last token of the ids.)"""
 _KNOWN = {"input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids"}
 Embed = Callable[[Owner], Tensor]
 """The prompt of an owner, (n, D)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Where everything lies: all (B, 1) but ``length``, the T of the text, and ``longest``."""
-
-    start: Tensor
-    size: Tensor
-    offset: Tensor
-    length: int
-    longest: int
-
-    @classmethod
-    def of(
-        cls,
-        route: Route,
-        sizes: Mapping[Owner, int],
-        mask_BT: Tensor | None,
-        rows: int,
-        length: int,
-    ) -> Rows:
-        if route.spans is not None:
-            raise RouteError(
-                "a prompt in an encoder lengthens its row, so documents cannot be packed there; send padded batches, "
-                "one document per row."
-            )
-        owners = route.owners * rows if route.every else route.owners
-        offsets = dict(zip(sizes, _sums(sizes.values()), strict=True))
-        size, offset = (
-            torch.tensor([[table[owner]] for owner in owners]) for table in (sizes, offsets)
-        )
-        if mask_BT is None:
-            return cls(torch.zeros_like(size), size, offset, length, max(sizes.values()))
-        start = (mask_BT.cumsum(1) == 0).sum(1, keepdim=True)
-        device = mask_BT.device
-        return cls(start, size.to(device), offset.to(device), length, max(sizes.values()))
-
-    def to(self, device: torch.device) -> Rows:
-        start, size, offset = (t.to(device) for t in (self.start, self.size, self.offset))
-        return Rows(start, size, offset, self.length, self.longest)
-
-    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, L): the text's own index of each place, that of the prompt, and which of the two it is (0, 1; 2 none)."""
-        place = torch.arange(self.length + self.longest, device=self.start.device)[None]
-        in_prompt = (place >= self.start) & (place < self.start + self.size)
-        text = torch.where(place < self.start, place, place - self.size)
-        text = text.clamp(0, self.length - 1)
-        kind = in_prompt.long()
-        kind = torch.where(place >= self.length + self.size, 2, kind)
-        return text, place - self.start, kind
-
-    def spread(self, text_BT: Tensor, prompt: float, nothing: float) -> Tensor:
-        """(B, L): a value per token of the text, with one for prompts and one for the places of nothing."""
-        text, _, kind = self.parts()
-        values = text_BT.gather(1, text)
-        return values.masked_fill(kind == 1, prompt).masked_fill(kind == 2, nothing)
-
-    def embeddings(self, text_BTD: Tensor, prompts_ND: Tensor) -> Tensor:
-        """(B, L, D)."""
-        text, prompt, kind = self.parts()
-        count = text_BTD.shape[0] * self.length
-        row = torch.arange(len(text), device=text.device)[:, None] * self.length
-        index = torch.where(kind == 1, count + self.offset + prompt, row + text)
-        index = torch.where(kind == 2, count + len(prompts_ND), index)
-        table = [text_BTD.flatten(0, 1), prompts_ND, prompts_ND.new_zeros(1, prompts_ND.shape[1])]
-        return torch.cat(table)[index]
-
-    def positions(self, text_BT: Tensor, nothing: int) -> Tensor:
-        """(B, L): the prompt takes the places of the first tokens, and these move on."""
-        text, prompt, kind = self.parts()
-        values = text_BT.gather(1, text)
-        values = values + self.size * (text >= self.start)
-        first = text_BT.gather(1, self.start.clamp_max(self.length - 1))
-        return torch.where(kind == 1, first + prompt, values).masked_fill(kind == 2, nothing)
-
-    def taken_out(self, grown: Tensor) -> Tensor:
-        """(B, T, …) of (B, L, …)."""
-        place = torch.arange(self.length, device=grown.device)[None]
-        index = torch.where(place < self.start, place, place + self.size)
-        return grown[torch.arange(len(index), device=grown.device)[:, None], index]
 
 
 class Growth(ABC):
@@ -122,7 +44,10 @@ class Growth(ABC):
             return None
         if encoder_decoder and stack is root.get_decoder():
             return CrossGrowth()
-        return EncoderGrowth(root, stack, encoder_decoder)
+        if not encoder_decoder and root.can_generate():
+            return DecoderGrowth(stack)
+        pooled = type(root).__name__.endswith(_POOLED) and "score" not in root._modules
+        return EncoderGrowth(stack, keeps=encoder_decoder or pooled)
 
     @abstractmethod
     def enter(
@@ -160,19 +85,17 @@ class CrossGrowth(Growth):
 
 @final
 class EncoderGrowth(Growth):
-    """An encoder."""
+    """An encoder; ``keeps`` says that the rest of the model sees the prompts' positions."""
 
-    def __init__(self, root: PreTrainedModel, stack: nn.Module, encoder_decoder: bool) -> None:
-        self.names = tuple(inspect.signature(stack.forward).parameters)
+    def __init__(self, stack: nn.Module, keeps: bool) -> None:
         self.stack = stack
-        self.keeps = encoder_decoder or type(root).__name__.endswith(_POOLED)
+        self.keeps = keeps
 
     def enter(
         self, context: Context, sizes: Mapping[Owner, int], embed: Embed, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        ids, x = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        if x is None:
-            x = self._embedding(ids)
+        ids = kwargs.get("input_ids")
+        x = kwargs["inputs_embeds"] if ids is None else self._embedding(ids)
         rows, length = x.shape[:2]
         mask = kwargs.get("attention_mask")
         self._refuse(kwargs, mask, rows, length)
@@ -244,10 +167,57 @@ class EncoderGrowth(Growth):
                 )
 
 
-def _sums(sizes: Any) -> list[int]:
-    """Where each begins, side by side."""
-    found, total = [], 0
-    for size in sizes:
-        found.append(total)
-        total += size
-    return found
+@final
+class DecoderGrowth(Growth):
+    """A decoder whose attention cannot be reached: prompts enter its cache like text, at the first fill.
+
+    What the cache holds then is remembered with it, so that later masks and positions tell of the prompts too.
+    """
+
+    def __init__(self, stack: nn.Module) -> None:
+        self.first = EncoderGrowth(stack, keeps=False)
+        self.takes = frozenset(inspect.signature(stack.forward).parameters)
+
+    def enter(
+        self, context: Context, sizes: Mapping[Owner, int], embed: Embed, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        filled = context.memory.get(_FILLED)
+        x = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
+        if "position_ids" in self.takes and kwargs.get("position_ids") is None:
+            seen = 0 if filled is None else filled.texts
+            here = torch.arange(seen, seen + x.shape[1], device=x.device)
+            kwargs = {**kwargs, "position_ids": here[None].expand(x.shape[0], -1)}
+        if filled is not None:
+            return filled.goes_on(x, kwargs)
+        new = self.first.enter(context, sizes, embed, kwargs)
+        placed = context.grown
+        assert placed is not None
+        context.memory[_FILLED] = Filled(new["attention_mask"], placed.size, placed.length)
+        return new
+
+    def leave(self, context: Context, out: Any) -> Any:
+        return self.first.leave(context, out)
+
+
+_FILLED = ("prompt", "filled")
+
+
+@dataclass(slots=True)
+class Filled:
+    """What a cache holds: its mask (B, S), how long each row's prompt is (B, 1), and how many tokens of text."""
+
+    mask: Tensor
+    size: Tensor
+    texts: int
+
+    def goes_on(self, x: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a later fill."""
+        rows, length = x.shape[:2]
+        given = kwargs.get("attention_mask")
+        fresh = self.mask.new_ones(rows, length) if given is None else given[:, -length:]
+        self.mask = torch.cat([self.mask, fresh.to(self.mask)], dim=1)
+        self.texts += length
+        new = {**kwargs, "attention_mask": self.mask}
+        if kwargs.get("position_ids") is not None:
+            new["position_ids"] = kwargs["position_ids"] + self.size
+        return new

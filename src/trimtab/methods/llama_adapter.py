@@ -16,9 +16,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from trimtab.adapt.attention import ROLE, AttentionLayer
+from trimtab.adapt.attention import ROLE
 from trimtab.adapt.contract import At, Layer, Method, Params, Place, Spec, normal, zeros
 from trimtab.adapt.peft_config import refuse_unknown
+from trimtab.adapt.projection import AttentionLayer
 from trimtab.errors import UnsupportedError
 from trimtab.models.anatomy import Anatomy
 
