@@ -256,6 +256,14 @@ PROMPT = [
         tt.Prompt(length=5, train=("classifier",)),
     ),
     Case(
+        "prompt-t5",
+        kit.t5,
+        PromptTuningConfig(
+            task_type=TaskType.SEQ_2_SEQ_LM, num_virtual_tokens=5, num_transformer_submodules=1
+        ),
+        tt.Prompt(length=5),
+    ),
+    Case(
         "prompt-roberta",
         kit.roberta,
         PromptTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=5),

@@ -262,6 +262,11 @@ class Method(Config, ABC):
         """
         return None
 
+    @classmethod
+    def tensor_from_peft(cls, config: Mapping[str, Any], slot: str, tensor: Tensor) -> Tensor:
+        """A tensor of PEFT's file as this method holds it; by default as it is."""
+        return tensor
+
     def roles_in_file(self, path: str, slots: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
         """The roles of a site read from a PEFT file, from its slots and their shapes."""
         return ("",)

@@ -52,7 +52,7 @@ def embedded(anatomy: Anatomy, ids: Sequence[int]) -> Init:
 
     def init(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         _, layer = input_embedding(anatomy)
-        return _rows(layer, _repeated(ids, shape[0], layer))
+        return _rows(layer, _repeated(ids, shape[0], layer.in_features))
 
     return init
 
@@ -64,8 +64,9 @@ def read(anatomy: Anatomy, ids: Sequence[int], places: Sequence[Place]) -> Init:
     """
 
     def init(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        _, layer = input_embedding(anatomy)
-        text = _repeated(ids, shape[0], layer).to(layer.device)[None]
+        size = int(getattr(anatomy.config, "vocab_size", 0) or 0)
+        device = next(anatomy.root.parameters()).device
+        text = _repeated(ids, shape[0], size).to(device)[None]
         paths = [place.path for place in places]
         with torch.no_grad(), _catching(anatomy, paths) as caught:
             inputs = {"input_ids": text}
@@ -88,11 +89,11 @@ def _rows(layer: Layer, ids: Tensor) -> Tensor:
         return layer.call(ids.to(layer.device)).float().cpu()
 
 
-def _repeated(ids: Sequence[int], length: int, layer: Layer) -> Tensor:
-    wrong = [token for token in ids if not 0 <= token < layer.in_features]
+def _repeated(ids: Sequence[int], length: int, size: int) -> Tensor:
+    wrong = [token for token in ids if not 0 <= token < size]
     if wrong:
         raise ConfigError(
-            f"text: token {wrong[0]} is not in the vocabulary of {layer.in_features} tokens; tokenise it with the "
+            f"text: token {wrong[0]} is not in the vocabulary of {size} tokens; tokenise it with the "
             "tokenizer of this base."
         )
     return torch.tensor(list(islice(cycle(ids), length)))

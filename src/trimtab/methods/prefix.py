@@ -30,6 +30,7 @@ _PEFT_DEFAULTS = {
     "num_virtual_tokens": None, "token_dim": None, "num_transformer_submodules": None, "num_attention_heads": None,
     "num_layers": None, "init_weights": None, "encoder_hidden_size": None, "prefix_projection": False,
 }  # fmt: skip
+_DECODER = r"re:(.*\.)?decoder\..*(SelfAttention|self_attn)"
 
 
 @final
@@ -103,9 +104,7 @@ class Prefix(Method):
         return []
 
     def in_peft(self, anatomy: Anatomy, places: Sequence[Place]) -> bool:
-        return (
-            not anatomy.encoder_decoder
-        )  # PEFT's has none in the encoder, and ties decoder layers in pairs
+        return not anatomy.encoder_decoder  # PEFT's ties the layers of a decoder; see below
 
     def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
         return {
@@ -123,4 +122,18 @@ class Prefix(Method):
             raise UnsupportedError(
                 "this prefix adapter has no 'prompt_embeddings'; save it again with PEFT ≥ 0.10."
             )
-        return cls(length=slots["prompt_embeddings"][0])
+        length = slots["prompt_embeddings"][0]
+        return cls(length=length, targets=_DECODER) if _doubled(config) else cls(length=length)
+
+    @classmethod
+    def tensor_from_peft(cls, config: Mapping[str, Any], slot: str, tensor: Tensor) -> Tensor:
+        """In an encoder-decoder, layer l of PEFT's decoder takes the table's entry 2l (mod layers)."""
+        if slot != TABLE or not _doubled(config):
+            return tensor
+        layers = config["num_layers"]
+        taken = [2 * layer % layers for layer in range(layers)]
+        return tensor.unflatten(1, (layers, -1))[:, taken].flatten(1)
+
+
+def _doubled(config: Mapping[str, Any]) -> bool:
+    return config.get("num_transformer_submodules") == 2

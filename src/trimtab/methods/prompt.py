@@ -20,7 +20,6 @@ from trimtab.adapt.encoder import TABLE, table
 from trimtab.adapt.front import ROLE
 from trimtab.adapt.peft_config import refuse_unknown
 from trimtab.adapt.reading import embedded, input_embedding, sampled
-from trimtab.errors import UnsupportedError
 from trimtab.models.anatomy import Anatomy
 
 _READ = {
@@ -69,24 +68,20 @@ class Prompt(Method):
     def wrapped(self, places: Sequence[Place]) -> list[str]:
         return []
 
-    def in_peft(self, anatomy: Anatomy, places: Sequence[Place]) -> bool:
-        return not anatomy.encoder_decoder  # PEFT's puts one before the decoder's text too
-
     def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
-        return {"num_virtual_tokens": self.length}
+        return {"num_virtual_tokens": self.length, "num_transformer_submodules": 1}
 
     @classmethod
     def from_peft(
         cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]
     ) -> Prompt | None:
         refuse_unknown(config, {}, _READ, "prompt tuning")
-        length = slots["prompt_embeddings"][0]
-        if length != config.get("num_virtual_tokens"):
-            raise UnsupportedError(
-                "this file holds a second prompt, for a decoder; in an encoder-decoder Trimtab puts one into the "
-                "encoder only."
-            )
-        return cls(length=length)
+        return cls(length=config["num_virtual_tokens"])
+
+    @classmethod
+    def tensor_from_peft(cls, config: Mapping[str, Any], slot: str, tensor: Tensor) -> Tensor:
+        """For an encoder-decoder PEFT writes as many rows again, which it never uses."""
+        return tensor[: config["num_virtual_tokens"]].clone() if slot == TABLE else tensor
 
 
 def _half(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -86,9 +86,6 @@ class PTuning(Method):
     def wrapped(self, places: Sequence[Place]) -> list[str]:
         return []
 
-    def in_peft(self, anatomy: Anatomy, places: Sequence[Place]) -> bool:
-        return not anatomy.encoder_decoder
-
     @classmethod
     def from_peft(
         cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]
