@@ -196,6 +196,20 @@ def test_gradients_are_those_of_the_embeddings(make: kit.Make) -> None:
         table.grad = None
 
 
+@torch.no_grad()
+def test_a_decoders_classifier_finds_the_last_token() -> None:
+    """PEFT pools the last position, padding or not, because it hands the classifier no ids."""
+    text, rest = ids_of(TEXT), ids_of(ROWS, REST, seed=1)
+    bare, model = with_text_as_prompt(kit.llama_classifier, text)
+    mask = torch.ones_like(rest)
+    mask[0, -2:] = mask[1, :2] = 0
+    rest = rest.masked_fill(mask == 0, bare.config.pad_token_id)
+    found = model(rest, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)).logits
+    for row in range(ROWS):
+        own = torch.cat([text, rest[row][mask[row].bool()]])[None]
+        same(found[row], bare(own).logits[0], f"row {row}")
+
+
 def test_reentrant_checkpoints_are_refused() -> None:
     _, model = with_text_as_prompt(kit.llama, ids_of(TEXT))
     with kit.quiet("`gradient_checkpointing_enable` is deprecated"):

@@ -189,6 +189,12 @@ class Method(Config, ABC):
         """
         return shared
 
+    @property
+    def layerwise(self) -> bool:
+        """Whether all that it does is to edit layers (so that a gate can scale it)."""
+        other = ("keys_values", "beside", "virtual_embeddings")
+        return not any(map(self.overrides, other))
+
     def merged(self, p: Params, layer: Layer, role: str) -> tuple[Tensor, Tensor | None] | None:
         """A closed form of the merged ``(W', b')`` in fp32, or None: push the identity."""
         return None

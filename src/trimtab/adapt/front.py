@@ -25,6 +25,7 @@ from trimtab.adapt.at import readied
 from trimtab.adapt.context import Context, KeysValues
 from trimtab.adapt.edit import Edit
 from trimtab.adapt.grown import Growth
+from trimtab.adapt.injected import OURS
 from trimtab.adapt.route import Owner, Route, units_at
 from trimtab.errors import RouteError, UnsupportedError
 from trimtab.frozen import Layer, view
@@ -70,7 +71,7 @@ def _decoding(model: nn.Module, anatomy: Anatomy) -> list[str]:
         return []
     causal = all(getattr(anatomy.modules[path], "is_causal", False) for path in paths)
     implementation = getattr(anatomy.config, "_attn_implementation", None)
-    known = implementation in {*attention.OURS, *attention.OURS.values()}
+    known = implementation in {*OURS, *OURS.values()}
     return paths if causal and known and attention.reachable(model, paths, anatomy) else []
 
 

@@ -26,9 +26,9 @@ from trimtab.adapt.reading import read
 from trimtab.errors import UnsupportedError
 from trimtab.models.anatomy import Anatomy
 
-_PEFT_DEFAULTS = {
-    "num_virtual_tokens": None, "token_dim": None, "num_transformer_submodules": None, "num_attention_heads": None,
-    "num_layers": None, "init_weights": None, "encoder_hidden_size": None, "prefix_projection": False,
+_READ = {
+    "num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers",
+    "init_weights", "encoder_hidden_size", "prefix_projection",
 }  # fmt: skip
 _DECODER = r"re:(.*\.)?decoder\..*(SelfAttention|self_attn)"
 
@@ -107,17 +107,14 @@ class Prefix(Method):
         return not anatomy.encoder_decoder  # PEFT's ties the layers of a decoder; see below
 
     def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
-        return {
-            "num_virtual_tokens": self.length,
-            "num_layers": len(places),
-            "prefix_projection": False,
-        }
+        flat = {"prefix_projection": False, "num_layers": len(places)}
+        return {"num_virtual_tokens": self.length, **flat}
 
     @classmethod
     def from_peft(
         cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]
     ) -> Prefix | None:
-        refuse_unknown(config, _PEFT_DEFAULTS, set(_PEFT_DEFAULTS), "prefix tuning")
+        refuse_unknown(config, {}, _READ, "prefix tuning")
         if "prompt_embeddings" not in slots:
             raise UnsupportedError(
                 "this prefix adapter has no 'prompt_embeddings'; save it again with PEFT ≥ 0.10."

@@ -12,13 +12,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, final
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from trimtab.adapt.contract import Init, Method, Params, Place, Spec, normal
+from trimtab.adapt.contract import Init, Place, Spec, normal
 from trimtab.adapt.encoder import TABLE, table
-from trimtab.adapt.front import ROLE
 from trimtab.adapt.peft_config import refuse_unknown
+from trimtab.adapt.prompted import Prompted
 from trimtab.adapt.reading import embedded, input_embedding, sampled
 from trimtab.models.anatomy import Anatomy
 
@@ -29,30 +28,19 @@ _READ = {
 
 
 @final
-class Prompt(Method):
+class Prompt(Prompted):
     """``Prompt(length=20)``; ``text=ids`` starts it as those tokens, repeated or cut to its length.
 
     Without a text, ``init`` draws its tokens from the vocabulary, or its values from N(0, 1) or U(−½, ½).
     """
 
     kind: ClassVar[str] = "prompt"
-    affine: ClassVar[bool] = False
-    why_not_affine: ClassVar[str] = "it puts tokens before the text, which no weight can do"
     lr: ClassVar[float] = 1e-3
     peft_type: ClassVar[str | None] = "PROMPT_TUNING"
-    peft_root: ClassVar[str] = "base_model."
     disk: ClassVar[Mapping[str, str]] = {TABLE: "prompt_embeddings"}
 
-    length: int = Field(default=20, ge=1)
     init: Literal["vocabulary", "normal", "uniform"] = "vocabulary"
     text: tuple[int, ...] = ()
-
-    @property
-    def prompt_tokens(self) -> int:
-        return self.length
-
-    def place(self, anatomy: Anatomy) -> Sequence[Place]:
-        return [Place(input_embedding(anatomy)[0], ROLE)]
 
     def shared(self, anatomy: Anatomy, places: Sequence[Place]) -> dict[str, Spec]:
         return table((self.length, input_embedding(anatomy)[1].out_features), self._first(anatomy))
@@ -61,12 +49,6 @@ class Prompt(Method):
         if self.text:
             return embedded(anatomy, self.text)
         return {"vocabulary": sampled(anatomy), "normal": normal(1.0), "uniform": _half}[self.init]
-
-    def virtual_embeddings(self, shared: Params) -> Tensor | None:
-        return shared[TABLE]
-
-    def wrapped(self, places: Sequence[Place]) -> list[str]:
-        return []
 
     def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
         return {"num_virtual_tokens": self.length, "num_transformer_submodules": 1}

@@ -16,9 +16,9 @@ from torch import Tensor, relu
 
 from trimtab.adapt.contract import Method, Params, Place, Spec, normal
 from trimtab.adapt.encoder import TABLE, lstm, lstm_specs, mlp, mlp_specs, table
-from trimtab.adapt.front import ROLE
 from trimtab.adapt.parse import methods
 from trimtab.adapt.peft_config import refuse_unknown
+from trimtab.adapt.prompted import Prompted
 from trimtab.adapt.reading import input_embedding
 from trimtab.models.anatomy import Anatomy
 
@@ -30,28 +30,17 @@ _LAYERS = 2
 
 
 @final
-class PTuning(Method):
+class PTuning(Prompted):
     """``PTuning(length=20)``; ``encoder="lstm"`` is the paper's. ``hidden`` is the encoder's width: by default that
     of the embeddings, and half of it for each direction of the LSTM.
     """
 
     kind: ClassVar[str] = "ptuning"
-    affine: ClassVar[bool] = False
-    why_not_affine: ClassVar[str] = "it puts tokens before the text, which no weight can do"
     lr: ClassVar[float] = 3e-4
     peft_type: ClassVar[str | None] = "P_TUNING"
-    peft_root: ClassVar[str] = "base_model."
 
-    length: int = Field(default=20, ge=1)
     encoder: Literal["mlp", "lstm"] = "mlp"
     hidden: int | None = Field(default=None, ge=1)
-
-    @property
-    def prompt_tokens(self) -> int:
-        return self.length
-
-    def place(self, anatomy: Anatomy) -> Sequence[Place]:
-        return [Place(input_embedding(anatomy)[0], ROLE)]
 
     def shared(self, anatomy: Anatomy, places: Sequence[Place]) -> dict[str, Spec]:
         width = input_embedding(anatomy)[1].out_features
@@ -72,19 +61,13 @@ class PTuning(Method):
             x = lstm(shared, "lstm_head", x, _LAYERS)
         return {TABLE: mlp(shared, "mlp_head", x, relu)}
 
-    def virtual_embeddings(self, shared: Params) -> Tensor | None:
-        return shared[TABLE]
-
     def plain(self) -> Method:
-        return methods.get("prompt").parse({"length": self.length})
+        return methods.get("prompt").parse({"length": self.length, "train": self.train})
 
     def plain_tensors(
         self, tensors: Mapping[str, Tensor], place: Place | None
     ) -> dict[str, Tensor]:
         return dict(self.ready(tensors, training=False))
-
-    def wrapped(self, places: Sequence[Place]) -> list[str]:
-        return []
 
     @classmethod
     def from_peft(
@@ -92,5 +75,5 @@ class PTuning(Method):
     ) -> Method | None:
         """PEFT's file holds only what the encoder made: a plain prompt."""
         refuse_unknown(config, {}, _READ, "P-tuning")
-        only = {key: config.get(key) for key in ("num_virtual_tokens",)}
+        only = {"num_virtual_tokens": config["num_virtual_tokens"]}
         return methods.get("prompt").from_peft(only, slots)
