@@ -19,9 +19,9 @@ from trimtab.adapt.at import At
 from trimtab.adapt.context import Context
 from trimtab.adapt.edit import Edit
 from trimtab.adapt.injected import KEYWORD, OURS, Before, Beside, Injected
-from trimtab.adapt.projection import AttentionLayer
 from trimtab.adapt.route import Owner, Part
 from trimtab.errors import UnsupportedError
+from trimtab.models.attention_layer import AttentionLayer
 
 if TYPE_CHECKING:
     from trimtab.adapt.adapter import Adapter

@@ -11,7 +11,6 @@ from torch import nn
 from trimtab.adapt.adapter import Adapter, Origin, SiteSpec
 from trimtab.adapt.contract import Method, Place
 from trimtab.adapt.parse import methods
-from trimtab.adapt.projection import AttentionLayer
 from trimtab.errors import (
     AttachError,
     BaseMismatchError,
@@ -21,6 +20,7 @@ from trimtab.errors import (
 from trimtab.frozen import Layer, view
 from trimtab.frozen.sublayer import SubLayer
 from trimtab.models.anatomy import Anatomy
+from trimtab.models.attention_layer import AttentionLayer
 from trimtab.models.families import ROLES
 
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from trimtab.adapt.attention import ROLE
 from trimtab.adapt.contract import At, Layer, Method, Params, Place, Spec, normal, zeros
 from trimtab.adapt.peft_config import refuse_unknown
-from trimtab.adapt.projection import AttentionLayer
 from trimtab.errors import UnsupportedError
 from trimtab.models.anatomy import Anatomy
+from trimtab.models.attention_layer import AttentionLayer
 
 _READ = {"adapter_len", "adapter_layers", "target_modules"}
 
