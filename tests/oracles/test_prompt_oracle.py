@@ -32,7 +32,7 @@ from tests import tiny as models
 from tests.oracles import kit
 from trimtab.adapt.bank import bank_of
 from trimtab.adapt.route import Route, Span
-from trimtab.errors import ConfigError, RouteError, UnsupportedError
+from trimtab.errors import ConfigError, RouteError, TargetError, UnsupportedError
 
 TEXT, REST, ROWS = 5, 6, 3
 _SIZES: dict[str, Any] = {
@@ -262,6 +262,46 @@ def test_a_short_text_is_repeated_and_a_long_one_is_cut() -> None:
         assert torch.equal(table.detach(), weight[[7, 8, 9, 7, 8][:length]])
     with pytest.raises(ConfigError, match="token 97"):
         tt.attach(model, tt.Prompt(text=(97,)), "wrong")
+
+
+def test_what_means_nothing_is_refused() -> None:
+    with pytest.raises(TargetError, match="leave out targets"):
+        tt.attach(kit.llama(), tt.Prompt(targets="q_proj"), "p")
+    for inner in ("prompt", "ptuning", "prefix", "llama-adapter"):
+        with pytest.raises(ConfigError, match="layer-wise"):
+            tt.SpotTune(inner=inner)
+    model = kit.llama()
+    tt.attach(model, tt.Prompt(length=2), "p")
+    with pytest.raises(TargetError, match="virtual tokens"):
+        tt.scale(model, "p", 0.5)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "prompt(length=3)",
+        "ptuning(length=3, hidden=8)",
+        "prefix(length=3, hidden=8)",
+        "llama-adapter(length=3)",
+    ],
+)
+@pytest.mark.parametrize(
+    "make", [kit.llama, kit.bert, kit.t5, falcon], ids=["llama", "bert", "t5", "falcon"]
+)
+def test_a_base_in_bf16_computes_in_bf16(make: kit.Make, method: str) -> None:
+    """The masters stay in fp32, and get gradients."""
+    model = make().bfloat16()
+    if make is falcon and method.startswith(("prefix", "llama-adapter")):
+        pytest.skip("its attention cannot be reached")
+    adapter = tt.attach(model, method, "a")
+    kit.stir(adapter)
+    batch = kit.batch_of(model)
+    assert kit.acts(model, "a", batch) and tt.probe(model) == []
+    out = kit.outputs(model, batch)
+    assert out.dtype == torch.bfloat16
+    out.float().sin().sum().backward()
+    for parameter in adapter.parameters():
+        assert parameter.dtype == torch.float32 and bool(parameter.grad.any())
 
 
 # -- encoders -------------------------------------------------------------------------------------------

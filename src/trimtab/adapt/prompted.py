@@ -13,6 +13,7 @@ from trimtab.adapt.contract import Method, Params, Place
 from trimtab.adapt.encoder import TABLE
 from trimtab.adapt.front import ROLE
 from trimtab.adapt.reading import input_embedding
+from trimtab.errors import TargetError
 from trimtab.models.anatomy import Anatomy
 
 
@@ -30,6 +31,10 @@ class Prompted(Method, ABC):
         return self.length
 
     def place(self, anatomy: Anatomy) -> Sequence[Place]:
+        if self.targets or self.exclude or self.layers is not None:
+            raise TargetError(
+                f"{self.kind} stands before the text and edits no layer: leave out targets, exclude and layers."
+            )
         return [Place(input_embedding(anatomy)[0], ROLE)]
 
     def virtual_embeddings(self, shared: Params) -> Tensor | None:
