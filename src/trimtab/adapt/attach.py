@@ -111,43 +111,23 @@ def _insert(
     """Put edits and tensors in their places; ``placed`` tells how far it came."""
     existing = sites_of(model)
     holders: dict[TensorName, nn.Module] = {}
-    made: list[Edit] = []
     for number in range(len(adapter.methods)):
         for spec in specs[-1 - number, ""].values():
             holders[TensorName("", spec.name)] = bank
     for number, spec_site in enumerate(adapter.sites):
-        method = adapter.methods[spec_site.method].at(spec_site.path)
-        holder: nn.Module = bank
-        specs_here = specs[number, spec_site.path]
-        if spec_site.role == attention.ROLE:
-            holder = attention.holder(bank, spec_site.path) if specs_here else bank
-        elif spec_site.role != front.ROLE:
-            site = _site(model, bank, spec_site.path, anatomy, existing)
-            holder = (
-                site.holder(spec_site.path.rpartition(".")[2])
-                if isinstance(site, ExpertsSite)
-                else site
-            )
         edit = Edit(
             adapter=adapter.name,
-            method=method,
+            method=adapter.methods[spec_site.method].at(spec_site.path),
             path=spec_site.path,
             role=spec_site.role,
             block=anatomy.block_of(spec_site.path),
             order=_order(adapter, number),
             causal=anatomy.causal,
-            specs=specs_here,
+            specs=specs[number, spec_site.path],
             shared=specs[-1 - spec_site.method, ""],
         )
-        made.append(edit)
-        if spec_site.role == attention.ROLE:
-            attention.insert(model, bank, edit, anatomy)
-        elif spec_site.role == front.ROLE:
-            front.insert(model, bank, edit, anatomy)
-        else:
-            site.edits.setdefault(adapter.name, []).append(edit)
-        holders |= {TensorName(spec_site.path, spec.name): holder for spec in edit.tensors.values()}
-    front.prepare(model, bank, made, anatomy)
+        holder = _put(model, bank, edit, anatomy, existing)
+        holders |= {TensorName(spec_site.path, held.name): holder for held in edit.tensors.values()}
     known = {
         TensorName(path, spec.name): spec
         for (_, path), of_site in specs.items()
@@ -163,6 +143,25 @@ def _insert(
     adapter.bind(stored, {name: holder for name, holder in holders.items() if name not in stored})
     bank.adapters[adapter.name] = adapter
     bank.active.append(adapter.name)
+
+
+def _put(
+    model: nn.Module, bank: Bank, edit: Edit, anatomy: Anatomy, existing: dict[str, SiteBase]
+) -> nn.Module:
+    """Put one edit in its place: before the text, inside attention, or around a layer.
+
+    Returns the module that holds its tensors.
+    """
+    if edit.role == front.ROLE:
+        front.insert(model, bank, edit, anatomy)
+        return bank
+    if edit.role == attention.ROLE:
+        attention.insert(model, bank, edit, anatomy)
+        front.prepare(model, bank, edit, anatomy)
+        return attention.holder(bank, edit.path) if edit.tensors else bank
+    site = _site(model, bank, edit.path, anatomy, existing)
+    site.edits.setdefault(edit.adapter, []).append(edit)
+    return site.holder(edit.path.rpartition(".")[2]) if isinstance(site, ExpertsSite) else site
 
 
 def _withdraw(

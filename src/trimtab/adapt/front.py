@@ -82,14 +82,14 @@ def insert(model: nn.Module, bank: Bank, edit: Edit, anatomy: Anatomy) -> None:
     bank.prompts[edit.adapter] = Prompt(edit, embedding)
     for path in _decoding(model, anatomy):
         attention.injection(model, bank, path, anatomy).edits.setdefault(edit.adapter, [])
+    prepare(model, bank, edit, anatomy)
 
 
-def prepare(model: nn.Module, bank: Bank, edits: list[Edit], anatomy: Anatomy) -> None:
-    """Put the hooks in place that these edits need."""
-    for edit in edits:
-        if edit.readies:
-            bank.readying.setdefault(edit.adapter, {})[edit.source] = edit
-    if not bank.fronts and (bank.injections or bank.prompts):
+def prepare(model: nn.Module, bank: Bank, edit: Edit, anatomy: Anatomy) -> None:
+    """Put the hooks in place that an edit before the text or inside attention needs."""
+    if edit.readies:
+        bank.readying.setdefault(edit.adapter, {})[edit.source] = edit
+    if not bank.fronts:
         bank.fronts = [Front(bank, stack, anatomy) for stack in _stacks(model, anatomy)]
 
 
