@@ -385,6 +385,49 @@ def test_an_encoder_refuses_packed_documents() -> None:
         model(ids_of(1, 4))
 
 
+# -- in the text ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make", [kit.llama, kit.bert, kit.t5, bloom], ids=["llama", "bert", "t5", "bloom"]
+)
+@torch.no_grad()
+def test_placeholders_in_the_text_are_the_prompts_tokens(make: kit.Make) -> None:
+    """As in P-tuning's templates: anywhere, each row its own, and begun anew after the last."""
+    bare, model = make(), make()
+    method = tt.Prompt(length=3, text=(7, 8, 9), placeholder=2)
+    tt.attach(model, method, "a")
+    tt.attach(model, method.replace(text=(17, 18, 19)), "b")
+    batch = kit.batch_of(model)
+    ids = batch["input_ids"]
+    ids[0, [0, 3]] = ids[1, [1, 2, 4, 6]] = ids[2, 5] = 2
+    real = ids.clone()
+    real[0, [0, 3]] = torch.tensor([7, 8])
+    real[1, [1, 2, 4, 6]] = torch.tensor([17, 18, 19, 17])
+    with tt.rows(model, ["a", "b", None]):
+        found = kit.outputs(model, batch)
+    kit.assert_close(found, kit.outputs(bare, {**batch, "input_ids": real}), "outputs")
+
+
+@torch.no_grad()
+def test_placeholders_are_counted_in_each_packed_document() -> None:
+    model = kit.llama()
+    tt.attach(model, tt.Prompt(length=3, text=(7, 8, 9), placeholder=2), "a")
+    ids, real = torch.tensor([[2, 5, 2, 2, 6, 2, 4]]), torch.tensor([[7, 5, 8, 7, 6, 8, 4]])
+    spans, positions = (Span(0, 0, 3), Span(0, 3, 7)), torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+    with bank_of(model).scope(Route((("a",), ("a",)), spans)):
+        found = model(ids, position_ids=positions, use_cache=False).logits
+    with tt.using(model, None):
+        expected = model(real, position_ids=positions, use_cache=False).logits
+    kit.assert_close(found, expected, "logits")
+    other = torch.tensor([[2, 5, 2, 2, 6, 2, 4]]), torch.tensor([[7, 5, 8, 2, 6, 2, 4]])
+    with bank_of(model).scope(Route((("a",), ()), spans)):
+        found = model(other[0], position_ids=positions, use_cache=False).logits
+    with tt.using(model, None):
+        expected = model(other[1], position_ids=positions, use_cache=False).logits
+    kit.assert_close(found, expected, "one document of the base")
+
+
 # -- encoders of prompts ----------------------------------------------------------------------------------
 
 
@@ -392,11 +435,12 @@ def test_an_encoder_refuses_packed_documents() -> None:
     ("make", "method"),
     [
         (kit.llama, tt.PTuning(length=4, hidden=6)),
+        (kit.llama, tt.PTuning(length=4, hidden=6, placeholder=14)),
         (kit.bert, tt.PTuning(length=4, hidden=6, encoder="lstm")),
         (kit.t5, tt.PTuning(length=4, encoder="lstm")),
         (kit.llama, tt.Prefix(length=4, hidden=6, dropout=0.5)),
     ],
-    ids=["mlp", "lstm", "lstm-t5", "prefix"],
+    ids=["mlp", "mlp-in-the-text", "lstm", "lstm-t5", "prefix"],
 )
 def test_the_shared_form_is_the_same_function_and_the_training_form_resumes(
     make: kit.Make, method: tt.Method, tmp_path: Any

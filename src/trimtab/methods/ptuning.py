@@ -2,7 +2,8 @@
 
     P = MLP(E)   or   P = W_2 relu(W_1 BiLSTM(E) + b_1) + b_2
 
-The encoder is for training; what is shared is P, a plain prompt. The MLP is PEFT's (three layers, ReLU between),
+With ``placeholder`` the prompt's tokens stand in the text, where the paper's templates put them; without, before
+it. The encoder is for training; what is shared is P, a plain prompt. The MLP is PEFT's (three layers, ReLU between),
 the LSTM the paper's (two layers, both directions).
 """
 
@@ -62,7 +63,9 @@ class PTuning(Prompted):
         return {TABLE: mlp(shared, "mlp_head", x, relu)}
 
     def plain(self) -> Method:
-        return methods.get("prompt").parse({"length": self.length, "train": self.train})
+        return methods.get("prompt").parse(
+            {"length": self.length, "placeholder": self.placeholder, "train": self.train}
+        )
 
     def plain_tensors(
         self, tensors: Mapping[str, Tensor], place: Place | None
