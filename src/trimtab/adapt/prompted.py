@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from pydantic import Field
@@ -48,7 +48,7 @@ class Prompted(Method, ABC):
 
     def leave(self, p: Params, y: Tensor, at: At) -> Tensor:
         """In the text: the embeddings of placeholders are the prompt's."""
-        here = at.x == self.placeholder
+        here = at.x.eq(cast(int, self.placeholder))
         chosen = at.shared[TABLE][(_earlier(here, at) % self.length)].to(y.dtype)
         return torch.where(here[..., None], chosen, y)
 
