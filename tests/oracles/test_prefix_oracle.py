@@ -298,7 +298,7 @@ class Halved(Method):
         return [Place(place.path, ROLE) for place in super().place(anatomy)]
 
     def tensors(self, layer: Any, role: str) -> dict[str, Spec]:
-        return {"both": Spec("both", (2, self.length, layer.keys), normal(1.0))}
+        return {"both": Spec("both", (2, self.length, 16), normal(1.0))}
 
     def keys_values(self, p: Params, at: At) -> tuple[Tensor, Tensor]:
         keys, values = p["both"]

@@ -8,6 +8,7 @@ attention function (see `trimtab.adapt.injected`). Prompts that were read before
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import TYPE_CHECKING, Any, cast
 
@@ -58,13 +59,18 @@ def check_reach(model: nn.Module, paths: list[str], anatomy: Anatomy, kind: str)
 
 def reachable(model: PreTrainedModel, paths: list[str], anatomy: Anatomy) -> bool:
     """Whether these attentions look their function up in the registry of transformers."""
-    kinds = {type(anatomy.modules[path]) for path in paths}
+    kinds = {type(anatomy.modules[anatomy.experts.get(path, path)]) for path in paths}
     return model._can_set_attn_implementation() and all(map(_asks_registry, kinds))
 
 
 def _asks_registry(kind: type[nn.Module]) -> bool:
-    """Whether an attention class looks its function up (T5's does only in later releases of transformers)."""
-    return "ALL_ATTENTION_FUNCTIONS" in sys.modules[kind.__module__].__dict__
+    """Whether a class is an attention that looks its function up (T5's does only in later releases of transformers).
+
+    Norms and MLPs live in the same modules, but hand no further keywords on.
+    """
+    keywords = inspect.signature(kind.forward).parameters.values()
+    hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in keywords)
+    return hands_on and "ALL_ATTENTION_FUNCTIONS" in sys.modules[kind.__module__].__dict__
 
 
 def set_implementation(model: nn.Module, name: str) -> None:

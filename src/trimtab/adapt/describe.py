@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from trimtab.adapt.adapter import Adapter
+from trimtab.adapt.adapter import Adapter, TensorName
 from trimtab.adapt.bank import find_bank
-from trimtab.adapt.contract import Method
+from trimtab.adapt.contract import Method, Spec
 from trimtab.adapt.parse import method_from
 from trimtab.adapt.plan import layer_at, planned
 from trimtab.adapt.tensors import specs_of
@@ -46,13 +46,30 @@ def describe(model: nn.Module) -> str:
 def resolve(model: nn.Module, method: Method | str | Mapping[str, object]) -> str:
     """Where a method would act on this model, with shapes and parameter counts; nothing is changed."""
     chosen = method_from(method)
-    anatomy = anatomy_of(model)
-    adapter = planned(model, chosen, "plan", anatomy)
-    layers = {site.path: layer_at(anatomy, site.path) for site in adapter.sites}
-    specs = specs_of(adapter, anatomy, layers)
-    count = sum(_size(spec.shape) for found in specs.values() for spec in found.values())
-    head = f"{chosen.kind}: {len(adapter.sites)} sites, {count:,} parameters"
+    adapter, specs = states(model, chosen)
+    head = f"{chosen.kind}: {len(adapter.sites)} sites, {counted(adapter, specs):,} parameters"
     return "\n".join([head, *(f"  {line}" for line in grouped(adapter))])
+
+
+Specs = Mapping[tuple[int, str], Mapping[str, Spec]]
+"""What `trimtab.adapt.tensors.specs_of` gives."""
+
+
+def states(model: nn.Module, method: Method) -> tuple[Adapter, Specs]:
+    """The adapter, without tensors, that a method would be on this model, and the tensors that it states."""
+    anatomy = anatomy_of(model)
+    adapter = planned(model, method, "plan", anatomy)
+    layers = {site.path: layer_at(anatomy, site.path) for site in adapter.sites}
+    return adapter, specs_of(adapter, anatomy, layers)
+
+
+def counted(adapter: Adapter, specs: Specs) -> int:
+    """How many values are trained: not those that are fixed, or drawn again."""
+    known = {
+        TensorName(path, spec.name): spec for (_, path), of in specs.items() for spec in of.values()
+    }
+    trained = known.keys() - adapter.fixed_among(known)
+    return sum(_size(known[name].shape) for name in trained if known[name].stored)
 
 
 def grouped(adapter: Adapter) -> list[str]:

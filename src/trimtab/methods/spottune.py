@@ -43,10 +43,15 @@ class SpotTune(Method):
     lr: ClassVar[float] = 5e-4
 
     inner: Any = "lora"
+    """The method whose edits are gated."""
     hidden: int = Field(default=64, ge=1)
+    """Width of the policy network."""
     temperature: float = Field(default=5.0, gt=0)
+    """Of the sampled choice in training."""
     blocks: int | None = Field(default=None, ge=1)
+    """Adapt at most so many blocks over a batch."""
     budget_weight: float = Field(default=0.01, ge=0)
+    """Weight of the two losses that keep to ``blocks``."""
 
     @field_validator("inner")
     @classmethod
@@ -58,14 +63,22 @@ class SpotTune(Method):
             )
         return inner
 
+    @field_validator("targets", "exclude", "layers")
+    @classmethod
+    def _of_inner(cls, value: Any) -> Any:
+        if value:
+            raise ValueError("the inner method says where it acts: inner=lora(targets='mlp')")
+        return value
+
     def place(self, anatomy: Anatomy) -> Sequence[Place]:
         places = [p for p in self.inner.place(anatomy) if anatomy.block_of(p.path) is not None]
-        if not places or not anatomy.role("input_embedding"):
+        inputs = anatomy.inputs_of([place.path for place in places])
+        if not places or not inputs:
             raise UnsupportedError(
-                "SpotTune needs a transformer with blocks and an input embedding that Trimtab knows: its policy "
-                "reads the embeddings and decides block by block."
+                "SpotTune needs a transformer with blocks and one input embedding that Trimtab knows: its policy "
+                "reads the embeddings and decides block by block. Of a model with two towers, target one."
             )
-        return [*(Place(path, POLICY) for path in anatomy.role("input_embedding")), *places]
+        return [*(Place(path, POLICY) for path in inputs), *places]
 
     def at(self, path: str) -> SpotTune:
         inner = self.inner.at(path)
@@ -75,7 +88,8 @@ class SpotTune(Method):
         return {} if role == POLICY else self.inner.tensors(layer, role)
 
     def shared(self, anatomy: Anatomy, places: Sequence[Place]) -> dict[str, Spec]:
-        width, count = anatomy.width, len(anatomy.blocks)
+        width = anatomy.width_at(places[0].path)
+        count = len(anatomy.blocks)
         return {
             "norm": Spec("policy.norm.weight", (width,), ones),
             "down": Spec("policy.down.weight", (self.hidden, width), normal(width**-0.5)),
