@@ -30,7 +30,7 @@ SMALL = {
     "lora": "lora(rank=4)",
     "dora": "dora(rank=4)",
     "bottleneck": "bottleneck(size=6)",
-    "llama-adapter": "llama-adapter(length=3)",
+    "llama-adapter": "llama-adapter(length=3, gate='scalar')",
     "prefix": "prefix(length=3, init_std=1.0)",
     "prompt": "prompt(length=3)",
     "ptuning": "ptuning(length=3, hidden=8)",
