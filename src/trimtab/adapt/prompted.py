@@ -30,7 +30,9 @@ class Prompted(Method, ABC):
     peft_root: ClassVar[str] = "base_model."
 
     length: int = Field(default=20, ge=1)
+    """How many virtual tokens."""
     placeholder: int | None = Field(default=None, ge=0)
+    """Id of the token that stands for them in the text; none puts them before the text."""
 
     @property
     def prompt_tokens(self) -> int:

@@ -47,8 +47,11 @@ class LlamaAdapter(Method):
 
     targets: str | tuple[str, ...] = "self_attention"
     length: int = Field(default=10, ge=1)
+    """How many prompts each attention has."""
     top: int = Field(default=30, ge=1)
+    """In how many of the last attentions."""
     gate: Literal["heads", "scalar"] = "heads"
+    """A gate per head, or one per layer as PEFT has it."""
 
     def place(self, anatomy: Anatomy) -> Sequence[Place]:
         return [Place(place.path, ROLE) for place in super().place(anatomy)][-self.top :]

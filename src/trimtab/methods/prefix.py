@@ -53,10 +53,15 @@ class Prefix(Method):
 
     targets: str | tuple[str, ...] = "self_attention"
     length: int = Field(default=30, ge=1)
+    """How many virtual tokens each attention has."""
     init_std: float = Field(default=0.02, ge=0.0)
+    """Spread of the first values, where there is no text."""
     hidden: int | None = Field(default=None, ge=1)
+    """Width of an MLP that makes the table in training; none trains the table itself."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Of the prefix, in training, row by row."""
     text: tuple[int, ...] = ()
+    """Token ids whose keys and values are the first values."""
 
     @model_validator(mode="after")
     def _one_start(self) -> Self:

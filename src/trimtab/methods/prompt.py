@@ -40,7 +40,9 @@ class Prompt(Prompted):
     disk: ClassVar[Mapping[str, str]] = {TABLE: "prompt_embeddings"}
 
     init: Literal["vocabulary", "normal", "uniform"] = "vocabulary"
+    """First values without a text: drawn tokens, N(0, 1) or U(−½, ½)."""
     text: tuple[int, ...] = ()
+    """Token ids whose embeddings are the first values."""
 
     def shared(self, anatomy: Anatomy, places: Sequence[Place]) -> dict[str, Spec]:
         return table((self.length, input_embedding(anatomy)[1].out_features), self._first(anatomy))

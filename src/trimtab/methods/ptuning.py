@@ -41,7 +41,9 @@ class PTuning(Prompted):
     peft_type: ClassVar[str | None] = "P_TUNING"
 
     encoder: Literal["mlp", "lstm"] = "mlp"
+    """What makes the prompt in training."""
     hidden: int | None = Field(default=None, ge=1)
+    """Width of the encoder; none takes that of the embeddings."""
 
     def shared(self, anatomy: Anatomy, places: Sequence[Place]) -> dict[str, Spec]:
         width = input_embedding(anatomy)[1].out_features
