@@ -45,6 +45,8 @@ _PLACES = {
     "IA3": "trimtab.methods.ia3",
     "BitFit": "trimtab.methods.bitfit",
     "Bottleneck": "trimtab.methods.bottleneck",
+    "LlamaAdapter": "trimtab.methods.llama_adapter",
+    "PTuning": "trimtab.methods.ptuning",
     "LoHa": "trimtab.methods.loha",
     "LoKr": "trimtab.methods.lokr",
     "HiRA": "trimtab.methods.hira",
@@ -62,6 +64,7 @@ _PLACES = {
     "DiffPruning": "trimtab.methods.diff",
     "Prefix": "trimtab.methods.prefix",
     "SHiRA": "trimtab.methods.shira",
+    "Prompt": "trimtab.methods.prompt",
     "SpotTune": "trimtab.methods.spottune",
     "Full": "trimtab.methods.full",
     "AdapterPlus": "trimtab.methods.adapterplus",
@@ -142,6 +145,7 @@ if TYPE_CHECKING:
     from trimtab.methods.hira import HiRA as HiRA
     from trimtab.methods.hra import HRA as HRA
     from trimtab.methods.ia3 import IA3 as IA3
+    from trimtab.methods.llama_adapter import LlamaAdapter as LlamaAdapter
     from trimtab.methods.loha import LoHa as LoHa
     from trimtab.methods.lokr import LoKr as LoKr
     from trimtab.methods.lora import LoRA as LoRA
@@ -155,6 +159,8 @@ if TYPE_CHECKING:
     from trimtab.methods.pfeiffer import Pfeiffer as Pfeiffer
     from trimtab.methods.piggyback import Piggyback as Piggyback
     from trimtab.methods.prefix import Prefix as Prefix
+    from trimtab.methods.prompt import Prompt as Prompt
+    from trimtab.methods.ptuning import PTuning as PTuning
     from trimtab.methods.randlora import RandLoRA as RandLoRA
     from trimtab.methods.shira import SHiRA as SHiRA
     from trimtab.methods.spottune import SpotTune as SpotTune

@@ -39,7 +39,10 @@ SMALL = {
     "loreft": "loreft(rank=3, first=2, last=1)",
     "direft": "direft(rank=3, first=1, last=2)",
     "noreft": "noreft(rank=3, first=2, last=2, tied=True)",
+    "llama-adapter": "llama-adapter(length=3, gate='scalar')",
     "prefix": "prefix(length=3, init_std=1.0)",
+    "prompt": "prompt(length=3)",
+    "ptuning": "ptuning(length=3, hidden=8)",
     "spottune": "spottune(inner=lora(rank=4), hidden=8)",
     "full": "full(targets='mlp_down')",
     "shira": "shira(rank=3)",
@@ -121,11 +124,20 @@ ON_MODEL = {
 }
 
 NO_ATTENTION = "there is no attention in it to put keys and values into"
+NO_TOKENS = "it is no transformers model that reads tokens before which a prompt could stand"
+NO_EMBEDDINGS = (
+    "its text tower takes token ids alone, so only a prompt in the text (placeholder) has a place"
+)
 NO_BLOCKS = "it has no transformer blocks and no hidden states of one width"
 NO_REGISTRY = (
     "its attention computes softmax itself, outside the attention registry of transformers"
 )
 REFUSED = {
+    ("bottleneck", "mixed"): NO_BLOCKS,
+    ("llama-adapter", "bloom"): NO_REGISTRY,
+    ("llama-adapter", "deberta"): NO_REGISTRY,
+    ("llama-adapter", "falcon"): NO_REGISTRY,
+    ("llama-adapter", "mixed"): NO_ATTENTION,
     ("prefix", "bloom"): NO_REGISTRY,
     ("prefix", "deberta"): NO_REGISTRY,
     ("prefix", "falcon"): NO_REGISTRY,
@@ -134,13 +146,23 @@ REFUSED = {
     ("direft", "mixed"): NO_BLOCKS,
     ("noreft", "mixed"): NO_BLOCKS,
     ("prefix", "mixed"): NO_ATTENTION,
+    ("prompt", "clip"): NO_EMBEDDINGS,
+    ("prompt", "mixed"): NO_TOKENS,
+    ("prompt", "vit"): NO_TOKENS,
+    ("ptuning", "clip"): NO_EMBEDDINGS,
+    ("ptuning", "mixed"): NO_TOKENS,
+    ("ptuning", "vit"): NO_TOKENS,
     ("spottune", "mixed"): NO_BLOCKS,
 }
 """Cells that mathematics forbids."""
 if not hasattr(
     modeling_t5, "ALL_ATTENTION_FUNCTIONS"
 ):  # releases before its attention joined the registry
-    REFUSED |= {("prefix", name): "its attention cannot be reached" for name in ("t5", "t5-gated")}
+    REFUSED |= {
+        (method, name): "its attention cannot be reached"
+        for method in ("prefix", "llama-adapter")
+        for name in ("t5", "t5-gated")
+    }
 
 NOT_MERGEABLE = {
     "bottleneck": "a non-linear activation",
@@ -152,9 +174,14 @@ NOT_MERGEABLE = {
     "loreft": "chosen positions",
     "direft": "chosen positions",
     "noreft": "chosen positions",
+    "llama-adapter": "a softmax of its own",
     "prefix": "softmax of attention",
+    "prompt": "tokens before the text",
+    "ptuning": "tokens before the text",
     "spottune": "each example chooses",
 }
+IDENTITY_AT_FIRST = {"llama-adapter", "lora", "dora", "ia3", "bitfit", "spottune", "full"}
+"""Methods whose papers start them as the identity (a Houlsby bottleneck only nearly; a prefix or a prompt never)."""
 IDENTITY_AT_FIRST = {
     "lora", "dora", "ia3", "bitfit", "spottune", "full", "loha", "lokr", "hira", "vera", "randlora", "mora", "miss",
     "oft", "boft", "hra", "norms", "tokens", "piggyback", "diff", "shira",

@@ -41,7 +41,9 @@ def test_compiled_is_eager(method: str) -> None:
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
-@pytest.mark.parametrize("method", ["lora", "bottleneck", "ia3", "shira"])
+@pytest.mark.parametrize(
+    "method", ["lora", "bottleneck", "ia3", "shira", "prefix", "prompt", "llama-adapter"]
+)
 def test_compiled_gradients_are_eager_gradients(method: str) -> None:
     torch._dynamo.reset()
     case = CASES["llama"]

@@ -8,6 +8,7 @@ from typing import Any
 
 from peft import (
     AdaLoraConfig,
+    AdaptionPromptConfig,
     BOFTConfig,
     FourierFTConfig,
     HiraConfig,
@@ -21,6 +22,8 @@ from peft import (
     OFTConfig,
     PeftConfig,
     PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
     RandLoraConfig,
     ShiraConfig,
     TaskType,
@@ -42,6 +45,8 @@ class Case:
     make: Callable[[], nn.Module]
     theirs: PeftConfig
     ours: Method
+    fp32: bool = False
+    """Whether, in fp64 too, the two sides round to fp32 in other places: Llama's norms do, and PEFT's softmax."""
     fp32_only: bool = False
     """PEFT computes in float32 whatever the dtype of the model."""
 
@@ -304,6 +309,89 @@ SHIRA = [
         tt.SHiRA(rank=5, seed=0, targets=("query",), train=("classifier",)),
     ),
 ]
+PROMPT = [
+    Case(
+        "prompt-llama",
+        kit.llama,
+        PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=5),
+        tt.Prompt(length=5),
+        fp32=True,
+    ),
+    Case(
+        "prompt-gpt2",
+        kit.gpt2,
+        PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=5),
+        tt.Prompt(length=5, init="normal"),
+    ),
+    Case(
+        "prompt-window",
+        kit.mistral,
+        PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=5),
+        tt.Prompt(length=5, init="uniform"),
+        fp32=True,
+    ),
+    Case(
+        "prompt-bert",
+        kit.bert,
+        PromptTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=5),
+        tt.Prompt(length=5, train=("classifier",)),
+    ),
+    Case(
+        "prompt-t5",
+        kit.t5,
+        PromptTuningConfig(
+            task_type=TaskType.SEQ_2_SEQ_LM, num_virtual_tokens=5, num_transformer_submodules=1
+        ),
+        tt.Prompt(length=5),
+    ),
+    Case(
+        "prompt-roberta",
+        kit.roberta,
+        PromptTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=5),
+        tt.Prompt(length=5, train=("classifier",)),
+    ),
+]
+LLAMA_ADAPTER = [
+    Case(
+        f"llama-adapter-{name}",
+        make,
+        AdaptionPromptConfig(task_type=TaskType.CAUSAL_LM, adapter_len=4, adapter_layers=top),
+        tt.LlamaAdapter(length=4, top=top, gate="scalar"),
+        fp32=True,
+    )
+    for name, make, top in (("llama", kit.llama, 2), ("mistral", kit.mistral, 2))
+]
+CASES = [*LORA, *DORA, *IA3, *PREFIX, *PROMPT, *LLAMA_ADAPTER]
+
+ENCODED = [
+    Case(
+        "ptuning-llama",
+        kit.llama,
+        PromptEncoderConfig(
+            task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4, encoder_hidden_size=6
+        ),
+        tt.PTuning(length=4, hidden=6),
+        fp32=True,
+    ),
+    Case(
+        "ptuning-lstm-bert",
+        kit.bert,
+        PromptEncoderConfig(
+            task_type=TaskType.SEQ_CLS, num_virtual_tokens=4, encoder_hidden_size=6,
+            encoder_reparameterization_type="LSTM",
+        ),
+        tt.PTuning(length=4, hidden=6, encoder="lstm", train=("classifier",)),
+    ),
+    Case(
+        "prefix-mlp-llama",
+        kit.llama,
+        PrefixTuningConfig(
+            task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4, encoder_hidden_size=6, prefix_projection=True
+        ),
+        tt.Prefix(length=4, hidden=6),
+    ),
+]  # fmt: skip
+"""Tables that an encoder makes in training; PEFT's file holds the table alone."""
 QVD = ["q_proj", "v_proj", "down_proj"]
 WEIGHT = [
     Case("loha", kit.llama, LoHaConfig(target_modules=QVD, r=4, alpha=6), tt.LoHa(rank=4, alpha=6, targets=tuple(QVD))),

@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import RobertaConfig, RobertaForSequenceClassification, T5ForConditionalGeneration
+from transformers import (
+    MistralConfig,
+    MistralForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    T5ForConditionalGeneration,
+)
 
 import trimtab as tt
 from tests import tiny as models
@@ -58,6 +64,17 @@ gpt2 = loud(models.gpt2)
 bert = loud(models.bert)
 t5 = loud(models.t5)
 gated_t5 = loud(lambda: models.t5(gated=True))
+
+
+@loud
+def mistral() -> nn.Module:
+    """Its attention has a window of four tokens."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=models.VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, sliding_window=4, pad_token_id=0,
+    )  # fmt: skip
+    return MistralForCausalLM(config).eval()
 
 
 @loud
@@ -111,6 +128,8 @@ def outputs(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     out = model(**batch)
     logits: Tensor = out if isinstance(out, Tensor) else out.logits
     mask = batch.get("attention_mask")
+    if logits.dim() == 3 and mask is not None and "decoder_input_ids" not in batch:
+        logits = logits[:, -mask.shape[1] :]  # PEFT gives those of a prompt too
     if logits.dim() == 3 and mask is not None and mask.shape == logits.shape[:2]:
         logits = logits[mask.bool()]
     return logits
@@ -148,6 +167,8 @@ def peft_name(theirs: nn.Module, name: TensorName) -> str:
     if name.slot.startswith("lora_bias"):
         wrapped = f"{path}.base_layer.bias"
         return wrapped if wrapped in known else f"{path}.bias"
+    if name.slot.startswith("adaption_"):
+        return f"{path}.{name.slot}"
     if name.slot.startswith("modules_to_save."):
         leaf = name.slot.removeprefix("modules_to_save.")
         head, _, inner = path.rpartition(".")  # PEFT copies the whole head, we each layer in it
@@ -194,25 +215,29 @@ def give(pairs: Pairs) -> None:
 # -- comparisons --------------------------------------------------------------------------------------
 
 
-def assert_close(ours: Tensor, theirs: Tensor, what: str) -> None:
+def assert_close(ours: Tensor, theirs: Tensor, what: str, dtype: torch.dtype | None = None) -> None:
     """Equal to 1e-5 in fp32, to 1e-10 in fp64."""
-    tolerance = TOLERANCE[theirs.dtype]
+    tolerance = TOLERANCE[dtype or theirs.dtype]
     torch.testing.assert_close(
         ours, theirs, atol=tolerance, rtol=tolerance, msg=lambda text: f"{what}: {text}"
     )
 
 
 def assert_same_function(
-    ours: nn.Module, theirs: nn.Module, pairs: Pairs, batch: Mapping[str, Any]
+    ours: nn.Module,
+    theirs: nn.Module,
+    pairs: Pairs,
+    batch: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Same outputs, and same gradients of every adapter tensor."""
     left, right = outputs(ours, batch), outputs(theirs, batch)
-    assert_close(left, right, "outputs")
+    assert_close(left, right, "outputs", dtype)
     objective(left).backward()
     objective(right).backward()
     for key, (mine, other) in pairs.items():
         assert mine.grad is not None, key
-        assert_close(mine.grad, other.grad, key)
+        assert_close(mine.grad, other.grad, key, dtype)
     assert any(bool(mine.grad.any()) for mine, _ in pairs.values())
 
 

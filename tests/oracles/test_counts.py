@@ -98,7 +98,18 @@ COUNTS: list[tuple[str, Method, int]] = [
     ("llama-3.2-3b", tt.Prefix(length=50), 2_867_200),
     ("llama-3.2-3b", tt.Prefix(length=200), 11_468_800),
     ("gpt2-medium", tt.Prefix(length=10), 491_520),
-    ("roberta-large", tt.Prefix(length=128), 6_291_456),  # P-tuning v2, flat
+    ("roberta-large", tt.method("p-tuning-v2"), 6_291_456),
+    ("gpt2-medium", tt.Prefix(length=10, hidden=512), 25_750_016),
+    ("t0-3b", tt.Prefix(length=10, targets=("self_attention", "cross_attention")), 10 * 2 * 72 * 2048),
+    # prompts: tokens · width, and their encoders
+    ("llama-3.2-3b", tt.Prompt(length=200), 614_400),
+    ("t0-3b", tt.Prompt(length=20), 40_960),
+    ("llama-3.2-3b", tt.PTuning(length=20), 28_382_208),
+    ("bert-base", tt.PTuning(length=9, encoder="lstm"),
+     9 * 768 + 2 * 2 * 4 * 384 * (768 + 384 + 2) + 2 * (768 * 768 + 768)),
+    # LLaMA-Adapter: tokens · width and a gate per head, in the upper layers
+    ("llama-7b", tt.LlamaAdapter(length=10, top=30), 30 * (10 * 4096 + 32)),
+    ("llama-7b", tt.LlamaAdapter(length=10, top=30, gate="scalar"), 1_228_830),
     # Houlsby: two per layer, 2md + m + d each
     ("bert-base", tt.Bottleneck(size=64), 2_379_264),
     ("bert-large", tt.Bottleneck(size=64), 6_343_680),

@@ -8,12 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    TaskType,
+    get_peft_model_state_dict,
+)
 from safetensors.torch import load_file, save_file
 
 import trimtab as tt
 from tests.oracles import kit
-from tests.oracles.cases import CASES, Case
+from tests.oracles.cases import CASES, ENCODED, Case
 from trimtab.adapt.files import CONFIG, OURS, WEIGHTS
 from trimtab.errors import AttachError, FileFormatError, UnsupportedError
 
@@ -91,6 +100,51 @@ def test_what_we_write_comes_back_bitwise_through_peft(case: Case, tmp_path: Pat
 def test_what_we_write_comes_back_bitwise(case: Case, tmp_path: Path) -> None:
     _, adapter = written_by_us(case, tmp_path / "ours")
     assert tt.Adapter.load(tmp_path / "ours") == adapter
+
+
+@pytest.mark.parametrize("case", ENCODED, ids=lambda case: case.name)
+def test_a_table_made_by_an_encoder_is_shared_without_it(case: Case, tmp_path: Path) -> None:
+    """Both ways; our training form, which can be trained on, is not for PEFT."""
+    theirs = written_by_peft(case, tmp_path / "theirs")
+    model = case.make()
+    tt.attach(model, tt.Adapter.load(tmp_path / "theirs"), "loaded")
+    batch = kit.batch_of(model)
+    assert kit.acts(model, "loaded", batch)
+    with torch.no_grad():
+        kit.assert_close(kit.outputs(model, batch), kit.outputs(theirs, batch), "outputs")
+    model, adapter = written_by_us(case, tmp_path / "training")
+    with pytest.raises((ValueError, KeyError), match="TRIMTAB_"), kit.quiet():
+        PeftModel.from_pretrained(case.make(), tmp_path / "training")
+    tt.exported(adapter).save(tmp_path / "shared")
+    with kit.quiet():
+        theirs = PeftModel.from_pretrained(case.make(), tmp_path / "shared").eval()
+    with torch.no_grad():
+        kit.assert_close(kit.outputs(model, batch), kit.outputs(theirs, batch), "outputs")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptTuningConfig(task_type=TaskType.SEQ_2_SEQ_LM, num_virtual_tokens=3),
+        PromptEncoderConfig(
+            task_type=TaskType.SEQ_2_SEQ_LM, num_virtual_tokens=3, encoder_hidden_size=6
+        ),
+        PrefixTuningConfig(task_type=TaskType.SEQ_2_SEQ_LM, num_virtual_tokens=3),
+    ],
+    ids=["prompt", "ptuning", "prefix"],
+)
+def test_what_peft_writes_for_an_encoder_decoder_is_read_as_it_acts(
+    config: PeftConfig, tmp_path: Path
+) -> None:
+    """Half the rows of a prompt never act, and a prefix's layers share entries of its table."""
+    theirs = written_by_peft(Case("t5", kit.t5, config, tt.Prompt()), tmp_path)
+    adapter = tt.Adapter.load(tmp_path)
+    model = kit.t5()
+    tt.attach(model, adapter, "loaded")
+    batch = kit.batch_of(model)
+    assert kit.acts(model, "loaded", batch)
+    with torch.no_grad():
+        kit.assert_close(kit.outputs(model, batch), kit.outputs(theirs, batch), "outputs")
 
 
 # -- what PEFT adds -----------------------------------------------------------------------------------

@@ -14,11 +14,11 @@ from torch import nn
 import trimtab as tt
 from tests import tiny as models
 from tests.oracles import kit
-from tests.oracles.cases import CASES, Case
+from tests.oracles.cases import CASES, ENCODED, Case
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *ENCODED], ids=lambda case: case.name)
 def test_outputs_and_gradients_equal_those_of_peft(case: Case, dtype: torch.dtype) -> None:
     if case.fp32_only and dtype == torch.float64:
         pytest.skip("PEFT computes it in float32")
@@ -31,7 +31,7 @@ def test_outputs_and_gradients_equal_those_of_peft(case: Case, dtype: torch.dtyp
     kit.give(pairs)
     batch = kit.batch_of(model)
     assert kit.acts(model, "default", batch)
-    kit.assert_same_function(model, theirs, pairs, batch)
+    kit.assert_same_function(model, theirs, pairs, batch, torch.float32 if case.fp32 else dtype)
 
 
 @pytest.mark.parametrize("name", ["all-linear", "conv1d", "classifier"])

@@ -7,18 +7,37 @@ queries and padding at once.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, final
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BartConfig, BartForConditionalGeneration
 
 import trimtab as tt
 from tests import tiny as models
 from tests.oracles import kit
+from trimtab.adapt.attention import ROLE
+from trimtab.adapt.bank import bank_of
+from trimtab.adapt.contract import At, Method, Params, Place, Spec, normal
+from trimtab.adapt.parse import methods
+from trimtab.adapt.route import Route, Span
+from trimtab.errors import ConfigError
 
 TEXT, REST, ROWS = 5, 6, 3
 decoders = pytest.mark.parametrize("make", [kit.llama, kit.gpt2], ids=["llama", "gpt2"])
+
+
+@kit.loud
+def bart() -> nn.Module:
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=models.VOCABULARY, d_model=32, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=48,
+        decoder_ffn_dim=48, encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=64,
+        dropout=0.0, bos_token_id=1, eos_token_id=2, pad_token_id=0, decoder_start_token_id=2,
+        forced_eos_token_id=None,
+    )  # fmt: skip
+    return BartForConditionalGeneration(config).eval()
 
 
 def ids_of(*shape: int, seed: int = 0) -> Tensor:
@@ -196,3 +215,123 @@ def test_a_t5_decoder_reads_it_as_text(make: kit.Make) -> None:
         with tt.rows(model, names):
             found = model(input_ids=question, decoder_input_ids=rest).logits
     kit.assert_close(found, expected.logits[:, TEXT:], "logits")
+
+
+@pytest.mark.parametrize("make", [kit.t5, bart], ids=["t5", "bart"])
+@torch.no_grad()
+def test_a_prefix_of_cross_attention_is_a_longer_question(make: kit.Make) -> None:
+    """The decoder finds the states of a text that an encoder has read, beside those of its own question."""
+    question, text, answer = ids_of(ROWS, 4, seed=2), ids_of(TEXT), ids_of(ROWS, REST, seed=1)
+    bare, model = make().double(), make()
+    method = tt.Prefix(length=TEXT, targets="cross_attention", text=tuple(text.tolist()))
+    tt.attach(model, method, "p")
+    model.double()
+    read = bare.get_encoder()(text[None]).last_hidden_state.expand(ROWS, -1, -1)
+    states = torch.cat([read, bare.get_encoder()(question).last_hidden_state], dim=1)
+    expected = bare(encoder_outputs=(states,), decoder_input_ids=answer).logits
+    found = model(input_ids=question, decoder_input_ids=answer).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    with tt.rows(model, [None, "p", None]):
+        mixed = model(input_ids=question, decoder_input_ids=answer).logits
+    torch.testing.assert_close(mixed[1], expected[1], atol=1e-4, rtol=1e-4)
+    alone = bare(input_ids=question, decoder_input_ids=answer).logits
+    kit.assert_close(mixed[[0, 2]], alone[[0, 2]], "rows of the base")
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    made = model.generate(question, **options)
+    again = model.generate(question, use_cache=False, **options)
+    assert torch.equal(made, again)
+
+
+@torch.no_grad()
+def test_a_prefix_is_seen_from_beyond_a_window() -> None:
+    """Text scrolls out of sight; a prefix stays. (PEFT's lies in the cache, and scrolls out.)"""
+    model = kit.mistral()
+    adapter = tt.attach(model, tt.Prefix(length=2, layers=(1,)), "p")
+    kit.stir(adapter)
+    rest = ids_of(1, 12, seed=1)
+    acting = model(rest).logits
+    with tt.using(model, None):
+        assert ((acting - model(rest).logits).abs().amax((0, 2)) > 1e-4).all()
+
+
+def test_dropout_is_per_row_and_only_in_training() -> None:
+    model = kit.llama()
+    kit.stir(tt.attach(model, "p-tuning-v2(length=4)", "p"))
+    rest = ids_of(1, REST).expand(2, -1)
+    with torch.no_grad():
+        calm = model(rest).logits
+        assert torch.equal(calm, model(rest).logits)
+        torch.manual_seed(0)
+        first, second = model.train()(rest, use_cache=False).logits
+    assert (first - second).abs().max() > 1e-3
+    assert (first - calm[0]).abs().max() > 1e-3
+
+
+def test_the_preset_of_p_tuning_v2() -> None:
+    expected = tt.Prefix(length=128, init_std=1.0, dropout=0.1)
+    assert tt.method("p-tuning-v2") == expected
+    assert tt.method("p-tuning-v2(length=8)") == expected.replace(length=8)
+
+
+def test_an_mlp_and_a_text_exclude_each_other() -> None:
+    with pytest.raises(ConfigError, match="leave out one"):
+        tt.Prefix(hidden=4, text=(1, 2))
+
+
+# -- rows of their own ----------------------------------------------------------------------------------
+
+
+@final
+class Halved(Method):
+    """A prefix whose values each unit scales by its number: what a gate around a prefix does."""
+
+    kind: ClassVar[str] = "test-halved"
+    affine: ClassVar[bool] = False
+    targets: str | tuple[str, ...] = "self_attention"
+    length: int = 3
+
+    @property
+    def virtual_tokens(self) -> int:
+        return self.length
+
+    def place(self, anatomy: Any) -> list[Place]:
+        return [Place(place.path, ROLE) for place in super().place(anatomy)]
+
+    def tensors(self, layer: Any, role: str) -> dict[str, Spec]:
+        return {"both": Spec("both", (2, self.length, 16), normal(1.0))}
+
+    def keys_values(self, p: Params, at: At) -> tuple[Tensor, Tensor]:
+        keys, values = p["both"]
+        scale = 0.5 ** torch.arange(at.part.unit_count, dtype=keys.dtype)
+        return keys.expand(len(scale), -1, -1), values * scale[:, None, None]
+
+
+@torch.no_grad()
+def test_each_row_or_document_may_have_its_own() -> None:
+    methods.add(Halved.kind, Halved)
+    try:
+        model = kit.llama().double()
+        adapter = tt.attach(model, Halved(), "p")
+        ids = ids_of(4, REST, seed=1)
+        with tt.rows(model, ["p", None, "p", "p"]):
+            together = model(ids).logits
+        documents = ids[2:, :4]
+        spans = (Span(0, 0, 4), Span(0, 4, 8))
+        positions = torch.arange(4).repeat(2)[None]
+        with bank_of(model).scope(Route((("p",), ("p",)), spans)):
+            packed = model(documents.reshape(1, 8), position_ids=positions, use_cache=False).logits
+        for tensor in adapter.tensors.values():
+            tensor[1] *= 0.5  # what its second row has
+        with tt.using(model, "p"):
+            second = model(documents[:1]).logits[0], model(documents[1:]).logits[0]
+            for tensor in adapter.tensors.values():
+                tensor[1] *= 0.5
+            third = model(ids[2:3]).logits[0]
+            for tensor in adapter.tensors.values():
+                tensor[1] *= 4
+            first = model(documents[:1]).logits[0]
+    finally:
+        methods.remove(Halved.kind)
+    kit.assert_close(together[2], third, "third row")
+    kit.assert_close(packed[0, :4], first, "first document")
+    kit.assert_close(packed[0, 4:], second[1], "second document")

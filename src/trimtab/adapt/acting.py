@@ -57,9 +57,9 @@ def scale(model: nn.Module, name: str, factor: float) -> None:
     adapter = bank.require(name)
     if not isinstance(factor, int | float) or not math.isfinite(factor):
         raise ConfigError(f"scale of {name!r} must be a finite number, not {factor!r}.")
-    if factor != 1.0 and any(method.overrides("keys_values") for method in adapter.methods):
+    if factor != 1.0 and any(m.virtual_tokens + m.prompt_tokens for m in adapter.methods):
         raise TargetError(
-            f"adapter {name!r} adds keys and values inside attention; there is no scaled form of that."
+            f"adapter {name!r} puts virtual tokens before the text; there is no scaled form of that."
         )
     bank.scales[name] = float(factor)
 

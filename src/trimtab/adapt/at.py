@@ -69,9 +69,11 @@ class At:
 
     @property
     def shared(self) -> dict[str, Tensor]:
-        """The adapter's model-level tensors, cast for computation."""
+        """The adapter's model-level tensors, cast for computation; or what `Method.ready` made of them."""
         if self.root is None:
             return {}
+        if self.edit.readies:
+            return readied(self.edit, self.context, self.root, self.dtype, self.training)
         return cast_all(self.edit.shared, self.root, self.edit.adapter, self.dtype)
 
     @property
@@ -206,6 +208,23 @@ def _ranks(seen: Tensor, units: Tensor, unit_count: int) -> PromptRanks:
     from_start = torch.where(seen > 0, before - start[units], -1)
     from_end = torch.where(seen > 0, total[units] - 1 - from_start, -1)
     return PromptRanks(from_start, from_end, units, unit_count)
+
+
+def readied(
+    edit: Edit, context: Context, root: nn.Module, dtype: torch.dtype, training: bool
+) -> dict[str, Tensor]:
+    """What the method makes of its shared tensors: once per forward, where its entry saw to it."""
+    found = context.ready.get(edit.source)
+    if found is None:
+        masters = {
+            short: slots.get(root, held.name, edit.adapter) for short, held in edit.shared.items()
+        }
+        wide = {
+            short: master.to(torch.promote_types(master.dtype, dtype))
+            for short, master in masters.items()
+        }
+        found = dict(edit.method.ready(wide, training))
+    return found
 
 
 def cast_all(

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trimtab.adapt import attention, checkpoint, slots
+from trimtab.adapt import attention, checkpoint, front, slots
 from trimtab.adapt.adapter import Adapter, TensorName
 from trimtab.adapt.apart import Apart
 from trimtab.adapt.bank import CHILD, Bank, bank_of, find_bank
@@ -86,6 +86,7 @@ def attach(
     specs = specs_of(adapter, anatomy, layers, observed)
     tensors = initial_tensors(adapter, specs, layers, seed, new=new)
     attention.check(model, adapter, anatomy)
+    front.check(model, adapter, anatomy)
     bank = bank or _new_bank(model)
     holders: dict[TensorName, nn.Module] = {}
     try:
@@ -143,18 +144,9 @@ def _insert(
         for spec in specs[-1 - number, ""].values():
             holders[TensorName("", spec.name)] = bank
     for number, spec_site in enumerate(adapter.sites):
-        method = adapter.methods[spec_site.method].at(spec_site.path)
-        holder: nn.Module = bank
-        if spec_site.role != attention.ROLE:
-            site = _site(model, bank, spec_site.path, anatomy, existing)
-            holder = (
-                site.holder(spec_site.path.rpartition(".")[2])
-                if isinstance(site, ExpertsSite)
-                else site
-            )
         edit = Edit(
             adapter=adapter.name,
-            method=method,
+            method=adapter.methods[spec_site.method].at(spec_site.path),
             path=spec_site.path,
             role=spec_site.role,
             block=anatomy.block_of(spec_site.path),
@@ -163,11 +155,8 @@ def _insert(
             specs=specs[number, spec_site.path],
             shared=specs[-1 - spec_site.method, ""],
         )
-        if spec_site.role == attention.ROLE:
-            attention.insert(model, bank, edit, anatomy)
-        else:
-            site.edits.setdefault(adapter.name, []).append(edit)
-        holders |= {TensorName(spec_site.path, spec.name): holder for spec in edit.tensors.values()}
+        holder = _put(model, bank, edit, anatomy, existing)
+        holders |= {TensorName(spec_site.path, held.name): holder for held in edit.tensors.values()}
     for path in anatomy.apart:
         if path not in existing and any(s.path.startswith(f"{path}.") for s in adapter.sites):
             replace(model, anatomy.modules[path], Apart(anatomy.modules[path], path, bank))
@@ -188,6 +177,25 @@ def _insert(
     bank.active.append(adapter.name)
 
 
+def _put(
+    model: nn.Module, bank: Bank, edit: Edit, anatomy: Anatomy, existing: dict[str, SiteBase]
+) -> nn.Module:
+    """Put one edit in its place: before the text, inside attention, or around a layer.
+
+    Returns the module that holds its tensors.
+    """
+    if edit.role == front.ROLE:
+        front.insert(model, bank, edit, anatomy)
+        return bank
+    if edit.role == attention.ROLE:
+        attention.insert(model, bank, edit, anatomy)
+        front.prepare(model, bank, edit, anatomy)
+        return attention.holder(bank, edit.path) if edit.tensors else bank
+    site = _site(model, bank, edit.path, anatomy, existing)
+    site.edits.setdefault(edit.adapter, []).append(edit)
+    return site.holder(edit.path.rpartition(".")[2]) if isinstance(site, ExpertsSite) else site
+
+
 def _withdraw(
     model: nn.Module, bank: Bank, name: str, placed: Mapping[TensorName, nn.Module]
 ) -> None:
@@ -202,6 +210,7 @@ def _withdraw(
         if site.bare():
             replace(model, site, site.base_layer)
     attention.remove(model, bank, name)
+    front.remove(bank, name)
     bank.active = [other for other in bank.active if other != name]
     bank.scales.pop(name, None)
     bank.disabled.discard(name)
@@ -301,6 +310,7 @@ def strip(model: nn.Module, bank: Bank) -> None:
     """Take the bank, its hooks and its changes of flags out of a model."""
     for name in list(bank.adapters):
         attention.remove(model, bank, name)
+        front.remove(bank, name)
     checkpoint.unwatch(model)
     for handle in bank.handles:
         handle.remove()

@@ -23,6 +23,8 @@ from trimtab.errors import AttachError, RouteError, UnknownNameError, suggest
 
 if TYPE_CHECKING:
     from trimtab.adapt.attention import Injection
+    from trimtab.adapt.edit import Edit
+    from trimtab.adapt.front import Front, Prompt
 
 CHILD = "trimtab"
 _BATCH_KEYS = (
@@ -50,7 +52,10 @@ class Bank(nn.Module):
         self.handles: list[Any] = []
         self.injections: dict[str, Injection] = {}
         self.attention_before: str | None = None
-        self.shift: Any = None
+        self.fronts: list[Front] = []
+        self.prompts: dict[str, Prompt] = {}
+        self.readying: dict[str, dict[tuple[str, ...], Edit]] = {}
+        """Adapter -> its edits that make something of their shared tensors once per forward."""
         self.norms: dict[nn.Module, bool] = {}
         """Norms with running statistics -> whether we took them out of training mode."""
         self.blocks: list[nn.Module] = []

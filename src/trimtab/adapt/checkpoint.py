@@ -10,9 +10,12 @@ difference: the entry hook looks again at each forward. Other code that checkpoi
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+from trimtab.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from trimtab.adapt.bank import Bank
@@ -28,7 +31,18 @@ class Capturing:
         self.bank = bank
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        context = self.bank.context(True)
+        if context.caught is not None:
+            return function(*args, **kwargs)  # a prompt is short, and its keys leave the block
+        if (context.prompts or context.ready) and self._reentrant():
+            raise UnsupportedError(
+                "reentrant checkpointing runs a backward for each block by itself, and what stands before the text is "
+                "read once for all blocks; enable gradient checkpointing with use_reentrant=False."
+            )
         return self.inner(self.bank.capture(function), *args, **kwargs)
+
+    def _reentrant(self) -> bool:
+        return isinstance(self.inner, partial) and bool(self.inner.keywords.get("use_reentrant"))
 
 
 def watch(bank: Bank) -> None:

@@ -6,14 +6,19 @@ checkpointed, so that a recomputation in backward sees what the forward saw.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from trimtab.adapt.route import Layout, Part, Route, layout
+from trimtab.adapt.route import Layout, Owner, Part, Route, layout
 from trimtab.errors import RouteError
 
+if TYPE_CHECKING:
+    from trimtab.adapt.interleave import Rows
+
+KeysValues = dict[str, tuple[Tensor, Tensor]]
+"""Path of an attention -> its keys and values, (length, C) for all rows alike or (B, length, C)."""
 IGNORED = -100
 """The label that transformers gives to positions without loss."""
 
@@ -30,6 +35,9 @@ class Context:
         decoding: whether the prompt lies in the cache already; told only where a method needs the prompt.
 
     ``scratch`` carries tensors from one site to a later one of the same forward; who reads them takes them out.
+    ``ready`` holds what methods made of their shared tensors; ``prompts`` the keys and values of the owners' prompts
+    by attention; ``positions`` (B, T) those of the text, without what lies before it. ``caught`` is where attention
+    leaves its keys and values when a prompt, and no text, is read; ``grown`` where an encoder's rows have theirs.
     """
 
     def __init__(
@@ -57,6 +65,11 @@ class Context:
         self.scratch: dict[Any, Any] = {}
         self.ranks: dict[Any, Any] = {}
         """Where positions stand in their prompts, by the shape of a part; kept by `At.prompt_ranks`."""
+        self.ready: dict[tuple[str, ...], dict[str, Tensor]] = {}
+        self.prompts: dict[Owner, KeysValues] = {}
+        self.positions: Tensor | None = None
+        self.caught: KeysValues | None = None
+        self.grown: Rows | None = None
         self.past = past
         self.losses: list[tuple[str, str, Tensor]] = []
         self.recomputing = False

@@ -7,8 +7,9 @@ A frozen layer is a map f. A layer-wise method is at most three edits of it:
 A `Method` is a frozen, validated value. It holds no tensors: it *states* them (name, shape, init) and
 is handed them back as ``p`` at each call, already in the dtype of the computation. It says where it
 wants to act (`place`), and which of the three edits it makes by overriding them. A method that acts
-inside attention overrides `keys_values` instead. Everything else (merging, mixing, saving, stacking,
-scaling, disabling, training) is written once, elsewhere, in terms of these hooks.
+inside attention overrides `keys_values` or `beside` instead, one that puts a prompt before the text
+`virtual_embeddings`. Everything else (merging, mixing, saving, stacking, scaling, disabling, training)
+is written once, elsewhere, in terms of these hooks.
 
 Shapes: x_..I and y_..O are whatever the layer takes and gives; R is a rank; U counts units (rows of
 the batch, or documents of a packed row).
@@ -183,13 +184,44 @@ class Method(Config, ABC):
         return y
 
     def keys_values(self, p: Params, at: At) -> tuple[Tensor, Tensor] | None:
-        """Keys and values (length, key heads · head width) put before an attention's own; None adds none."""
+        """Keys and values put before an attention's own; None adds none.
+
+        (length, key heads · head width) for all units alike, or (units, length, …) for each unit its own.
+        """
+        return None
+
+    def beside(self, p: Params, at: At) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Keys, values (length, key heads · head width) and gate (1, or heads) of an attention of its own,
+        whose output is gated and added to that of the frozen one.
+        """
+        return None
+
+    def virtual_embeddings(self, shared: Params) -> Tensor | None:
+        """(length, width) input embeddings that are read before the text."""
         return None
 
     @property
     def virtual_tokens(self) -> int:
         """How many positions `keys_values` takes before the real tokens."""
         return 0
+
+    @property
+    def prompt_tokens(self) -> int:
+        """How many positions `virtual_embeddings` takes before the real tokens."""
+        return 0
+
+    def ready(self, shared: Params, training: bool) -> Params:
+        """What the hooks see as the adapter's shared tensors: made from the masters once per forward.
+
+        An encoder of prompts runs here, so that no layer repeats it. Hooks cast what they take of it.
+        """
+        return shared
+
+    @property
+    def layerwise(self) -> bool:
+        """Whether all that it does is to edit layers (so that a gate can scale it)."""
+        other = ("keys_values", "beside", "virtual_embeddings")
+        return not any(map(self.overrides, other))
 
     def merged(self, p: Params, layer: Layer, role: str) -> tuple[Tensor, Tensor | None] | None:
         """A closed form of the merged ``(W', b')`` in fp32, or None: push the identity."""
@@ -274,6 +306,11 @@ class Method(Config, ABC):
         that changes the mathematics and that we do not have.
         """
         return cls(**read_options(config, cls.peft_options, cls.peft_lacks, cls.kind))
+
+    @classmethod
+    def tensor_from_peft(cls, config: Mapping[str, Any], slot: str, tensor: Tensor) -> Tensor:
+        """A tensor of PEFT's file as this method holds it; by default as it is."""
+        return tensor
 
     def roles_in_file(self, path: str, slots: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
         """The roles of a site read from a PEFT file, from its slots and their shapes."""

@@ -256,7 +256,7 @@ def _parsed(
                 raise FileFormatError(f"{folder / WEIGHTS}: the copies of {leaf!r} differ.")
             continue
         path, slot, number = _place_key(folder, key, method, full)
-        named[TensorName(path, slot)] = tensor
+        named[TensorName(path, slot)] = method.tensor_from_peft(config, slot, tensor)
         if path:
             slots_at.setdefault((path, number), {})[slot] = tuple(tensor.shape)
     sites = [

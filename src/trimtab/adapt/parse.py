@@ -27,6 +27,7 @@ METHODS = {
     "ia3": "trimtab.methods.ia3:IA3",
     "loreft": "trimtab.methods.loreft:LoReFT",
     "lora": "trimtab.methods.lora:LoRA",
+    "llama-adapter": "trimtab.methods.llama_adapter:LlamaAdapter",
     "loha": "trimtab.methods.loha:LoHa",
     "lokr": "trimtab.methods.lokr:LoKr",
     "hira": "trimtab.methods.hira:HiRA",
@@ -47,6 +48,8 @@ METHODS = {
     "pfeiffer": "trimtab.methods.pfeiffer:Pfeiffer",
     "prefix": "trimtab.methods.prefix:Prefix",
     "shira": "trimtab.methods.shira:SHiRA",
+    "prompt": "trimtab.methods.prompt:Prompt",
+    "ptuning": "trimtab.methods.ptuning:PTuning",
     "spottune": "trimtab.methods.spottune:SpotTune",
 }
 methods: Registry[type[Method]] = Registry("method", "trimtab.methods", METHODS)
@@ -57,6 +60,8 @@ PRESETS = {
     "houlsby": "bottleneck(size=64, train=['norms'])",
     "scaled_parallel": "parallel(scaling='learned')",
     "compacter++": "compacter(targets=['mlp_output'], train=['norms'])",
+    "houlsby": "bottleneck(size=64)",
+    "p-tuning-v2": "prefix(length=128, init_std=1.0, dropout=0.1)",
 }
 """Settings that have a name of their own. Options are added to them: ``houlsby(size=8)``."""
 

@@ -68,6 +68,24 @@ class Route:
         )
 
 
+def units_at(route: Route, rows: int, length: int) -> Tensor:
+    """(B, T) number of the unit of each position; -1 where nobody's.
+
+    Raises:
+        RouteError: another number of rows than the route names owners.
+    """
+    if route.spans is None:
+        if len(route.owners) != rows:
+            raise RouteError(
+                f"attention was given {rows} rows, the route names {len(route.owners)} owners."
+            )
+        return torch.arange(rows)[:, None].expand(rows, length)
+    found = torch.full((rows, length), -1)
+    for unit, span in enumerate(route.spans):
+        found[span.row, span.start : span.stop] = unit
+    return found
+
+
 class Part:
     """The positions of a tensor that one owner acts on.
 

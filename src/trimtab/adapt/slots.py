@@ -57,6 +57,16 @@ def add(root: nn.Module, slot: str, adapter: str, tensor: Tensor, *, stored: boo
         node.register_buffer(tail or adapter, tensor, persistent=stored)
 
 
+def nested(root: nn.Module, path: str) -> nn.Module:
+    """The node at a path below ``root``, made where there is none."""
+    node = root
+    for segment in path.split("."):
+        if segment not in node._modules:
+            node.add_module(segment, Slot())
+        node = node.get_submodule(segment)
+    return node
+
+
 def get(root: nn.Module, slot: str, adapter: str) -> Tensor:
     """The tensor as it is now (FSDP and ``.to()`` may have replaced the object)."""
     head, tail = split(slot)

@@ -374,7 +374,10 @@ class Engine:
         taken = (
             0
             if owner is None
-            else sum(m.virtual_tokens for m in bank_of(self.model).require(owner).methods)
+            else sum(
+                m.virtual_tokens + m.prompt_tokens
+                for m in bank_of(self.model).require(owner).methods
+            )
         )
         return int(limit) - taken
 

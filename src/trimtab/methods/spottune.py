@@ -69,7 +69,7 @@ class SpotTune(Method):
     @classmethod
     def _inner(cls, value: Any) -> Method:
         inner = method_from(value)
-        if inner.needs_prompt or inner.overrides("keys_values"):
+        if inner.needs_prompt or not inner.layerwise:
             raise ValueError(
                 f"{inner.kind} does not edit layers on its own; choose a layer-wise method"
             )

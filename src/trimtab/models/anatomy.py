@@ -18,6 +18,7 @@ from trimtab.errors import TargetError
 from trimtab.frozen import Layer, view
 from trimtab.frozen.experts import ExpertLayer, expert_parameters
 from trimtab.frozen.sublayer import SubLayer
+from trimtab.models.attention_layer import AttentionLayer
 from trimtab.models.families import GENERIC, HEADS, family_of
 from trimtab.models.family import Family
 from trimtab.models.fused import Fused, FusedRows
@@ -130,6 +131,10 @@ class Anatomy:
             )
         return found
 
+    def query_heads_at(self, path: str) -> int:
+        """Number of query heads of the attention at a module."""
+        return self._heads_at(path).queries
+
     def weighted(self, path: str) -> bool:
         """Whether the module at a path is a layer with a weight that Trimtab knows."""
         return view(self.modules[path]) is not None
@@ -205,6 +210,8 @@ class Anatomy:
         """The view of the layer at a path (of expert 0 at an expert parameter, of a sub-layer's output)."""
         if path in self.experts:
             return self.expert_layers(path)[0]
+        if path in self.role("self_attention"):
+            return AttentionLayer.at(self, path)
         module = self.modules[path]
         return view(module) or SubLayer(module, self.width_at(path), self.around(path))
 

@@ -1,0 +1,215 @@
+"""The attention functions: what one forward puts inside attention, and how it gets there.
+
+    softmax([q P_Kᵀ ; q Kᵀ]) [P_V ; V]   +   gate · softmax(q A_Kᵀ) A_V
+
+The pre-hook of an attention module hands an `Injected` to the attention function as a keyword. The functions
+registered here put its keys and values before the model's own and widen the mask, and add the output of the
+gated attentions beside. So caches, checkpoints, grouped queries, padding and generation are the model's own.
+
+The virtual tokens of all owners in a batch lie side by side, and each position sees its own owner's only: one
+rule for rows, for packed documents and for stacks.
+
+Shapes: B rows, T queries, S keys, U units, P virtual tokens, H heads, G key heads, D head width, C = G · D.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+from trimtab.adapt.context import Context
+from trimtab.adapt.route import Owner, units_at
+from trimtab.errors import RouteError
+
+KEYWORD = "trimtab_injected"
+OURS = {"sdpa": "trimtab_sdpa", "eager": "trimtab_eager"}
+"""Attention functions of transformers -> ours around them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """Virtual tokens of one owner. ``read`` says that they were read like text, so that windows apply to them."""
+
+    owner: Owner
+    keys: Tensor
+    """(P, C), or (U, P, C) where each unit has its own."""
+    values: Tensor
+    read: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """A gated attention of its own: (P, C), (P, C), and (1,) or (H,)."""
+
+    owner: Owner
+    keys: Tensor
+    values: Tensor
+    gate: Tensor
+
+
+class Injected:
+    """What one attention gets in one forward."""
+
+    def __init__(self, path: str, context: Context, before: Sequence[Before], beside: Sequence[Beside],
+                 bias: nn.Module | None) -> None:  # fmt: skip
+        self.path = path
+        self.context = context
+        self.before = before
+        self.beside = beside
+        self.bias = bias
+
+    def tokens(self, heads_of: Callable[[Before], Tensor], like_BGSD: Tensor) -> Tensor:
+        """(B, G, P, D): keys or values of all owners, side by side."""
+        rows, heads, _, width = like_BGSD.shape
+        found = []
+        for entry in self.before:
+            tokens = heads_of(entry).to(like_BGSD.dtype)
+            if tokens.dim() == 3 and self.context.route.spans is not None:
+                tokens = tokens.flatten(0, 1)
+            tokens = tokens.unflatten(-1, (heads, width)).transpose(-3, -2)
+            if tokens.dim() == 4 and tokens.shape[0] < rows:  # rows became beams
+                tokens = tokens.repeat_interleave(rows // tokens.shape[0], dim=0)
+            found.append(tokens.expand(rows, -1, -1, -1))
+        return torch.cat(found, dim=2)
+
+    def visible(self, rows: int, length: int, device: torch.device, window: int | None) -> Tensor:
+        """(B or 1, 1, T or 1, P), true where a position may see a virtual token: its own owner's."""
+        seen = self._of_units([self._seen(entry) for entry in self.before], rows, length).to(device)
+        if window is None or not any(entry.read for entry in self.before):
+            return seen
+        behind = torch.cat([self._behind(entry, device) for entry in self.before])
+        positions = self.context.positions
+        if positions is None:
+            positions = torch.arange(length)[None]
+        return seen & (positions.to(device)[:, None, :, None] + behind < window)
+
+    def owned(self, owner: Owner, rows: int, length: int, device: torch.device) -> Tensor:
+        """(B or 1, 1, T or 1, 1), true where that owner acts."""
+        mine = torch.tensor([[who == owner] for who in self.context.route.owners])
+        return self._of_units([mine], rows, length).to(device)
+
+    def _seen(self, entry: Before) -> Tensor:
+        """(U, P), true where a unit sees these tokens."""
+        route = self.context.route
+        mine = torch.tensor([[who == entry.owner] for who in route.owners])
+        count = entry.keys.shape[-2]
+        if entry.keys.dim() == 3 and route.spans is not None:
+            return (mine & torch.eye(len(mine), dtype=torch.bool)).repeat_interleave(count, dim=1)
+        return mine.expand(-1, count)
+
+    def _behind(self, entry: Before, device: torch.device) -> Tensor:
+        """(P,) how far each token lies behind position 0 of the text; never, where it has no place."""
+        count = entry.keys.shape[-2]
+        if not entry.read:
+            return torch.full((count,), -(1 << 30), device=device)
+        return count - torch.arange(count, device=device)
+
+    def _of_units(self, seen: Sequence[Tensor], rows: int, length: int) -> Tensor:
+        route = self.context.route
+        table_UP = torch.cat(tuple(seen), dim=1)
+        if route.spans is None:
+            if len(table_UP) not in (1, rows):
+                raise RouteError(
+                    f"attention was given {rows} rows, the route names {len(table_UP)} owners."
+                )
+            return table_UP[:, None, None]
+        nobody = table_UP.all(0, keepdim=True) if route.single is not None else table_UP[:1] & False
+        return torch.cat([table_UP, nobody])[units_at(route, rows, length)][:, None]
+
+    def widened(self, bias: Tensor) -> Tensor:
+        """A bias by distance, with columns for tokens that each lie right before position 0 for their owner."""
+        length, keys = bias.shape[-2:]
+        if self.bias is None:
+            count = sum(entry.keys.shape[-2] for entry in self.before)
+            return torch.cat([bias.new_zeros(*bias.shape[:-1], count), bias], dim=-1)
+        compute = cast(Callable[..., Tensor], self.bias.compute_bias)
+        columns = []
+        for owner in dict.fromkeys(entry.owner for entry in self.before):
+            width = sum(entry.keys.shape[-2] for entry in self.before if entry.owner == owner)
+            past = keys - length + width
+            whole = compute(length, keys + width, device=bias.device, past_seen_tokens=past)
+            columns.append(whole[..., :width].to(bias.dtype).expand(*bias.shape[:-1], width))
+        return torch.cat([*columns, bias], dim=-1)
+
+
+# -- the attention functions --------------------------------------------------------------------------
+
+
+def _attend(inner: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+            mask: Tensor | None, *args: Any, **kwargs: Any) -> Any:  # fmt: skip
+    injected: Injected | None = kwargs.pop(KEYWORD, None)
+    if injected is None:
+        return inner(module, query, key, value, mask, *args, **kwargs)
+    caught = injected.context.caught
+    if caught is not None:
+        caught[injected.path] = key, value
+    beside = [_beside(injected, entry, query, kwargs.get("scaling")) for entry in injected.beside]
+    if injected.before:
+        rows, _, length, _ = query.shape
+        mask, key, value = _own_mask(module, mask, query, key, value, kwargs)
+        visible = injected.visible(rows, length, query.device, kwargs.get("sliding_window"))
+        if mask.dtype != torch.bool:
+            least = torch.finfo(mask.dtype).min
+            visible = torch.zeros_like(visible, dtype=mask.dtype).masked_fill(~visible, least)
+        visible = visible.expand(rows, 1, length, -1)
+        mask = torch.cat([visible, mask.expand(rows, 1, length, mask.shape[-1])], dim=-1)
+        key = torch.cat([injected.tokens(lambda entry: entry.keys, key), key], dim=2)
+        value = torch.cat([injected.tokens(lambda entry: entry.values, value), value], dim=2)
+        bias = kwargs.get("position_bias")
+        if bias is not None:
+            kwargs["position_bias"] = injected.widened(bias)
+    out = inner(module, query, key, value, mask, *args, **kwargs)
+    return (sum(beside, out[0]), *out[1:]) if beside else out
+
+
+def _beside(injected: Injected, entry: Beside, query: Tensor, scaling: float | None) -> Tensor:
+    """(B, T, H, D): the gated attention over these tokens alone, zero where their owner does not act."""
+    rows, heads, length, width = query.shape
+
+    def as_heads(tokens_PC: Tensor) -> Tensor:
+        tokens = tokens_PC.to(query.dtype).unflatten(-1, (-1, width)).transpose(0, 1)
+        return tokens.repeat_interleave(heads // tokens.shape[0], dim=0)
+
+    scores = query @ as_heads(entry.keys).mT * (width**-0.5 if scaling is None else scaling)
+    shares = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32))
+    gated = entry.gate.view(-1, 1, 1) * (shares.to(query.dtype) @ as_heads(entry.values))
+    mine = injected.owned(entry.owner, rows, length, query.device)
+    return gated.masked_fill(~mine, 0).transpose(1, 2)
+
+
+def _own_mask(module: nn.Module, mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
+              kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The mask over the model's own keys; where the model left it out, the one it meant."""
+    if mask is not None:
+        return mask, key, value
+    length, keys = query.shape[2], key.shape[2]
+    causal = kwargs.get("is_causal")
+    causal = bool(module.__dict__.get("is_causal", True)) if causal is None else bool(causal)
+    full = torch.ones(length, keys, dtype=torch.bool, device=query.device)
+    if not causal or length == 1:
+        return full[None, None], key, value
+    if keys > length:  # the first fill of a static cache: the rest of it is still empty
+        key, value, full = key[:, :, :length], value[:, :, :length], full[:, :length]
+    return full.tril()[None, None], key, value
+
+
+def _sdpa(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return _attend(AttentionInterface()["sdpa"], module, *args, **kwargs)
+
+
+def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    own = sys.modules[type(module).__module__].__dict__["eager_attention_forward"]
+    return _attend(own, module, *args, **kwargs)
+
+
+AttentionInterface.register("trimtab_sdpa", _sdpa)
+AttentionInterface.register("trimtab_eager", _eager)
+AttentionMaskInterface.register("trimtab_sdpa", sdpa_mask)
+AttentionMaskInterface.register("trimtab_eager", eager_mask)
