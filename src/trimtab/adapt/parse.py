@@ -60,7 +60,6 @@ PRESETS = {
     "houlsby": "bottleneck(size=64, train=['norms'])",
     "scaled_parallel": "parallel(scaling='learned')",
     "compacter++": "compacter(targets=['mlp_output'], train=['norms'])",
-    "houlsby": "bottleneck(size=64)",
     "p-tuning-v2": "prefix(length=128, init_std=1.0, dropout=0.1)",
 }
 """Settings that have a name of their own. Options are added to them: ``houlsby(size=8)``."""
