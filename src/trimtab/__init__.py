@@ -46,6 +46,7 @@ _PLACES = {
     "Prefix": "trimtab.methods.prefix",
     "SpotTune": "trimtab.methods.spottune",
     "Full": "trimtab.methods.full",
+    "Union": "trimtab.methods.union",
     "load": "trimtab.models.load",
     "train": "trimtab.train.api",
 }
@@ -108,6 +109,7 @@ if TYPE_CHECKING:
     from trimtab.methods.lora import LoRA as LoRA
     from trimtab.methods.prefix import Prefix as Prefix
     from trimtab.methods.spottune import SpotTune as SpotTune
+    from trimtab.methods.union import Union as Union
     from trimtab.models.load import load as load
     from trimtab.optim.adam import parameter_groups as parameter_groups
     from trimtab.train.api import train as train

@@ -24,6 +24,7 @@ SMALL = {
     "prefix": "prefix(length=3, init_std=1.0)",
     "spottune": "spottune(inner=lora(rank=4), hidden=8)",
     "full": "full(targets='mlp_down')",
+    "union": "lora(rank=4)|bitfit|prefix(length=3, init_std=1.0)",
 }
 ON_MODEL = {
     ("lora", "mixed"): "lora(rank=4, targets=['embed', 're:conv.*', 'grouped', 'head'])",
@@ -46,17 +47,23 @@ REFUSED = {
     ("bottleneck", "mixed"): NO_BLOCKS,
     ("prefix", "mixed"): NO_ATTENTION,
     ("spottune", "mixed"): NO_BLOCKS,
+    ("union", "mixed"): NO_ATTENTION,
 }
 """Cells that mathematics forbids."""
 if not hasattr(
     modeling_t5, "ALL_ATTENTION_FUNCTIONS"
 ):  # releases before its attention joined the registry
-    REFUSED |= {("prefix", name): "its attention cannot be reached" for name in ("t5", "t5-gated")}
+    REFUSED |= {
+        (method, name): "its attention cannot be reached"
+        for method in ("prefix", "union")
+        for name in ("t5", "t5-gated")
+    }
 
 NOT_MERGEABLE = {
     "bottleneck": "a non-linear activation",
     "prefix": "softmax of attention",
     "spottune": "each example chooses",
+    "union": "in its part prefix, it adds keys and values to the softmax of attention",
 }
 IDENTITY_AT_FIRST = {"lora", "dora", "ia3", "bitfit", "spottune", "full"}
 """Methods whose papers start them as the identity (a Houlsby bottleneck only nearly; a prefix never)."""

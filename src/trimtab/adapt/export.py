@@ -15,12 +15,16 @@ from trimtab.adapt.adapter import Adapter, TensorName
 
 def exported(adapter: Adapter, *, name: str | None = None) -> Adapter:
     """An independent adapter with the same edits, of the simplest methods that have them."""
-    plain = [method.plain() for method in adapter.methods]
+    plain = adapter.method.plain().replace(train=adapter.method.train)
     copy = adapter.detached(name=name)
-    if plain == list(adapter.methods):
+    if plain == adapter.method:
         return copy
+    found: dict[tuple[str, int], dict[str, Tensor]] = {}
+    for tensor_name, number in copy.owners.items():
+        at_path = found.setdefault((tensor_name.path, number), {})
+        at_path[tensor_name.slot] = copy.named()[tensor_name]
     tensors: dict[TensorName, Tensor] = {}
-    for (path, number), slots in _by_method(copy).items():
+    for (path, number), slots in found.items():
         method = copy.methods[number].at(path) if path else copy.methods[number]
         place = next((p for p in copy.places(number) if p.path == path), None) if path else None
         new = method.plain_tensors(slots, place)
@@ -29,17 +33,3 @@ def exported(adapter: Adapter, *, name: str | None = None) -> Adapter:
         copy.name, plain, copy.sites, tensors, base=copy.base, origin=replace(copy.origin)
     )
 
-
-def _by_method(adapter: Adapter) -> dict[tuple[str, int], dict[str, Tensor]]:
-    """The tensors by path and number of the method that they belong to."""
-    numbers: dict[str, list[int]] = {"": list(range(len(adapter.methods)))}
-    for site in adapter.sites:
-        here = numbers.setdefault(site.path, [])
-        if site.method not in here:
-            here.append(site.method)
-    found: dict[tuple[str, int], dict[str, Tensor]] = {}
-    for name, tensor in adapter.named().items():
-        here = numbers[name.path]
-        owner = next((n for n in here if name.slot in adapter.methods[n].short_names), here[0])
-        found.setdefault((name.path, owner), {})[name.slot] = tensor
-    return found

@@ -1,13 +1,14 @@
 """The registry of methods, and the three ways to write one: a value, a mapping, a string.
 
-LoRA(rank=8)      {"kind": "lora", "rank": 8}      "lora(rank=8)"
+LoRA(rank=8)           {"kind": "lora", "rank": 8}         "lora(rank=8)"
+LoRA() | Prefix()      [{"kind": "lora"}, "prefix"]        "lora|prefix"
 """
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trimtab.adapt.contract import Method
@@ -23,6 +24,7 @@ METHODS = {
     "lora": "trimtab.methods.lora:LoRA",
     "prefix": "trimtab.methods.prefix:Prefix",
     "spottune": "trimtab.methods.spottune:SpotTune",
+    "union": "trimtab.methods.union:Union",
 }
 methods: Registry[type[Method]] = Registry("method", "trimtab.methods", METHODS)
 
@@ -34,8 +36,12 @@ PRESETS = {
 _FORM = re.compile(r"\s*([A-Za-z0-9_\-]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
 
 
-def method_from(value: Method | Mapping[str, Any] | str) -> Method:
-    """The method that a value, a mapping with ``kind``, or a string means.
+Written = Method | Mapping[str, Any] | str
+"""One method, in any of the three ways."""
+
+
+def method_from(value: Written | Sequence[Written]) -> Method:
+    """The method that a value, a mapping with ``kind``, or a string means; several of them are a union.
 
     Raises:
         UnknownNameError: no such method or option; the message suggests near ones.
@@ -45,6 +51,9 @@ def method_from(value: Method | Mapping[str, Any] | str) -> Method:
         return value
     if isinstance(value, str):
         return _from_string(value)
+    if isinstance(value, Sequence):
+        several = [method_from(each) for each in value]
+        return several[0] if len(several) == 1 else methods.get("union").parse({"parts": several})
     options = dict(value)
     if "kind" not in options:
         raise ConfigError("a method needs a 'kind', for example {'kind': 'lora', 'rank': 16}.")
@@ -55,6 +64,11 @@ def method_from(value: Method | Mapping[str, Any] | str) -> Method:
 
 
 def _from_string(text: str) -> Method:
+    written = _alternatives(text)
+    if len(written) > 1:
+        if not all(map(str.strip, written)):
+            raise ConfigError(f"method {text!r}: a method stands on each side of a bar.")
+        return method_from(written)
     form = _FORM.fullmatch(text)
     if form is None:
         raise ConfigError(
@@ -66,6 +80,23 @@ def _from_string(text: str) -> Method:
         options = _options(text, arguments)
         return preset.replace(**options) if options else preset
     return methods.get(name).parse(_options(text, arguments), where=f"method {name}")
+
+
+def _alternatives(text: str) -> list[str]:
+    """What stands between bars outside of parentheses, brackets and quotes."""
+    found, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        else:
+            depth += (character in "([{") - (character in ")]}")
+            if character == "|" and depth == 0:
+                found.append("")
+                continue
+        found[-1] += character
+    return found
 
 
 def _options(text: str, arguments: str) -> dict[str, Any]:
@@ -83,6 +114,10 @@ def _literal(node: ast.expr) -> Any:
     """A Python literal; a nested ``name(...)`` stays text and is read as a method by its field."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         return ast.unparse(node)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return ast.unparse(node)
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_literal(element) for element in node.elts]
     if isinstance(node, ast.Name) and node.id.lower() in ("true", "false", "none", "null"):
         return {"true": True, "false": False, "none": None, "null": None}[node.id.lower()]
     return ast.literal_eval(node)

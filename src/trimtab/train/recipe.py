@@ -235,8 +235,9 @@ class Recipe(Config):
     """Folder, hub id or .gguf file of the base."""
     data: DataRecipe
     """What is learnt, and what it is measured on."""
-    method: str | dict[str, Any] = DEFAULT_METHOD
-    """The method with its options: lora(rank=16, alpha=32), or a mapping with kind and options."""
+    method: str | dict[str, Any] | list[str | dict[str, Any]] = DEFAULT_METHOD
+    """The method with its options: lora(rank=16, alpha=32), or a mapping with kind and options; several of them,
+    as lora|prefix or as a list, are one adapter."""
     name: str = "default"
     """Name of the adapter."""
     epochs: int = Field(default=1, ge=1)
