@@ -36,6 +36,7 @@ _PLACES = {
     "rows": "trimtab.adapt.acting",
     "scale": "trimtab.adapt.acting",
     "scaled": "trimtab.adapt.arithmetic",
+    "settled": "trimtab.adapt.export",
     "stack": "trimtab.adapt.acting",
     "using": "trimtab.adapt.acting",
     "LoRA": "trimtab.methods.lora",
@@ -46,6 +47,7 @@ _PLACES = {
     "Prefix": "trimtab.methods.prefix",
     "SpotTune": "trimtab.methods.spottune",
     "Full": "trimtab.methods.full",
+    "Gated": "trimtab.methods.gated",
     "Union": "trimtab.methods.union",
     "load": "trimtab.models.load",
     "train": "trimtab.train.api",
@@ -98,6 +100,7 @@ if TYPE_CHECKING:
     from trimtab.adapt.describe import describe as describe
     from trimtab.adapt.describe import resolve as resolve
     from trimtab.adapt.export import exported as exported
+    from trimtab.adapt.export import settled as settled
     from trimtab.adapt.merge import merge as merge
     from trimtab.adapt.probe import probe as probe
     from trimtab.adapt.stepper import Stepper as Stepper
@@ -105,6 +108,7 @@ if TYPE_CHECKING:
     from trimtab.methods.bottleneck import Bottleneck as Bottleneck
     from trimtab.methods.dora import DoRA as DoRA
     from trimtab.methods.full import Full as Full
+    from trimtab.methods.gated import Gated as Gated
     from trimtab.methods.ia3 import IA3 as IA3
     from trimtab.methods.lora import LoRA as LoRA
     from trimtab.methods.prefix import Prefix as Prefix

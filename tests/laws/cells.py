@@ -24,6 +24,7 @@ SMALL = {
     "prefix": "prefix(length=3, init_std=1.0)",
     "spottune": "spottune(inner=lora(rank=4), hidden=8)",
     "full": "full(targets='mlp_down')",
+    "gated": "gated(inner=lora(rank=4))",
     "union": "lora(rank=4)|bitfit|prefix(length=3, init_std=1.0)",
 }
 ON_MODEL = {
@@ -37,6 +38,10 @@ ON_MODEL = {
         "full",
         "mixed",
     ): "full(targets=['embed', 're:conv.*', 'grouped', 'head', 'norm', 'batch_norm'])",
+    (
+        "gated",
+        "mixed",
+    ): "gated(inner=lora(rank=4, targets=['embed', 're:conv.*', 'grouped', 'head']))",
     ("lora", "classifier"): "lora(rank=4, train=['score'])",
     ("lora", "bert"): "lora(rank=4, train=['classifier'])",
 }
@@ -63,9 +68,10 @@ NOT_MERGEABLE = {
     "bottleneck": "a non-linear activation",
     "prefix": "softmax of attention",
     "spottune": "each example chooses",
+    "gated": "each example scales",
     "union": "in its part prefix, it adds keys and values to the softmax of attention",
 }
-IDENTITY_AT_FIRST = {"lora", "dora", "ia3", "bitfit", "spottune", "full"}
+IDENTITY_AT_FIRST = {"lora", "dora", "ia3", "bitfit", "spottune", "full", "gated"}
 """Methods whose papers start them as the identity (a Houlsby bottleneck only nearly; a prefix never)."""
 
 

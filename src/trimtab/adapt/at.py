@@ -25,14 +25,34 @@ class Held(NamedTuple):
     cast: bool
 
 
+class Around(NamedTuple):
+    """The tokens (N, width) that the experts of a mixture were given, and whose they are."""
+
+    part: Part
+    x: Tensor
+
+
 class At:
     """One call of one edit at one site: the site, and the context of this call.
 
     ``layer`` is the view of the frozen layer, ``x`` what this edit's layer was given (in `leave`), ``part``
-    the positions that this owner acts on.
+    the positions that this owner acts on. ``gates`` is what a gate has decided in this call, ``around`` all
+    that the experts of a mixture were given, of which one expert sees a few tokens.
     """
 
-    __slots__ = ("context", "dtype", "edit", "holder", "layer", "part", "root", "training", "x")
+    __slots__ = (
+        "around",
+        "context",
+        "dtype",
+        "edit",
+        "gates",
+        "holder",
+        "layer",
+        "part",
+        "root",
+        "training",
+        "x",
+    )
 
     def __init__(
         self,
@@ -53,6 +73,8 @@ class At:
         self.training = training
         self.x = torch.empty(0)
         self.holder: nn.Module | None = None
+        self.gates: Tensor | None = None
+        self.around: Around | None = None
 
     @property
     def shared(self) -> dict[str, Tensor]:
@@ -122,19 +144,27 @@ class At:
             found = self.edit.cache[key] = (stamp, compute())
         return found[1]
 
-    def pool(self, y: Tensor) -> Tensor:
-        """Mean of y_BTC over the visible positions of each unit of this part -> (U, C)."""
-        part, context = self.part, self.context
+    def pool(self, y: Tensor, part: Part | None = None) -> Tensor:
+        """Mean of y_BTC over the visible positions of each unit of this part (or of another) -> (U, C).
+
+        Where an encoder-decoder writes its answer, the first position alone is visible.
+        """
+        part = self.part if part is None else part
+        if self.edit.answers and y.dim() > 2:
+            y = y[:, :1]
         flat = y.flatten(0, -2)
-        weights = context.visible(part, y, causal=self.causal).to(y.dtype)
-        units = part.units if part.units is not None else torch.arange(y.shape[0], device=y.device)
+        weights = torch.ones(flat.shape[0], dtype=y.dtype, device=y.device)
+        if not self.edit.answers:
+            weights = self.context.visible(part, y, causal=self.causal).to(y.dtype)
+        count, units = part.unit_count, part.units
+        if units is None:
+            count = self.context.rows_of(y) or count
+            units = torch.arange(count, device=y.device)
         if units.shape[0] != flat.shape[0]:
             units = units.repeat_interleave(flat.shape[0] // units.shape[0])
         units = units.to(y.device)
-        total = y.new_zeros(part.unit_count, y.shape[-1]).index_add(
-            0, units, flat * weights[:, None]
-        )
-        seen = y.new_zeros(part.unit_count).index_add(0, units, weights)
+        total = y.new_zeros(count, y.shape[-1]).index_add(0, units, flat * weights[:, None])
+        seen = y.new_zeros(count).index_add(0, units, weights)
         return total / seen.clamp_min(1)[:, None]
 
     def require_prompt(self) -> None:

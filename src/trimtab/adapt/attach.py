@@ -131,6 +131,7 @@ def _insert(
             block=anatomy.block_of(spec_site.path),
             order=_order(adapter, number),
             causal=anatomy.causal,
+            answers=anatomy.answers(spec_site.path),
             specs=specs[number, spec_site.path],
             shared=specs[-1 - spec_site.method, ""],
         )

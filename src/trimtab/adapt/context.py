@@ -79,12 +79,23 @@ class Context:
         mask = self._given(causal)
         if mask is None:
             return torch.ones(y[..., 0].numel(), dtype=torch.bool, device=y.device)
-        chosen = part.take(mask.to(y.device)).flatten()
+        chosen = part.take(mask.to(y.device))
+        if (
+            chosen.dim() == 2 and y.dim() == 2 and chosen.shape[0] == y.shape[0]
+        ):  # one position a row
+            return torch.ones(y.shape[0], dtype=torch.bool, device=y.device)
+        chosen = chosen.flatten()
         if chosen.numel() != y[..., 0].numel():
             raise RouteError(
                 f"the masks of this batch do not fit the embeddings of shape {tuple(y.shape)}."
             )
         return chosen
+
+    def rows_of(self, y: Tensor) -> int | None:
+        """How many rows the flattened tokens y_NC are of; None where y is not such."""
+        if self.batch is None or y.dim() != 2 or y.shape[0] != self.batch[0] * self.batch[1]:
+            return None
+        return self.batch[0]
 
     def _given(self, causal: bool) -> Tensor | None:
         """(B, T) true where a gate may look; None is everywhere."""

@@ -32,6 +32,7 @@ class Edit:
         block: int | None,
         order: tuple[int, int],
         causal: bool,
+        answers: bool,
         specs: Mapping[str, Spec],
         shared: Mapping[str, Spec],
     ) -> None:
@@ -42,6 +43,7 @@ class Edit:
         self.block = block
         self.index, self.count = order
         self.causal = causal
+        self.answers = answers
         self.tensors = {short: Held(spec.name, spec.cast) for short, spec in specs.items()}
         self.shared = {short: Held(spec.name, spec.cast) for short, spec in shared.items()}
         self.enters = method.overrides("enter")

@@ -20,6 +20,7 @@ METHODS = {
     "bottleneck": "trimtab.methods.bottleneck:Bottleneck",
     "dora": "trimtab.methods.dora:DoRA",
     "full": "trimtab.methods.full:Full",
+    "gated": "trimtab.methods.gated:Gated",
     "ia3": "trimtab.methods.ia3:IA3",
     "lora": "trimtab.methods.lora:LoRA",
     "prefix": "trimtab.methods.prefix:Prefix",

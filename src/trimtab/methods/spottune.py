@@ -10,56 +10,62 @@ open (P(adapt) = 0.88). With ``blocks=k``, at most k blocks should be adapted ov
 global policy): two auxiliary losses see to it, with z_l the share of examples that adapt block l,
 
     (Σ z_l − k)²   and   −Σ z_l log z_l.
+
+A running average of z is kept: `trimtab.settled` makes of it the inner method in the k blocks used most.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, cast, final
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, cast, final
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
-from trimtab.adapt.contract import At, Layer, Method, Params, Place, Spec, normal, ones, zeros
-from trimtab.adapt.parse import method_from
+from trimtab.adapt.contract import At, Method, Params, Place, Spec, normal, ones, zeros
+from trimtab.adapt.gating import Gating, once, straight_through
 from trimtab.errors import RouteError, UnsupportedError
 from trimtab.models.anatomy import Anatomy
 
 POLICY = "policy"
+USAGE = "policy.usage"
 
 
 @final
-class SpotTune(Method):
+class SpotTune(Gating):
     """``SpotTune(inner="lora(rank=8)")``; ``hidden`` is the width of the policy network."""
 
     kind: ClassVar[str] = "spottune"
-    affine: ClassVar[bool] = False
     why_not_affine: ClassVar[str] = (
         "each example chooses its own blocks, so no one weight serves all"
     )
-    needs_prompt: ClassVar[bool] = True
     lr: ClassVar[float] = 5e-4
+    skips: ClassVar[bool] = True
+    short_names: ClassVar[Mapping[str, str]] = {
+        "policy.norm.weight": "gate_norm", "policy.down.weight": "gate_down", "policy.down.bias": "gate_b_down",
+        "policy.up.weight": "gate_up", "policy.up.bias": "gate_b_up", USAGE: "gate_usage",
+    }  # fmt: skip
 
-    inner: Any = "lora"
     hidden: int = Field(default=64, ge=1)
     temperature: float = Field(default=5.0, gt=0)
     blocks: int | None = Field(default=None, ge=1)
     budget_weight: float = Field(default=0.01, ge=0)
 
-    @field_validator("inner")
-    @classmethod
-    def _inner(cls, value: Any) -> Method:
-        inner = method_from(value)
-        if inner.needs_prompt or inner.overrides("keys_values"):
-            raise ValueError(
-                f"{inner.kind} does not edit layers on its own; choose a layer-wise method"
-            )
-        return inner
+    @property
+    def default_lr(self) -> float:
+        return self.lr
+
+    @property
+    def fixed(self) -> frozenset[str]:
+        return super().fixed | {USAGE}
+
+    def edits(self, role: str) -> bool:
+        return role != POLICY
 
     def place(self, anatomy: Anatomy) -> Sequence[Place]:
-        places = [p for p in self.inner.place(anatomy) if anatomy.block_of(p.path) is not None]
+        places = [p for p in super().place(anatomy) if anatomy.block_of(p.path) is not None]
         if not places or not anatomy.role("input_embedding"):
             raise UnsupportedError(
                 "SpotTune needs a transformer with blocks and an input embedding that Trimtab knows: its policy "
@@ -67,95 +73,60 @@ class SpotTune(Method):
             )
         return [*(Place(path, POLICY) for path in anatomy.role("input_embedding")), *places]
 
-    def at(self, path: str) -> SpotTune:
-        inner = self.inner.at(path)
-        return self if inner is self.inner else self.replace(inner=inner)
-
-    def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
-        return {} if role == POLICY else self.inner.tensors(layer, role)
-
     def shared(self, anatomy: Anatomy, places: Sequence[Place]) -> dict[str, Spec]:
         width, count = anatomy.width, len(anatomy.blocks)
         return {
-            "norm": Spec("policy.norm.weight", (width,), ones),
-            "down": Spec("policy.down.weight", (self.hidden, width), normal(width**-0.5)),
-            "b_down": Spec("policy.down.bias", (self.hidden,), zeros),
-            "up": Spec("policy.up.weight", (2 * count, self.hidden), zeros),
-            "b_up": Spec("policy.up.bias", (2 * count,), _open),
+            **super().shared(anatomy, places),
+            "gate_norm": Spec("policy.norm.weight", (width,), ones),
+            "gate_down": Spec("policy.down.weight", (self.hidden, width), normal(width**-0.5)),
+            "gate_b_down": Spec("policy.down.bias", (self.hidden,), zeros),
+            "gate_up": Spec("policy.up.weight", (2 * count, self.hidden), zeros),
+            "gate_b_up": Spec("policy.up.bias", (2 * count,), _open),
+            "gate_usage": Spec(USAGE, (count,), ones, cast=False),
         }
-
-    def enter(self, p: Params, x: Tensor, at: At) -> Tensor:
-        if at.role == POLICY or not self.inner.overrides("enter"):
-            return x
-        return self._gated(
-            x, lambda part: cast(Tensor, self.inner.enter(p, part, at) - part), at, x
-        )
-
-    def delta(self, p: Params, x: Tensor, at: At) -> Tensor | None:
-        if at.role == POLICY or not self.inner.overrides("delta"):
-            return None
-        return self._gated(x, lambda part: self.inner.delta(p, part, at), at, None)
 
     def leave(self, p: Params, y: Tensor, at: At) -> Tensor:
         if at.role == POLICY:
-            self._decide(y, at)
-            return y
-        if not self.inner.overrides("leave"):
-            return y
-        return self._gated(y, lambda part: self.inner.leave(p, part, at) - part, at, y)
+            once(at, POLICY, lambda: self._chosen(y, at))
+        return super().leave(p, y, at)
 
-    # -- the policy --------------------------------------------------------------------------------------
-
-    def _decide(self, y: Tensor, at: At) -> None:
-        """Choose each unit's blocks from the prompt's embeddings, once per generation."""
-        if (at.name, POLICY) in at.memory:
-            return
-        at.require_prompt()
-        s = at.shared
-        x_UC = F.layer_norm(at.pool(y.detach()), s["norm"].shape, s["norm"])
-        hidden = F.gelu(F.linear(x_UC, s["down"], s["b_down"]))
-        logits_UL2 = F.linear(hidden, s["up"], s["b_up"]).float().unflatten(1, (-1, 2))
-        if at.training:
-            noise = -torch.empty_like(logits_UL2).exponential_().log()
-            soft = ((logits_UL2 + noise) / self.temperature).softmax(-1)[..., 1]
-            gates = (soft > 0.5).to(soft.dtype) - soft.detach() + soft
-            self._budget(gates, at)
-        else:
-            gates = (logits_UL2[..., 1] > logits_UL2[..., 0]).float()
-        at.memory[at.name, POLICY] = gates
-
-    def _budget(self, gates_UL: Tensor, at: At) -> None:
-        if self.blocks is None:
-            return
-        z_L = gates_UL[at.part.members(gates_UL.device)].mean(0)
-        at.add_loss("blocks", self.budget_weight * (z_L.sum() - self.blocks) ** 2)
-        at.add_loss("entropy", -self.budget_weight * (z_L * z_L.clamp_min(1e-6).log()).sum())
-
-    def _gated(
-        self, x: Tensor, edit: Callable[[Tensor], Tensor | None], at: At, base: Tensor | None
-    ) -> Tensor:
-        """``base + gate · edit(x)``; at evaluation the edit is computed for the open positions only."""
-        if (at.name, POLICY) not in at.memory:
+    def decide(self, p: Params, value: Tensor, at: At) -> Tensor:
+        gates_UL = at.memory.get((at.name, at.part.owner, POLICY))
+        if gates_UL is None:
             raise RouteError(
                 f"adapter {at.name!r}: a block is reached before the policy has seen the prompt. Run the model from "
                 "its input embeddings (and generate with a cache that began with the prompt)."
             )
-        gates_UL = cast(Tensor, at.memory[at.name, POLICY])
-        gate = at.part.spread(gates_UL[:, cast(int, at.block)], x)
-        if at.training:
-            change = cast(Tensor, edit(x))
-            change = change * gate.to(change.dtype)
-            return change if base is None else base + change
-        chosen = gate.flatten().nonzero()[:, 0]
-        if chosen.shape[0] == x.shape[0]:
-            change = cast(Tensor, edit(x))
-            return change if base is None else base + change
-        given, at.x = at.x, at.x[chosen]
-        change = cast(Tensor, edit(x[chosen]))
-        at.x = given
-        if base is not None:
-            return base.index_add(0, chosen, change)
-        return change.new_zeros(x.shape[0], *change.shape[1:]).index_copy(0, chosen, change)
+        return cast(Tensor, gates_UL)[:, cast(int, at.block)]
+
+    def _chosen(self, y: Tensor, at: At) -> Tensor:
+        """Each unit's blocks, from the prompt's embeddings: gates_UL."""
+        s = at.shared
+        x_UC = F.layer_norm(at.pool(y.detach()), s["gate_norm"].shape, s["gate_norm"])
+        hidden = F.gelu(F.linear(x_UC, s["gate_down"], s["gate_b_down"]))
+        logits_UL2 = F.linear(hidden, s["gate_up"], s["gate_b_up"]).float().unflatten(1, (-1, 2))
+        if not at.training:
+            return (logits_UL2[..., 1] > logits_UL2[..., 0]).float()
+        noise = -torch.empty_like(logits_UL2).exponential_().log()
+        gates = straight_through(((logits_UL2 + noise) / self.temperature).softmax(-1)[..., 1])
+        z_L = gates[at.part.members(gates.device)].mean(0)
+        with torch.no_grad():
+            s["gate_usage"].lerp_(z_L.to(s["gate_usage"].dtype), 0.01)
+        if self.blocks is not None:
+            at.add_loss("blocks", self.budget_weight * (z_L.sum() - self.blocks) ** 2)
+            at.add_loss("entropy", -self.budget_weight * (z_L * z_L.clamp_min(1e-6).log()).sum())
+        return gates
+
+    def settled(self, shared: Params) -> Method:
+        """The inner method in the ``blocks`` that examples use most; or in those that most examples use."""
+        usage, inner = shared["gate_usage"], cast(Method, self.inner)
+        there = (
+            range(len(usage)) if inner.layers is None else [i % len(usage) for i in inner.layers]
+        )
+        ranked = sorted(there, key=lambda block: -float(usage[block]))
+        used = [block for block in ranked if float(usage[block]) > 0.5]
+        kept = ranked[: self.blocks] if self.blocks is not None else used or ranked[:1]
+        return inner.replace(layers=tuple(sorted(kept)), train=self.train)
 
 
 def _open(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
