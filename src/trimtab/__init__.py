@@ -47,6 +47,7 @@ _PLACES = {
     "Prefix": "trimtab.methods.prefix",
     "SpotTune": "trimtab.methods.spottune",
     "Full": "trimtab.methods.full",
+    "AdaFit": "trimtab.methods.adafit",
     "Gated": "trimtab.methods.gated",
     "Union": "trimtab.methods.union",
     "load": "trimtab.models.load",
@@ -104,6 +105,7 @@ if TYPE_CHECKING:
     from trimtab.adapt.merge import merge as merge
     from trimtab.adapt.probe import probe as probe
     from trimtab.adapt.stepper import Stepper as Stepper
+    from trimtab.methods.adafit import AdaFit as AdaFit
     from trimtab.methods.bitfit import BitFit as BitFit
     from trimtab.methods.bottleneck import Bottleneck as Bottleneck
     from trimtab.methods.dora import DoRA as DoRA

@@ -24,11 +24,14 @@ SMALL = {
     "prefix": "prefix(length=3, init_std=1.0)",
     "spottune": "spottune(inner=lora(rank=4), hidden=8)",
     "full": "full(targets='mlp_down')",
+    "adafit": "adafit(inner=lora(rank=4), group_size=4, width=6)",
     "gated": "gated(inner=lora(rank=4))",
     "union": "lora(rank=4)|bitfit|prefix(length=3, init_std=1.0)",
 }
+EVERY_KIND = "lora(rank=4, targets=['embed', 're:conv.*', 'grouped', 'head'])"
 ON_MODEL = {
-    ("lora", "mixed"): "lora(rank=4, targets=['embed', 're:conv.*', 'grouped', 'head'])",
+    ("adafit", "mixed"): f"adafit(inner={EVERY_KIND}, group_size=3, width=6)",
+    ("lora", "mixed"): EVERY_KIND,
     ("dora", "mixed"): "dora(rank=4, targets=['re:conv.*', 'grouped', 'head'])",
     (
         "ia3",
@@ -38,10 +41,7 @@ ON_MODEL = {
         "full",
         "mixed",
     ): "full(targets=['embed', 're:conv.*', 'grouped', 'head', 'norm', 'batch_norm'])",
-    (
-        "gated",
-        "mixed",
-    ): "gated(inner=lora(rank=4, targets=['embed', 're:conv.*', 'grouped', 'head']))",
+    ("gated", "mixed"): f"gated(inner={EVERY_KIND})",
     ("lora", "classifier"): "lora(rank=4, train=['score'])",
     ("lora", "bert"): "lora(rank=4, train=['classifier'])",
 }
@@ -69,9 +69,10 @@ NOT_MERGEABLE = {
     "prefix": "softmax of attention",
     "spottune": "each example chooses",
     "gated": "each example scales",
+    "adafit": "each example opens",
     "union": "in its part prefix, it adds keys and values to the softmax of attention",
 }
-IDENTITY_AT_FIRST = {"lora", "dora", "ia3", "bitfit", "spottune", "full", "gated"}
+IDENTITY_AT_FIRST = {"lora", "dora", "ia3", "bitfit", "spottune", "full", "gated", "adafit"}
 """Methods whose papers start them as the identity (a Houlsby bottleneck only nearly; a prefix never)."""
 
 

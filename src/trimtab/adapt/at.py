@@ -26,10 +26,11 @@ class Held(NamedTuple):
 
 
 class Around(NamedTuple):
-    """The tokens (N, width) that the experts of a mixture were given, and whose they are."""
+    """The tokens (N, width) that the experts of a mixture were given, whose they are, and what was found of them."""
 
     part: Part
     x: Tensor
+    found: dict[Any, Tensor]
 
 
 class At:
@@ -169,8 +170,7 @@ class At:
 
     def require_prompt(self) -> None:
         """Raise `RouteError` where a generation goes on whose prompt this adapter has not seen."""
-        past = self.context.past
-        if past is not None and int(past.get_seq_length()) > 0:
+        if self.context.begun:
             raise RouteError(
                 f"adapter {self.name!r} decides from the prompt, and this generation's prompt was read without it; "
                 "route the whole generation to one choice of adapters."

@@ -205,7 +205,12 @@ class Bank(nn.Module):
             training=module.training,
             memory=self._memory(past, kwargs),
             past=past,
+            begun=past is not None and self._gated() and int(past.get_seq_length()) > 0,
         )
+
+    def _gated(self) -> bool:
+        """Whether some method decides from a prompt."""
+        return any(method.needs_prompt for a in self.adapters.values() for method in a.methods)
 
     def _memory(self, past: Any, kwargs: dict[str, Any]) -> dict[Any, Any]:
         """What gates remember lives as long as the cache of the generation it belongs to."""

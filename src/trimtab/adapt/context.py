@@ -27,6 +27,7 @@ class Context:
         mask: (B, T) attention mask, or None.
         prompt: (B, T) true where a gate may look (before the first trained token), or None.
         memory: where gates keep decisions that outlive this forward (a generation).
+        begun: a generation goes on, whose prompt was read before.
 
     ``scratch`` carries tensors from one site to a later one of the same forward; who reads them takes them out.
     """
@@ -44,6 +45,7 @@ class Context:
         training: bool = False,
         memory: dict[Any, Any] | None = None,
         past: Any = None,
+        begun: bool = False,
     ) -> None:
         self.route = route
         self.rows = rows
@@ -55,6 +57,7 @@ class Context:
         self.memory: dict[Any, Any] = {} if memory is None else memory
         self.scratch: dict[Any, Any] = {}
         self.past = past
+        self.begun = begun
         self.losses: list[tuple[str, str, Tensor]] = []
         self.recomputing = False
         self._prompt = prompt

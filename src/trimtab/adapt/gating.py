@@ -179,10 +179,14 @@ def once(at: At, key: str, compute: Callable[[], Tensor]) -> Tensor:
     if full in at.memory and not at.context.recomputing:
         found: Tensor = at.memory[full]
         return found
+    if at.around is not None and full in at.around.found:  # by another expert
+        return at.around.found[full]
     if full not in at.memory:
         at.require_prompt()
     made = compute()
     at.memory.setdefault(full, made)
+    if at.around is not None:
+        at.around.found[full] = made
     return made
 
 

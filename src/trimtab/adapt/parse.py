@@ -16,6 +16,7 @@ from trimtab.errors import ConfigError
 from trimtab.registry import Registry
 
 METHODS = {
+    "adafit": "trimtab.methods.adafit:AdaFit",
     "bitfit": "trimtab.methods.bitfit:BitFit",
     "bottleneck": "trimtab.methods.bottleneck:Bottleneck",
     "dora": "trimtab.methods.dora:DoRA",

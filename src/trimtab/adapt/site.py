@@ -158,6 +158,7 @@ class ExpertsSite(SiteBase):
         self, part: Part, context: Context, hidden: Tensor, index: Tensor, weights: Tensor
     ) -> Tensor:
         edits = self.acting(part.owner)
+        given = Around(part, hidden, {})
 
         def around(name: str, expert: int, layer: ExpertLayer, x: Tensor, tokens: Tensor) -> Tensor:
             here = [edit for edit in edits if edit.path == f"{self.path}.{name}"]
@@ -166,7 +167,7 @@ class ExpertsSite(SiteBase):
             own = _some(part, tokens)
             stack = self.bind(here, layer, context, own, x.dtype, self.get_submodule(name), expert)
             for bound in stack:
-                bound.call.around = Around(part, hidden)
+                bound.call.around = given
             return leave(stack, layer.call(enter(stack, x)))
 
         return run(self.base_layer, hidden, index, weights, around)
