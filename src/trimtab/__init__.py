@@ -26,6 +26,7 @@ _PLACES = {
     "describe": "trimtab.adapt.describe",
     "detach": "trimtab.adapt.attach",
     "disable": "trimtab.adapt.acting",
+    "drop_layers": "trimtab.adapt.acting",
     "enable": "trimtab.adapt.acting",
     "exported": "trimtab.adapt.export",
     "interpolate": "trimtab.adapt.arithmetic",
@@ -85,6 +86,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from trimtab.adapt.acting import disable as disable
+    from trimtab.adapt.acting import drop_layers as drop_layers
     from trimtab.adapt.acting import enable as enable
     from trimtab.adapt.acting import rows as rows
     from trimtab.adapt.acting import scale as scale

@@ -129,6 +129,7 @@ def _insert(
             path=spec_site.path,
             role=spec_site.role,
             block=anatomy.block_of(spec_site.path),
+            blocks=len(anatomy.blocks),
             order=_order(adapter, number),
             causal=anatomy.causal,
             answers=anatomy.answers(spec_site.path),
@@ -174,6 +175,7 @@ def _withdraw(
     bank.active = [other for other in bank.active if other != name]
     bank.scales.pop(name, None)
     bank.disabled.discard(name)
+    bank.dropped.pop(name, None)
     if not bank.adapters:
         strip(model, bank)
 

@@ -61,6 +61,7 @@ class Context:
         self.losses: list[tuple[str, str, Tensor]] = []
         self.recomputing = False
         self._prompt = prompt
+        self._drops: dict[str, int] = {}
         self._layouts: dict[tuple[int, ...], Layout] = {}
 
     def layout(self, x: Tensor) -> Layout:
@@ -93,6 +94,12 @@ class Context:
                 f"the masks of this batch do not fit the embeddings of shape {tuple(y.shape)}."
             )
         return chosen
+
+    def dropped(self, adapter: str, blocks: int) -> int:
+        """How many of the first blocks an adapter leaves out of this forward of training; drawn once."""
+        if adapter not in self._drops:
+            self._drops[adapter] = int(torch.randint(blocks, ()))
+        return self._drops[adapter]
 
     def rows_of(self, y: Tensor) -> int | None:
         """How many rows the flattened tokens y_NC are of; None where y is not such."""

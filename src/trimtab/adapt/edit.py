@@ -30,6 +30,7 @@ class Edit:
         path: str,
         role: str,
         block: int | None,
+        blocks: int,
         order: tuple[int, int],
         causal: bool,
         answers: bool,
@@ -41,6 +42,7 @@ class Edit:
         self.path = path
         self.role = role
         self.block = block
+        self.blocks = blocks
         self.index, self.count = order
         self.causal = causal
         self.answers = answers

@@ -113,13 +113,15 @@ def _options(text: str, arguments: str) -> dict[str, Any]:
 
 
 def _literal(node: ast.expr) -> Any:
-    """A Python literal; a nested ``name(...)`` stays text and is read as a method by its field."""
+    """A Python literal; ``name``, ``name(...)`` and ``one|other`` stay text, which a field reads as a method."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         return ast.unparse(node)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         return ast.unparse(node)
     if isinstance(node, ast.List | ast.Tuple):
         return [_literal(element) for element in node.elts]
-    if isinstance(node, ast.Name) and node.id.lower() in ("true", "false", "none", "null"):
-        return {"true": True, "false": False, "none": None, "null": None}[node.id.lower()]
+    if isinstance(node, ast.Name):
+        return {"true": True, "false": False, "none": None, "null": None}.get(
+            node.id.lower(), node.id
+        )
     return ast.literal_eval(node)

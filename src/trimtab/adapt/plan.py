@@ -14,6 +14,7 @@ from trimtab.errors import (
     AttachError,
     BaseMismatchError,
     TargetError,
+    UnsupportedError,
     suggest,
 )
 from trimtab.frozen import Layer, view
@@ -29,6 +30,14 @@ def planned(model: nn.Module, method: Method, name: str, anatomy: Anatomy) -> Ad
         found = [SiteSpec(place.path, place.role, number) for place in part.place(anatomy)]
         if not found:
             raise TargetError(f"{part.kind} finds no place to act in {type(model).__name__}.")
+        if part.layer_drop and not anatomy.blocks:
+            raise TargetError(
+                f"layer_drop: {type(model).__name__} has no blocks that Trimtab knows."
+            )
+        if part.layer_drop and part.overrides("keys_values"):
+            raise UnsupportedError(
+                f"layer_drop: {part.kind} adds keys and values inside attention; those are not left out by block."
+            )
         sites += found
     _once_in_full(method, sites)
     return Adapter(name, method, sites, {}, origin=_origin(model, method, sites, anatomy))

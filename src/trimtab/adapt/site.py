@@ -53,9 +53,9 @@ class SiteBase(nn.Module):
         """Whether no adapter has an edit here."""
         return not any(self.edits.values())
 
-    def acting(self, owner: Owner) -> list[Edit]:
+    def acting(self, owner: Owner, *, training: bool = False) -> list[Edit]:
         """The edits of an owner at this site, innermost first."""
-        return [edit for name in owner for edit in self.edits.get(name, ())]
+        return self.bank.acting(self.edits, owner, training)
 
     def bind(self, edits: Sequence[Edit], layer: Layer, context: Context, part: Part, dtype: torch.dtype,
              holder: nn.Module | None = None, expert: int | None = None) -> list[Bound]:  # fmt: skip
@@ -100,7 +100,7 @@ class Site(SiteBase):
         context = bank.context(self.training)
         x, call = self._input(args, kwargs)
         split = context.layout(x)
-        acting = [self.acting(part.owner) for part in split.parts]
+        acting = [self.acting(part.owner, training=self.training) for part in split.parts]
         if not any(acting):
             return self.base_layer(*args, **kwargs)
         layer = self.layer
@@ -146,7 +146,7 @@ class ExpertsSite(SiteBase):
         places = torch.arange(hidden_NH.shape[0], device=hidden_NH.device)
         for part in split.parts:
             inputs = part.take(hidden_NH), part.take(index_NK), part.take(weights_NK)
-            if self.acting(part.owner):
+            if self.acting(part.owner, training=self.training):
                 whole = _whole(part, part.take(places), context)
                 pieces.append(self._edited(whole, context, *inputs))
             else:
@@ -157,7 +157,7 @@ class ExpertsSite(SiteBase):
     def _edited(
         self, part: Part, context: Context, hidden: Tensor, index: Tensor, weights: Tensor
     ) -> Tensor:
-        edits = self.acting(part.owner)
+        edits = self.acting(part.owner, training=self.training)
         given = Around(part, hidden, {})
 
         def around(name: str, expert: int, layer: ExpertLayer, x: Tensor, tokens: Tensor) -> Tensor:
