@@ -144,13 +144,13 @@ class Adapter:
             numbers = here.setdefault(site.path, [])
             if site.method not in numbers:
                 numbers.append(site.method)
-        return {
-            name: next(
-                (n for n in here[name.path] if name.slot in self.methods[n].names),
-                here[name.path][0],
-            )
-            for name in self.named()
-        }
+        return {name: self._owner(here[name.path], name.slot) for name in self.named()}
+
+    def _owner(self, numbers: Sequence[int], slot: str) -> int:
+        """Which of these methods a slot is of: one that names it; else one that names none of its slots."""
+        known = {n: {**self.methods[n].disk, **self.methods[n].names} for n in numbers}
+        naming = [n for n, slots_of in known.items() if slot in slots_of]
+        return next(iter(naming or [n for n in numbers if not known[n]] or numbers))
 
     def _said(self, facts: Callable[[Method], Iterable[T]]) -> dict[str, list[T]]:
         """What the methods at each path (empty for the whole adapter) say of their slots."""

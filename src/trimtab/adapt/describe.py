@@ -51,7 +51,8 @@ def resolve(model: nn.Module, method: Method | str | Mapping[str, object]) -> st
     layers = {site.path: layer_at(anatomy, site.path) for site in adapter.sites}
     specs = specs_of(adapter, anatomy, layers)
     count = sum(_size(spec.shape) for found in specs.values() for spec in found.values())
-    head = f"{chosen.kind}: {len(adapter.sites)} sites, {count:,} parameters"
+    kinds = " + ".join(part.kind for part in adapter.methods)
+    head = f"{kinds}: {len(adapter.sites)} sites, {count:,} parameters"
     return "\n".join([head, *(f"  {line}" for line in grouped(adapter))])
 
 
