@@ -170,9 +170,7 @@ def test_each_part_learns_at_its_own_rate() -> None:
         pace = next((pace for slot, pace in paces.items() if slot in key), None)
         moved = (tensor - before[key]).abs().max()
         if pace is not None:  # Adam's first step is the rate itself
-            torch.testing.assert_close(
-                moved, torch.tensor(1e-3 * pace), rtol=2e-3, atol=1e-8
-            )
+            torch.testing.assert_close(moved, torch.tensor(1e-3 * pace), rtol=2e-3, atol=1e-8)
     groups = tt.parameter_groups(adapter, lr=1.0)
     assert sorted({round(group["lr"], 6) for group in groups}) == [1.0, 5.0, 25.0]
 
