@@ -289,7 +289,8 @@ def test_a_soft_gate_is_the_mean_of_sigmoids_over_the_prompt_and_keeps_loras_sca
 
 @torch.no_grad()
 def test_unipelt_without_its_prefix_is_a_union_of_gated_methods() -> None:
-    text = "gated(inner=lora(rank=8, alpha=2, targets=[queries, values]))|gated(inner=bottleneck(size=4, targets=mlp_output))"
+    lora = "gated(inner=lora(rank=8, alpha=2, targets=[queries, values]))"
+    text = f"{lora}|gated(inner=bottleneck(size=4, targets=mlp_output))"
     model, _ = attached(text)
     assert not torch.equal(tiny.output(model, IDS), tiny.output(tiny.llama(), IDS))
 
@@ -301,12 +302,14 @@ def test_its_count_is_the_closed_form() -> None:
     n, r, k, groups = 768, 8, 32, 12
     model = nn.Sequential(nn.Linear(n, n), nn.Linear(n, n))
     lora, shared = r * 2 * n, 4 * (k * k + k * k + 2 * k)
+    gate = r * k + k + k * groups + groups
+    two, one = "inner=lora(rank=8, targets=['0', '1'])", "inner=lora(rank=8, targets=['0'])"
     counts = {
-        "adafit(inner=lora(rank=8, targets=['0', '1']))": 2 * (lora + r * k + k + k * groups + groups) + shared,
-        "adafit(inner=lora(rank=8, targets=['0', '1']), controller=mlp)": 2 * (lora + r * k + k + k * groups + groups),
-        "adafit(inner=lora(rank=8, targets=['0']), reads=input, group_size=1)": lora + (n * k + k) + (k * n + n) + shared,
-        "adafit(inner=lora(rank=8, targets=['0']), scope=static)": lora + groups,
-    }  # fmt: skip
+        f"adafit({two})": 2 * (lora + gate) + shared,
+        f"adafit({two}, controller=mlp)": 2 * (lora + gate),
+        f"adafit({one}, reads=input, group_size=1)": lora + (n * k + k) + (k * n + n) + shared,
+        f"adafit({one}, scope=static)": lora + groups,
+    }
     for text, count in counts.items():
         adapter = tt.attach(model, tt.method(text), "a")
         assert adapter.count == count, text
@@ -447,7 +450,7 @@ def test_the_auxiliary_loss_closes_gates_or_brings_their_share_to_a_target(
         optimiser.zero_grad()
         total.backward()
         optimiser.step()
-        found.append(float(total))
+        found.append(float(total.detach()))
     assert found[0] > 5 * least and found[-1] < least
 
 
@@ -481,8 +484,54 @@ def test_what_a_model_cannot_gate_says_why() -> None:
 def test_an_inner_method_runs_its_own_steps_inside_a_gate() -> None:
     from trimtab.adapt.stepper import Stepper
 
-    model, adapter = attached("spottune(inner=lora(rank=2), hidden=4)|bitfit")
+    _, adapter = attached("spottune(inner=lora(rank=2), hidden=4)|bitfit")
     steps = Stepper(adapter)
     steps.before()
     steps.after()
     assert steps.step == 1 and steps.memory == {}
+
+
+@pytest.mark.parametrize("text", ["gated(inner=lora(rank=2){})", "adafit(inner=lora(rank=2), width=4{})",
+                                  "spottune(inner=lora(rank=2), hidden=4{})"])  # fmt: skip
+def test_a_head_belongs_to_the_adapter_whatever_gates_the_rest(text: str, tmp_path: Any) -> None:
+    inputs = tiny.CASES["classifier"].inputs()
+    model = tiny.llama_classifier()
+    adapter = shaken(tt.attach(model, tt.method(text.replace("{}", ", train=['score']")), "a"))
+    assert [method.kind for method in adapter.methods] == [text.partition("(")[0], "full"]
+    expected = tiny.output(model, inputs)
+    adapter.save(tmp_path / "a")
+    fresh = tiny.llama_classifier()
+    tt.attach(fresh, tt.Adapter.load(tmp_path / "a"))
+    assert torch.equal(tiny.output(fresh, inputs), expected)
+    force(adapter, -1e4)
+    only_head = tiny.llama_classifier()
+    head = tt.attach(only_head, tt.Full(targets=("score",)), "h")
+    with torch.no_grad():
+        for key, tensor in head.tensors.items():
+            tensor.copy_(adapter.tensors[key])
+    assert torch.equal(tiny.output(model, inputs), tiny.output(only_head, inputs))
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["gated(inner=lora(rank=2))", "adafit(inner=lora(rank=2), width=4, sparsity_weight=0.1)",
+     "lora(rank=2)|spottune(inner=bitfit, hidden=4)|prefix(length=2)"],
+)  # fmt: skip
+def test_packed_and_padded_training_are_the_same(method: str) -> None:
+    from trimtab.data import Datum
+    from trimtab.engine import Engine
+
+    data = [
+        Datum.causal([3, 4, 5, 6, 7], [0, 0, 1, 1, 1]),
+        Datum.causal([8, 9, 10, 11], [0, 0, 1, 1]),
+    ]
+    found = []
+    for packed in (True, False):
+        model = tiny.llama()
+        adapter = shaken(tt.attach(model, tt.method(method), "a"))
+        if "spottune" in method:  # one long document and one short one choose alike
+            force(adapter, 1e4)
+        Engine(model, packed=packed).forward_backward(data, "a")
+        found.append({k: t.grad for k, t in adapter.tensors.items() if "policy" not in k})
+    for key, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][key], atol=1e-5, rtol=1e-4, msg=key)

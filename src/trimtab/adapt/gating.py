@@ -190,6 +190,14 @@ def once(at: At, key: str, compute: Callable[[], Tensor]) -> Tensor:
     return made
 
 
+def most_used(usage_L: Tensor, count: int | None, among: Sequence[int] | None) -> tuple[int, ...]:
+    """The ``count`` blocks used most; without a count those used more often than not, at least one."""
+    blocks = range(len(usage_L)) if among is None else [index % len(usage_L) for index in among]
+    ranked = sorted(blocks, key=lambda block: -float(usage_L[block]))
+    often = [block for block in ranked if float(usage_L[block]) > 0.5] or ranked[:1]
+    return tuple(sorted(often if count is None else ranked[:count]))
+
+
 # -- what a gate reads --------------------------------------------------------------------------------
 
 

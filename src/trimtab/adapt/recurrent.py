@@ -16,20 +16,43 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.adapt.at import At
-from trimtab.adapt.contract import Init, Spec
+from trimtab.adapt.contract import Spec, constant, kaiming_uniform, zeros
 from trimtab.errors import UnsupportedError
 
 State = tuple[Tensor, Tensor]
+SHORT_NAMES = {
+    "gate.read.weight": "gate_read", "gate.read.bias": "gate_b_read",
+    "gate.write.weight": "gate_write", "gate.write.bias": "gate_b_write",
+    "gate.cell.weight_ih": "gate_ih", "gate.cell.weight_hh": "gate_hh",
+    "gate.cell.bias_ih": "gate_b_ih", "gate.cell.bias_hh": "gate_b_hh",
+}  # fmt: skip
 
 
-def lstm_specs(slot: str, short: str, width: int) -> dict[str, Spec]:
-    """The tensors of an LSTM from K to K, as torch lays them out: 8 K² + 8 K values."""
-    init = _uniform(width**-0.5)
-    shapes = {"ih": (4 * width, width), "hh": (4 * width, width)}
+def site_specs(features: int, width: int, outputs: int, start: float) -> dict[str, Spec]:
+    """The tensors at one site: features -> K, and K -> outputs, which all begin at ``start``."""
     return {
-        f"{short}{name}": Spec(f"{slot}.weight_{name}", shape, init)
-        for name, shape in shapes.items()
-    } | {f"{short}b_{name}": Spec(f"{slot}.bias_{name}", (4 * width,), init) for name in shapes}
+        "gate_read": Spec("gate.read.weight", (width, features), kaiming_uniform),
+        "gate_b_read": Spec("gate.read.bias", (width,), zeros),
+        "gate_write": Spec("gate.write.weight", (outputs, width), zeros),
+        "gate_b_write": Spec("gate.write.bias", (outputs,), constant(start)),
+    }
+
+
+def lstm_specs(width: int) -> dict[str, Spec]:
+    """The tensors of an LSTM from K to K, as torch lays them out: 8 K² + 8 K values."""
+    bound = width**-0.5
+
+    def init(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return (torch.rand(shape, generator=generator) * 2 - 1) * bound
+
+    shapes = {
+        "ih": (4 * width, width),
+        "hh": (4 * width, width),
+        "b_ih": (4 * width,),
+        "b_hh": (4 * width,),
+    }
+    slots = {short.removeprefix("gate_"): slot for slot, short in SHORT_NAMES.items()}
+    return {f"gate_{name}": Spec(slots[name], shape, init) for name, shape in shapes.items()}
 
 
 def lstm(x: Tensor, state: State, w: Mapping[str, Tensor]) -> State:
@@ -116,7 +139,3 @@ def _has_gradients(state: State, cell: Mapping[str, Tensor]) -> None:
 def _rows(value: Tensor, rows: int) -> Tensor:
     """A value by unit, where each unit may have become several (beams)."""
     return value if value.shape[0] == rows else value.repeat_interleave(rows // value.shape[0], 0)
-
-
-def _uniform(bound: float) -> Init:
-    return lambda shape, generator: (torch.rand(shape, generator=generator) * 2 - 1) * bound

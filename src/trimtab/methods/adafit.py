@@ -25,18 +25,9 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from trimtab.adapt.contract import (
-    At,
-    Layer,
-    Params,
-    Place,
-    Spec,
-    constant,
-    kaiming_uniform,
-    zeros,
-)
+from trimtab.adapt.contract import At, Layer, Params, Place, Spec, constant
 from trimtab.adapt.gating import Gating, seen, straight_through, to_last, width_seen
-from trimtab.adapt.recurrent import carried, lstm_specs
+from trimtab.adapt.recurrent import SHORT_NAMES, carried, lstm_specs, site_specs
 from trimtab.errors import UnsupportedError
 from trimtab.models.anatomy import Anatomy
 
@@ -49,12 +40,7 @@ class AdaFit(Gating):
     why_not_affine: ClassVar[str] = (
         "each example opens its own channels, so no one weight serves all"
     )
-    short_names: ClassVar[Mapping[str, str]] = {
-        "gate.logit": "gate_logit", "gate.read.weight": "gate_read", "gate.read.bias": "gate_b_read",
-        "gate.write.weight": "gate_write", "gate.write.bias": "gate_b_write",
-        "gate.cell.weight_ih": "gate_ih", "gate.cell.weight_hh": "gate_hh",
-        "gate.cell.bias_ih": "gate_b_ih", "gate.cell.bias_hh": "gate_b_hh",
-    }  # fmt: skip
+    short_names: ClassVar[Mapping[str, str]] = {"gate.logit": "gate_logit", **SHORT_NAMES}
 
     inner: Any = "lora(rank=8)"
     scope: Literal["sequence", "token", "static"] = "sequence"
@@ -92,13 +78,7 @@ class AdaFit(Gating):
                 f"adafit: {self.inner.kind} has no low-rank code for gates to read; set reads='input'."
             )
         features = inner["A"].shape[0] if self.reads == "lowrank" else width_seen(layer)
-        return {
-            **inner,
-            "gate_read": Spec("gate.read.weight", (self.width, features), kaiming_uniform),
-            "gate_b_read": Spec("gate.read.bias", (self.width,), zeros),
-            "gate_write": Spec("gate.write.weight", (groups, self.width), zeros),
-            "gate_b_write": Spec("gate.write.bias", (groups,), constant(2.0)),
-        }
+        return {**inner, **site_specs(features, self.width, groups, 2.0)}
 
     def shared(self, anatomy: Anatomy, places: Sequence[Place]) -> dict[str, Spec]:
         inner = super().shared(anatomy, places)
@@ -109,7 +89,7 @@ class AdaFit(Gating):
                 "adafit: with scope 'token' the LSTM goes from place to place at one position, and an encoder-decoder "
                 "has two sequences of positions; set controller='mlp', or scope='sequence'."
             )
-        return {**inner, **lstm_specs("gate.cell", "gate_", self.width)}
+        return {**inner, **lstm_specs(self.width)}
 
     def decide(self, p: Params, value: Tensor, at: At) -> Tensor:
         if self.scope == "static":

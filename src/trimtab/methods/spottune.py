@@ -20,17 +20,16 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar, cast, final
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from trimtab.adapt.contract import At, Method, Params, Place, Spec, normal, ones, zeros
-from trimtab.adapt.gating import Gating, once, straight_through
+from trimtab.adapt.contract import At, Method, Params, Place, Spec
+from trimtab.adapt.gating import Gating, most_used, once
+from trimtab.adapt.policy import SHORT_NAMES, USAGE, chosen, policy_specs
 from trimtab.errors import RouteError, UnsupportedError
 from trimtab.models.anatomy import Anatomy
 
 POLICY = "policy"
-USAGE = "policy.usage"
 
 
 @final
@@ -43,10 +42,7 @@ class SpotTune(Gating):
     )
     lr: ClassVar[float] = 5e-4
     skips: ClassVar[bool] = True
-    short_names: ClassVar[Mapping[str, str]] = {
-        "policy.norm.weight": "gate_norm", "policy.down.weight": "gate_down", "policy.down.bias": "gate_b_down",
-        "policy.up.weight": "gate_up", "policy.up.bias": "gate_b_up", USAGE: "gate_usage",
-    }  # fmt: skip
+    short_names: ClassVar[Mapping[str, str]] = SHORT_NAMES
 
     hidden: int = Field(default=64, ge=1)
     temperature: float = Field(default=5.0, gt=0)
@@ -74,16 +70,8 @@ class SpotTune(Gating):
         return [*(Place(path, POLICY) for path in anatomy.role("input_embedding")), *places]
 
     def shared(self, anatomy: Anatomy, places: Sequence[Place]) -> dict[str, Spec]:
-        width, count = anatomy.width, len(anatomy.blocks)
-        return {
-            **super().shared(anatomy, places),
-            "gate_norm": Spec("policy.norm.weight", (width,), ones),
-            "gate_down": Spec("policy.down.weight", (self.hidden, width), normal(width**-0.5)),
-            "gate_b_down": Spec("policy.down.bias", (self.hidden,), zeros),
-            "gate_up": Spec("policy.up.weight", (2 * count, self.hidden), zeros),
-            "gate_b_up": Spec("policy.up.bias", (2 * count,), _open),
-            "gate_usage": Spec(USAGE, (count,), ones, cast=False),
-        }
+        policy = policy_specs(anatomy.width, self.hidden, len(anatomy.blocks))
+        return {**super().shared(anatomy, places), **policy}
 
     def leave(self, p: Params, y: Tensor, at: At) -> Tensor:
         if at.role == POLICY:
@@ -101,17 +89,13 @@ class SpotTune(Gating):
 
     def _chosen(self, y: Tensor, at: At) -> Tensor:
         """Each unit's blocks, from the prompt's embeddings: gates_UL."""
-        s = at.shared
-        x_UC = F.layer_norm(at.pool(y.detach()), s["gate_norm"].shape, s["gate_norm"])
-        hidden = F.gelu(F.linear(x_UC, s["gate_down"], s["gate_b_down"]))
-        logits_UL2 = F.linear(hidden, s["gate_up"], s["gate_b_up"]).float().unflatten(1, (-1, 2))
+        gates = chosen(y, at, self.temperature)
         if not at.training:
-            return (logits_UL2[..., 1] > logits_UL2[..., 0]).float()
-        noise = -torch.empty_like(logits_UL2).exponential_().log()
-        gates = straight_through(((logits_UL2 + noise) / self.temperature).softmax(-1)[..., 1])
+            return gates
         z_L = gates[at.part.members(gates.device)].mean(0)
         with torch.no_grad():
-            s["gate_usage"].lerp_(z_L.to(s["gate_usage"].dtype), 0.01)
+            usage = at.shared["gate_usage"]
+            usage.lerp_(z_L.to(usage.dtype), 0.01)
         if self.blocks is not None:
             at.add_loss("blocks", self.budget_weight * (z_L.sum() - self.blocks) ** 2)
             at.add_loss("entropy", -self.budget_weight * (z_L * z_L.clamp_min(1e-6).log()).sum())
@@ -119,16 +103,6 @@ class SpotTune(Gating):
 
     def settled(self, shared: Params) -> Method:
         """The inner method in the ``blocks`` that examples use most; or in those that most examples use."""
-        usage, inner = shared["gate_usage"], cast(Method, self.inner)
-        there = (
-            range(len(usage)) if inner.layers is None else [i % len(usage) for i in inner.layers]
-        )
-        ranked = sorted(there, key=lambda block: -float(usage[block]))
-        used = [block for block in ranked if float(usage[block]) > 0.5]
-        kept = ranked[: self.blocks] if self.blocks is not None else used or ranked[:1]
-        return inner.replace(layers=tuple(sorted(kept)), train=self.train)
-
-
-def _open(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Logits (0, 2) for every block: P(adapt) = 0.88."""
-    return torch.tensor([0.0, 2.0]).repeat(shape[0] // 2)
+        inner = cast(Method, self.inner)
+        kept = most_used(shared["gate_usage"], self.blocks, inner.layers)
+        return inner.replace(layers=kept, train=self.train)
