@@ -9,7 +9,7 @@ from torch import nn
 
 from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.bank import find_bank
-from trimtab.adapt.contract import Method
+from trimtab.adapt.contract import Method, Spec
 from trimtab.adapt.parse import method_from
 from trimtab.adapt.plan import layer_at, planned
 from trimtab.adapt.tensors import specs_of
@@ -51,10 +51,24 @@ def resolve(model: nn.Module, method: Method | str | Mapping[str, object]) -> st
     adapter = planned(model, chosen, "plan", anatomy)
     layers = {site.path: layer_at(anatomy, site.path) for site in adapter.sites}
     specs = specs_of(adapter, anatomy, layers)
-    count = sum(_size(spec.shape) for found in specs.values() for spec in found.values())
     kinds = " + ".join(part.kind for part in adapter.methods)
-    head = f"{kinds}: {len(adapter.sites)} sites, {count:,} parameters"
+    head = f"{kinds}: {len(adapter.sites)} sites, {counted(adapter, specs):,} parameters"
     return "\n".join([head, *(f"  {line}" for line in grouped(adapter))])
+
+
+Specs = Mapping[tuple[int, str], Mapping[str, Spec]]
+"""What `trimtab.adapt.tensors.specs_of` gives."""
+
+
+def counted(adapter: Adapter, specs: Specs) -> int:
+    """How many values are trained: not those that are fixed, or drawn again."""
+    total = 0
+    for (number, path), found in specs.items():
+        index = adapter.sites[number].method if number >= 0 else -1 - number
+        method = adapter.methods[index].at(path) if path else adapter.methods[index]
+        trained = [s for s in found.values() if s.stored and s.name not in method.fixed]
+        total += sum(_size(spec.shape) for spec in trained)
+    return total
 
 
 def grouped(adapter: Adapter) -> list[str]:

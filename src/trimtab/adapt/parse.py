@@ -31,6 +31,7 @@ METHODS = {
 methods: Registry[type[Method]] = Registry("method", "trimtab.methods", METHODS)
 
 PRESETS = {
+    "adafilter": "adafit(reads='input', group_size=1)",
     "houlsby": "bottleneck(size=64)",
 }
 """Settings that have a name of their own. Options are added to them: ``houlsby(size=8)``."""
