@@ -51,7 +51,7 @@ def resolve(model: nn.Module, method: Method | str | Mapping[str, object]) -> st
     adapter = planned(model, chosen, "plan", anatomy)
     layers = {site.path: layer_at(anatomy, site.path) for site in adapter.sites}
     specs = specs_of(adapter, anatomy, layers)
-    kinds = " + ".join(part.kind for part in adapter.methods)
+    kinds = " + ".join(part.kind for part in chosen.members)
     head = f"{kinds}: {len(adapter.sites)} sites, {counted(adapter, specs):,} parameters"
     return "\n".join([head, *(f"  {line}" for line in grouped(adapter))])
 
