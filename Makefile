@@ -3,7 +3,7 @@
 #   make setup        build .venv with trimtab (editable) and its test extras; a no-op when up to date
 #   make demo         a real language model learns a real job; prints where the report is
 #   make test         set up, lint, then all tests that need no GPU
-#   make laws         the full product of the laws (method x backend x architecture); slow
+#   make laws         every law for every method on every architecture (make test takes a sample); slow
 #   make test-gpu     tests that need a CUDA device
 #   make test-oldest  the tests on the oldest supported torch and transformers; a large download
 #   make jobs         three real jobs, each from a file to a report (about twenty minutes on two cores)
@@ -44,7 +44,7 @@ test: lint
 	$(PYTEST) -n 2 -m "not gpu and not slow" $(ARGS)
 
 laws: setup
-	$(PYTEST) -n 2 -m "not gpu" tests/laws $(ARGS)
+	TRIMTAB_LAWS=all $(PYTEST) -n 2 -m "not gpu" tests/laws $(ARGS)
 
 test-gpu: setup
 	TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu $(ARGS)

@@ -19,12 +19,12 @@ import math
 import subprocess
 import sys
 import tempfile
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from benchmarks.core import ROOT
 from benchmarks.report import commit, machine
+from benchmarks.scatter import Mark, scatter
 from recipes import assets
 
 METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
@@ -156,55 +156,23 @@ def _perplexities(entry: dict[str, Any]) -> str:
 
 def picture(found: dict[str, Any]) -> str:
     """Accuracy with its interval over trained parameters, one mark a method; its area is the peak memory."""
-    entries = best(found)
-    wide, high, left, bottom = 720, 380, 60, 50
-    powers = [math.log10(entry["trained"]) for entry in entries]
-    low_x, high_x = math.floor(min(powers)), math.ceil(max(powers))
-    low_y = math.floor(min(entry["accuracy"]["low"] for entry in entries) * 20) / 20
-
-    def place(power: float, share: float) -> tuple[float, float]:
-        x = left + (power - low_x) / max(high_x - low_x, 1) * (wide - left - 130)
-        return x, high - bottom - (share - low_y) / (1 - low_y) * (high - bottom - 20)
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" font-family="sans-serif" '
-        'font-size="12"><rect width="100%" height="100%" fill="#fff"/>'
+    marks = [
+        Mark(
+            f"{entry['method']}, {entry['peak_bytes'] / 2**30:.1f} GiB",
+            entry["trained"],
+            entry["accuracy"]["value"],
+            entry["accuracy"]["low"],
+            entry["accuracy"]["high"],
+            50 * entry["peak_bytes"] / 2**30,
+        )
+        for entry in best(found)
     ]
-    for power in range(low_x, high_x + 1):
-        x, _ = place(power, low_y)
-        parts.append(
-            f'<line x1="{x:.0f}" x2="{x:.0f}" y1="20" y2="{high - bottom}" stroke="#e3e6ea"/>'
-        )
-        parts.append(
-            f'<text x="{x:.0f}" y="{high - bottom + 18}" text-anchor="middle">{10**power:,}</text>'
-        )
-    for step in range(round((1 - low_y) * 10) + 1):
-        share = 1 - step / 10
-        _, y = place(low_x, share)
-        parts.append(
-            f'<line x1="{left}" x2="{wide - 130}" y1="{y:.0f}" y2="{y:.0f}" stroke="#e3e6ea"/>'
-        )
-        parts.append(f'<text x="{left - 8}" y="{y + 4:.0f}" text-anchor="end">{share:.1f}</text>')
-    for entry, power in zip(entries, powers, strict=True):
-        accuracy = entry["accuracy"]
-        x, y = place(power, accuracy["value"])
-        (_, top), (_, end) = place(power, accuracy["high"]), place(power, accuracy["low"])
-        radius = 4 * math.sqrt(entry["peak_bytes"] / 2**30)
-        parts.append(
-            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{end:.1f}" stroke="#2166c2"/>'
-        )
-        parts.append(
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}" fill="#2166c2" fill-opacity="0.55"/>'
-        )
-        words = f"{entry['method']}, {entry['peak_bytes'] / 2**30:.1f} GiB"
-        parts.append(f'<text x="{x + radius + 4:.1f}" y="{y + 4:.1f}">{escape(words)}</text>')
-    parts.append(
-        f'<text x="{left}" y="{high - 10}">trained parameters; the area of a mark is the peak memory</text>'
+    return scatter(
+        marks,
+        above="share of held-out reviews judged right, with 95 % intervals",
+        below="trained parameters; the area of a mark is the peak memory",
+        room=130,
     )
-    parts.append(
-        f'<text x="{left}" y="13">share of held-out reviews judged right, with 95 % intervals</text></svg>'
-    )
-    return "\n".join(parts) + "\n"
 
 
 def main(argv: list[str]) -> int:

@@ -30,7 +30,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -309,36 +309,59 @@ def write_sentiment(folder: Path, *, train: int = 640, held_out: int = 400) -> t
             key, answer = normal(text), "yes" if rating > 0 else "no"
             if clear.setdefault(key, (text.strip(), answer))[1] != answer:
                 contradicted.add(key)
-    order = sorted(clear.keys() - contradicted, key=lambda k: hashlib.sha256(k.encode()).digest())
-    rows = [clear[key] for key in order]
-    by_answer = [[row for row in rows if row[1] == answer] for answer in ("yes", "no")]
+    for key in contradicted:
+        del clear[key]
+    learnt, held = _drawn(clear, ("yes", "no"), train, held_out)
+    held_path, train_path = folder / "held_out.jsonl", folder / "train.jsonl"
+    _write_rows(held_path, [_chat(*row) for row in held])
+    _write_rows(train_path, [_chat(*row) for row in learnt])
+    return train_path, held_path
+
+
+def write_headlines(folder: Path, *, train: int, held_out: Sequence[int]) -> list[Path]:
+    """Write news headlines as labelled texts, plain or sarcastic; returns the training file, and a file for each
+    number of ``held_out`` rows. Half of either label, no headline twice, in an order as `write_sentiment` has."""
+    found = {
+        normal(text): (text.strip(), ("plain", "sarcastic")[label]) for text, label in sarcasm()
+    }
+    learnt, held = _drawn(found, ("plain", "sarcastic"), train, sum(held_out))
+    paths = [folder / "train.jsonl"]
+    _write_rows(paths[0], [{"text": text, "label": label} for text, label in learnt])
+    for number, count in enumerate(held_out, start=1):
+        part, held = held[:count], held[count:]
+        paths.append(folder / f"held_out_{number}.jsonl")
+        _write_rows(paths[-1], [{"text": text, "label": label} for text, label in part])
+    return paths
+
+
+def _drawn(
+    found: Mapping[str, tuple[str, str]], answers: tuple[str, str], train: int, held_out: int
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(trained, held out) rows of (text, answer) by normal text, the two answers in turns."""
+    order = sorted(found, key=lambda key: hashlib.sha256(key.encode()).digest())
+    by_answer = [[found[key] for key in order if found[key][1] == answer] for answer in answers]
     if min(map(len, by_answer)) < (train + held_out) // 2:
-        raise ValueError(f"there are only {len(rows)} clear sentences for {train} + {held_out}.")
+        raise ValueError(f"there are only {len(order)} clear sentences for {train} + {held_out}.")
 
     def alternate(start: int, count: int) -> list[tuple[str, str]]:
         pairs = zip(*(side[start : start + count // 2] for side in by_answer), strict=True)
         return [row for pair in pairs for row in pair]
 
-    folder.mkdir(parents=True, exist_ok=True)
-    held_path, train_path = folder / "held_out.jsonl", folder / "train.jsonl"
-    _write_chats(held_path, alternate(0, held_out))
-    _write_chats(train_path, alternate(held_out // 2, train))
-    return train_path, held_path
+    return alternate(held_out // 2, train), alternate(0, held_out)
 
 
-def _write_chats(path: Path, rows: list[tuple[str, str]]) -> None:
-    lines = [
-        json.dumps(
-            {
-                "messages": [
-                    {"role": "user", "content": QUESTION.format(text=text)},
-                    {"role": "assistant", "content": answer},
-                ]
-            },
-            ensure_ascii=False,
-        )
-        for text, answer in rows
-    ]
+def _chat(text: str, answer: str) -> dict[str, Any]:
+    return {
+        "messages": [
+            {"role": "user", "content": QUESTION.format(text=text)},
+            {"role": "assistant", "content": answer},
+        ]
+    }
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     partial = path.with_suffix(".partial")
     partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
     partial.replace(path)

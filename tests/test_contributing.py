@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+import trimtab
+
 ROOT = Path(__file__).parents[1]
+SOURCES = Path(trimtab.__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 
 METHOD = """
@@ -121,7 +124,7 @@ def site_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def python(site_packages: Path, cwd: Path, *arguments: str) -> str:
-    path = os.pathsep.join([str(site_packages), str(ROOT)])
+    path = os.pathsep.join(map(str, (site_packages, SOURCES, ROOT)))
     done = subprocess.run(
         [sys.executable, *arguments], cwd=cwd, env={**os.environ, "PYTHONPATH": path},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, check=False,

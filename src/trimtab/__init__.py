@@ -45,6 +45,21 @@ _PLACES = {
     "IA3": "trimtab.methods.ia3",
     "BitFit": "trimtab.methods.bitfit",
     "Bottleneck": "trimtab.methods.bottleneck",
+    "LoHa": "trimtab.methods.loha",
+    "LoKr": "trimtab.methods.lokr",
+    "HiRA": "trimtab.methods.hira",
+    "FourierFT": "trimtab.methods.fourierft",
+    "VeRA": "trimtab.methods.vera",
+    "RandLoRA": "trimtab.methods.randlora",
+    "MoRA": "trimtab.methods.mora",
+    "MiSS": "trimtab.methods.miss",
+    "OFT": "trimtab.methods.oft",
+    "BOFT": "trimtab.methods.boft",
+    "HRA": "trimtab.methods.hra",
+    "Norms": "trimtab.methods.norms",
+    "Tokens": "trimtab.methods.tokens",
+    "Piggyback": "trimtab.methods.piggyback",
+    "DiffPruning": "trimtab.methods.diff",
     "Prefix": "trimtab.methods.prefix",
     "SpotTune": "trimtab.methods.spottune",
     "Full": "trimtab.methods.full",
@@ -109,15 +124,30 @@ if TYPE_CHECKING:
     from trimtab.adapt.stepper import Stepper as Stepper
     from trimtab.methods.adafit import AdaFit as AdaFit
     from trimtab.methods.bitfit import BitFit as BitFit
+    from trimtab.methods.boft import BOFT as BOFT
     from trimtab.methods.bottleneck import Bottleneck as Bottleneck
+    from trimtab.methods.diff import DiffPruning as DiffPruning
     from trimtab.methods.dora import DoRA as DoRA
+    from trimtab.methods.fourierft import FourierFT as FourierFT
     from trimtab.methods.full import Full as Full
     from trimtab.methods.gated import Gated as Gated
+    from trimtab.methods.hira import HiRA as HiRA
+    from trimtab.methods.hra import HRA as HRA
     from trimtab.methods.ia3 import IA3 as IA3
+    from trimtab.methods.loha import LoHa as LoHa
+    from trimtab.methods.lokr import LoKr as LoKr
     from trimtab.methods.lora import LoRA as LoRA
+    from trimtab.methods.miss import MiSS as MiSS
+    from trimtab.methods.mora import MoRA as MoRA
+    from trimtab.methods.norms import Norms as Norms
+    from trimtab.methods.oft import OFT as OFT
+    from trimtab.methods.piggyback import Piggyback as Piggyback
     from trimtab.methods.prefix import Prefix as Prefix
+    from trimtab.methods.randlora import RandLoRA as RandLoRA
     from trimtab.methods.spottune import SpotTune as SpotTune
+    from trimtab.methods.tokens import Tokens as Tokens
     from trimtab.methods.union import Union as Union
+    from trimtab.methods.vera import VeRA as VeRA
     from trimtab.models.load import load as load
     from trimtab.optim.adam import parameter_groups as parameter_groups
     from trimtab.train.api import train as train

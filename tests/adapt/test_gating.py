@@ -461,7 +461,7 @@ def test_the_auxiliary_loss_closes_gates_or_brings_their_share_to_a_target(
         ("gated(inner=spottune)", "gate each of its parts"),
         ("spottune(inner=prefix)", "layer-wise"),
         ("adafit(inner=ia3)", "edits a layer's input"),
-        ("gated(inner=lora, targets=q_proj)", "written in the inner method"),
+        ("gated(inner=lora, targets=q_proj)", "says where it acts"),
         ("gated(inner=lora(train=['lm_head']))", "written in the gate"),
         ("spottune(inner=lora(layer_drop=true))", "written in the gate"),
     ],

@@ -129,16 +129,16 @@ def test_roles_of_an_encoder_decoder_reach_both_stacks() -> None:
     assert [path.split(".")[0] for path in keys] == ["encoder"] * 2 + ["decoder"] * 4
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
+@pytest.mark.parametrize("name", [n for n, case in models.CASES.items() if case.blocks])
 def test_every_role_names_modules_that_are_called(name: str) -> None:
     """An encoder-decoder's ``shared`` embedding only lends its weight to those that are called."""
     model = models.CASES[name].make()
     for role in ROLES:
         if found := anatomy_of(model).role(role):
-            kind = {"norms": tt.BitFit, "all": tt.Full}.get(role)
+            kind = {"norms": tt.BitFit, "mlp_norm": tt.BitFit, "all": tt.Full}.get(role)
             method = kind(targets=role) if kind else tt.Bottleneck(size=1, targets=role)
             tt.attach(model, method, role)
-            reached = tt.probe(model)
+            reached = tt.probe(model, **models.CASES[name].inputs())
             assert reached == [], f"{role}: {found}"
             tt.detach(model, role)
 

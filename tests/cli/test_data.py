@@ -77,6 +77,7 @@ ROWS = {
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     ],
     "classify": [{"text": "fine day", "label": "good"}, {"text": "rain", "label": "bad: wet"}],
+    "label": [{"text": "fine day", "label": "good"}, {"text": "rain", "label": "bad: wet"}],
     "text": [{"text": "Once upon a time."}],
     "extract": [{"prompt": "Ann, 31", "completion": '{"name": "Ann"}'}],
     "style": [{"prompt": "Hello", "completion": "Ahoy!"}],
@@ -96,6 +97,12 @@ def test_init_writes_a_commented_recipe_that_is_valid(run: Ran, home: Path, task
     if task == "classify":
         assert recipe.data.labels == ("bad: wet", "good")
         assert "{text}" in str(recipe.data.instruction)
+    if task == "label":
+        assert (recipe.task, recipe.data.instruction) == ("sequence-classification", None)
+        assert recipe.data.labels == ("bad: wet", "good")
+        write_jsonl(home / "d.jsonl", ROWS["text"])
+        code, _, err = run("recipe", "init", "-m", "m", "-d", "d.jsonl", "-t", task, "-o", "-")
+        assert (code, "the task 'label' is for labelled texts" in err) == (2, True)
     # Every option is there, with its words; and those that are comments are valid when they are not.
     assert "# Peak learning rate" in text
     options = [line.removeprefix("# ") for line in text.splitlines() if ":" in line]

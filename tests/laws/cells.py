@@ -2,12 +2,21 @@
 
 A method that registers is here at once, with its defaults; ``SMALL`` only makes known ones small. A cell that
 is not in ``REFUSED`` must work.
+
+The product of methods, models and laws is too large for each change. Without ``TRIMTAB_LAWS=all`` (``make laws``)
+every law runs for every method on one model (those about layer kinds on a second); on every other model each
+method meets some of the laws and each law some of the methods (`tests/laws/test_cells.py` proves it).
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from transformers.models.t5 import modeling_t5
@@ -27,6 +36,19 @@ SMALL = {
     "adafit": "adafit(inner=lora(rank=4), group_size=4, width=6)",
     "gated": "gated(inner=lora(rank=4))",
     "union": "lora(rank=4)|bitfit|prefix(length=3, init_std=1.0)",
+    "loha": "loha(rank=4)",
+    "lokr": "lokr(rank=2)",
+    "hira": "hira(rank=4)",
+    "fourierft": "fourierft(entries=12)",
+    "vera": "vera(rank=8)",
+    "randlora": "randlora(rank=8, alpha=32)",
+    "mora": "mora(rank=2)",
+    "miss": "miss(rank=4)",
+    "oft": "oft(block=8)",
+    "boft": "boft(block=4, factors=2)",
+    "hra": "hra(rank=4)",
+    "tokens": "tokens(ids=(5, 17, 40, 3, 60))",
+    "diff": "diff(keep=0.1)",
 }
 EVERY_KIND = "lora(rank=4, targets=['embed', 're:conv.*', 'grouped', 'head'])"
 ON_MODEL = {
@@ -42,14 +64,44 @@ ON_MODEL = {
         "mixed",
     ): "full(targets=['embed', 're:conv.*', 'grouped', 'head', 'norm', 'batch_norm'])",
     ("gated", "mixed"): f"gated(inner={EVERY_KIND})",
+    **{
+        (name, "mixed"): SMALL[name].replace(
+            ")", ", targets=['embed', 're:conv.*', 'grouped', 'head'])"
+        )
+        for name in (
+            "loha",
+            "lokr",
+            "hira",
+            "fourierft",
+            "vera",
+            "randlora",
+            "mora",
+            "miss",
+            "hra",
+            "diff",
+        )
+    },
+    ("piggyback", "mixed"): "piggyback(targets=['embed', 're:conv.*', 'grouped', 'head'])",
+    ("oft", "mixed"): "oft(block=2, targets=['embed', 'conv1', 'conv2', 'grouped', 'head'])",
+    ("boft", "mixed"): "boft(block=2, targets=['embed', 're:conv.*', 'grouped', 'head'])",
+    ("tokens", "mixed"): "tokens(ids=(5, 17, 40, 3, 60), targets='embed')",
     ("lora", "classifier"): "lora(rank=4, train=['score'])",
     ("lora", "bert"): "lora(rank=4, train=['classifier'])",
+    # each tower has attention of its own width, and an input of its own
+    ("prefix", "clip"): "prefix(length=3, init_std=1.0, targets='re:text_model.*self_attn')",
+    ("spottune", "clip"): "spottune(inner=lora(rank=4, targets='re:vision_model.*fc.'), hidden=8)",
 }
 
 NO_ATTENTION = "there is no attention in it to put keys and values into"
 NO_BLOCKS = "it has no transformer blocks and no hidden states of one width"
+NO_REGISTRY = (
+    "its attention computes softmax itself, outside the attention registry of transformers"
+)
 REFUSED = {
     ("bottleneck", "mixed"): NO_BLOCKS,
+    ("prefix", "bloom"): NO_REGISTRY,
+    ("prefix", "deberta"): NO_REGISTRY,
+    ("prefix", "falcon"): NO_REGISTRY,
     ("prefix", "mixed"): NO_ATTENTION,
     ("spottune", "mixed"): NO_BLOCKS,
     ("union", "mixed"): NO_ATTENTION,
@@ -73,6 +125,10 @@ NOT_MERGEABLE = {
     "union": "in its part prefix, it adds keys and values to the softmax of attention",
 }
 IDENTITY_AT_FIRST = {"lora", "dora", "ia3", "bitfit", "spottune", "full", "gated", "adafit"}
+IDENTITY_AT_FIRST = {
+    "lora", "dora", "ia3", "bitfit", "spottune", "full", "loha", "lokr", "hira", "vera", "randlora", "mora", "miss",
+    "oft", "boft", "hra", "norms", "tokens", "piggyback", "diff",
+}  # fmt: skip
 """Methods whose papers start them as the identity (a Houlsby bottleneck only nearly; a prefix never)."""
 
 
@@ -96,6 +152,101 @@ def registered() -> list[str]:
 
 def cells() -> list[Cell]:
     return [Cell(m, c) for m in registered() for c in CASES if (m, c) not in REFUSED]
+
+
+# -- which cells a law runs on ------------------------------------------------------------------------
+
+Where = Callable[[Cell], bool]
+
+
+def _anywhere(cell: Cell) -> bool:
+    return True
+
+
+def _starts_as_identity(cell: Cell) -> bool:
+    return cell.method in IDENTITY_AT_FIRST
+
+
+def _merges(cell: Cell) -> bool:
+    return cell.method not in NOT_MERGEABLE
+
+
+def _generates(cell: Cell) -> bool:
+    return CASES[cell.model].generates
+
+
+def _decodes(cell: Cell) -> bool:
+    return CASES[cell.model].decodes
+
+
+def _packs(cell: Cell) -> bool:
+    return CASES[cell.model].packs
+
+
+LAWS: Mapping[str, Where] = {
+    "test_the_edit_does_something": _anywhere,
+    "test_identity_at_first": _starts_as_identity,
+    "test_disabled_is_the_base_bitwise": _anywhere,
+    "test_merge_is_forward": _anywhere,
+    "test_closed_form_merge_is_the_identity_push": _merges,
+    "test_a_row_in_a_mixed_batch_is_the_row_alone": _anywhere,
+    "test_every_method_shares_a_batch_with_this_one": _anywhere,
+    "test_trained_together_is_trained_alone": _anywhere,
+    "test_exactly_the_declared_parameters_learn_and_the_base_stays": _anywhere,
+    "test_save_and_load_is_the_identity": _anywhere,
+    "test_detach_leaves_no_trace": _anywhere,
+    "test_state_dict_keeps_the_names_of_the_base": _anywhere,
+    "test_copies_are_independent": _anywhere,
+    "test_checkpointed_gradients_are_plain_gradients": _anywhere,
+    "test_mixed_rows_generate_as_each_alone": _generates,
+    "test_beams_of_mixed_rows_are_the_beams_of_each_alone": _generates,
+    "test_a_cache_changes_nothing": _generates,
+    "test_left_padding_changes_nothing": _decodes,
+    "test_a_packed_document_is_the_document_alone": _packs,
+}
+"""Each law, by the name of its test, and the cells that it is about."""
+ON_KINDS = {
+    "test_identity_at_first",
+    "test_merge_is_forward",
+    "test_closed_form_merge_is_the_identity_push",
+    "test_a_row_in_a_mixed_batch_is_the_row_alone",
+    "test_trained_together_is_trained_alone",
+    "test_exactly_the_declared_parameters_learn_and_the_base_stays",
+}
+"""Laws that run for every method on the plain module with every kind of layer too."""
+FULL = os.environ.get("TRIMTAB_LAWS") == "all"
+
+
+def cells_of(law: str, *, full: bool = FULL) -> list[Cell]:
+    """The cells that a law runs on."""
+    found = [cell for cell in cells() if LAWS[law](cell)]
+    return found if full else [cell for cell in found if _sampled(law, cell)]
+
+
+def _sampled(law: str, cell: Cell) -> bool:
+    if cell.model == "llama" or (cell.model == "mixed" and law in ON_KINDS):
+        return True
+    return (law, cell) in _dealt(cell.model)
+
+
+@cache
+def _dealt(model: str) -> set[tuple[str, Cell]]:
+    """On one model: a law for each method in turn, and a method for each law in turn."""
+    here = [cell for cell in cells() if cell.model == model]
+    turn = list(CASES).index(model)  # so that a method meets other laws on the next model
+    found = set()
+    for number, cell in enumerate(here):
+        laws = [law for law, about in LAWS.items() if about(cell)]
+        found.add((laws[(number + turn) % len(laws)], cell))
+    for number, (law, about) in enumerate(LAWS.items()):
+        if able := [cell for cell in here if about(cell)]:
+            found.add((law, able[(number + turn) % len(able)]))
+    return found
+
+
+def law(test: Callable[..., None]) -> Any:
+    """Decorates a test of a ``cell``: it runs on those of its law."""
+    return pytest.mark.parametrize("cell", cells_of(test.__name__), ids=lambda cell: cell.id)(test)
 
 
 def shaken(adapter: tt.Adapter, size: float = 0.2, seed: int = 1) -> tt.Adapter:

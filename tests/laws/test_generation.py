@@ -9,16 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import trimtab as tt
-from tests.laws.cells import REFUSED, Cell, attached, registered
+from tests.laws.cells import Cell, attached, law
 from tests.tiny import CASES
 from trimtab.errors import RouteError
 
-GENERATORS = ("llama", "gpt2", "mixtral", "t5", "t5-gated")
-generating_cells = pytest.mark.parametrize(
-    "cell",
-    [Cell(m, c) for m in registered() for c in GENERATORS if (m, c) not in REFUSED],
-    ids=lambda cell: cell.id,
-)
 STEPS = 5
 
 
@@ -31,7 +25,7 @@ def generate(model: nn.Module, ids: Tensor, **options: Any) -> Tensor:
     return out[:, -STEPS:]
 
 
-@generating_cells
+@law
 @torch.no_grad()
 def test_mixed_rows_generate_as_each_alone(cell: Cell) -> None:
     model = CASES[cell.model].model()
@@ -46,7 +40,7 @@ def test_mixed_rows_generate_as_each_alone(cell: Cell) -> None:
             assert torch.equal(together[row], generate(model, ids[[row]])[0]), f"row {row} ({name})"
 
 
-@generating_cells
+@law
 @torch.no_grad()
 def test_beams_of_mixed_rows_are_the_beams_of_each_alone(cell: Cell) -> None:
     model = CASES[cell.model].model()
@@ -62,7 +56,7 @@ def test_beams_of_mixed_rows_are_the_beams_of_each_alone(cell: Cell) -> None:
             )
 
 
-@generating_cells
+@law
 @torch.no_grad()
 def test_a_cache_changes_nothing(cell: Cell) -> None:
     """Greedy tokens with a cache are those of running the whole text anew for each token."""
@@ -70,7 +64,7 @@ def test_a_cache_changes_nothing(cell: Cell) -> None:
     ids = CASES[cell.model].inputs()["input_ids"]
     attached(cell, model)
     with_cache = generate(model, ids)
-    if cell.value().needs_prompt and not cell.model.startswith("t5"):
+    if cell.value().needs_prompt and CASES[cell.model].decodes:
         # Without a cache a gate has nowhere to keep its decision, so every step would decide anew
         # from a longer text; that the cached decision is the prompt's is tested below.
         return
@@ -113,12 +107,11 @@ def test_a_gate_refuses_a_cache_that_began_without_it(model_name: str) -> None:
         model(ids[:, :1], past_key_values=first.past_key_values, use_cache=True)
 
 
-@pytest.mark.parametrize(
-    "cell", [Cell(m, c) for m in registered() for c in ("llama", "gpt2")], ids=lambda c: c.id
-)
+@law
 @torch.no_grad()
 def test_left_padding_changes_nothing(cell: Cell) -> None:
-    model = CASES[cell.model].model()
+    # fp32: BLOOM takes its softmax in fp32, where the least number of fp64 is minus infinity
+    model = CASES[cell.model].model(torch.float32)
     ids = CASES[cell.model].inputs()["input_ids"]
     attached(cell, model)
     padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), ids[:2]], 1)

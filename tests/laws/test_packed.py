@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import trimtab as tt
-from tests.laws.cells import Cell, attached, registered
+from tests.laws.cells import Cell, attached, law
 from tests.tiny import CASES
 from trimtab.adapt.bank import Plan, bank_of
 from trimtab.adapt.route import Route, Span
@@ -15,7 +15,6 @@ from trimtab.adapt.route import Route, Span
 LENGTHS = (5, 3, 6, 4)
 SPANS = (Span(0, 0, 5), Span(0, 5, 8), Span(1, 0, 6), Span(1, 6, 10))
 WIDTH = 10
-DECODERS = ("llama", "gpt2", "mixtral")
 
 
 def packed(documents: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -31,9 +30,7 @@ def packed(documents: list[Tensor]) -> tuple[Tensor, Tensor]:
     return ids, positions
 
 
-@pytest.mark.parametrize(
-    "cell", [Cell(m, c) for m in registered() for c in DECODERS], ids=lambda c: c.id
-)
+@law
 def test_a_packed_document_is_the_document_alone(cell: Cell) -> None:
     model = CASES[cell.model].model()
     generator = torch.Generator().manual_seed(0)

@@ -6,7 +6,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, TaskType
+from peft import (
+    BOFTConfig,
+    FourierFTConfig,
+    HiraConfig,
+    HRAConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    MissConfig,
+    OFTConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    RandLoraConfig,
+    TaskType,
+    TrainableTokensConfig,
+    VeraConfig,
+)
 from torch import nn
 
 import trimtab as tt
@@ -22,6 +40,8 @@ class Case:
     make: Callable[[], nn.Module]
     theirs: PeftConfig
     ours: Method
+    fp32_only: bool = False
+    """PEFT computes in float32 whatever the dtype of the model."""
 
 
 def lora(targets: Any, **options: Any) -> LoraConfig:
@@ -217,4 +237,55 @@ PREFIX = [
         tt.Prefix(length=5, train=("classifier",)),
     ),
 ]
-CASES = [*LORA, *DORA, *IA3, *PREFIX]
+QVD = ["q_proj", "v_proj", "down_proj"]
+WEIGHT = [
+    Case("loha", kit.llama, LoHaConfig(target_modules=QVD, r=4, alpha=6), tt.LoHa(rank=4, alpha=6, targets=tuple(QVD))),
+    Case("loha-convolutions", kit.convolutions, LoHaConfig(target_modules=["line", "square", "head"], r=3, alpha=6),
+         tt.LoHa(rank=3, alpha=6, targets=("line", "square", "head"))),
+    Case("lokr", kit.llama, LoKrConfig(target_modules=QVD, r=2, alpha=6), tt.LoKr(rank=2, alpha=6, targets=tuple(QVD))),
+    Case("lokr-both", kit.llama, LoKrConfig(target_modules=QVD, r=1, decompose_both=True, decompose_factor=4),
+         tt.LoKr(rank=1, both=True, factor=4, targets=tuple(QVD))),
+    Case("lokr-whole", kit.llama, LoKrConfig(target_modules=QVD, r=8, decompose_factor=3),
+         tt.LoKr(rank=8, factor=3, targets=tuple(QVD))),
+    Case("hira", kit.llama, HiraConfig(target_modules=QVD, r=4), tt.HiRA(rank=4, targets=tuple(QVD))),
+    Case("hira-conv1d", kit.gpt2, HiraConfig(target_modules=["c_attn", "c_fc"], r=4, fan_in_fan_out=True),
+         tt.HiRA(rank=4, targets=("c_attn", "c_fc"))),
+    Case("fourierft", kit.llama, FourierFTConfig(target_modules=QVD, n_frequency=20, scaling=30.0),
+         tt.FourierFT(entries=20, alpha=30.0, targets=tuple(QVD)), fp32_only=True),
+    Case("fourierft-seed", kit.bert, FourierFTConfig(target_modules=["query"], n_frequency=9, random_loc_seed=3),
+         tt.FourierFT(entries=9, seed=3, targets=("query",)), fp32_only=True),
+    Case("vera", kit.llama, VeraConfig(target_modules=QVD, r=8, d_initial=0.2),
+         tt.VeRA(rank=8, d_initial=0.2, targets=tuple(QVD))),
+    Case("vera-conv1d", kit.gpt2, VeraConfig(target_modules=["c_attn", "c_fc"], r=8, projection_prng_key=4,
+         fan_in_fan_out=True),
+         tt.VeRA(rank=8, seed=4, targets=("c_attn", "c_fc"))),
+    Case("randlora", kit.llama, RandLoraConfig(target_modules=QVD, r=8, randlora_alpha=80),
+         tt.RandLoRA(rank=8, alpha=80, targets=tuple(QVD))),
+    Case("miss", kit.llama, MissConfig(target_modules=QVD, r=5), tt.MiSS(rank=5, targets=tuple(QVD))),
+    Case("miss-bat", kit.llama, MissConfig(target_modules=["q_proj", "down_proj"], r=4, init_weights="bat"),
+         tt.MiSS(rank=4, variant="bat", targets=("q_proj", "down_proj"))),
+    Case("miss-mini", kit.llama, MissConfig(target_modules=QVD, r=4, mini_r=8, init_weights="mini"),
+         tt.MiSS(rank=4, variant="mini", mini=8, targets=tuple(QVD))),
+]  # fmt: skip
+ROTATION = [
+    Case("oft", kit.llama, OFTConfig(target_modules=QVD, oft_block_size=8), tt.OFT(block=8, targets=tuple(QVD))),
+    Case("oft-blocks", kit.llama, OFTConfig(target_modules=QVD, r=4, oft_block_size=0),
+         tt.OFT(blocks=4, targets=tuple(QVD))),
+    Case("oft-shared", kit.bert, OFTConfig(target_modules=["output.dense"], oft_block_size=4, block_share=True),
+         tt.OFT(block=4, share=True, targets=("output.dense",))),
+    Case("oft-exact", kit.llama, OFTConfig(target_modules=QVD, oft_block_size=8, use_cayley_neumann=False),
+         tt.OFT(block=8, series="inverse", targets=tuple(QVD)), fp32_only=True),
+    Case("boft", kit.bert, BOFTConfig(target_modules=["query", "output.dense"]),
+         tt.BOFT(targets=("query", "output.dense")), fp32_only=True),
+    Case("hra", kit.llama, HRAConfig(target_modules=QVD, r=4), tt.HRA(rank=4, targets=tuple(QVD)), fp32_only=True),
+    Case("hra-orthogonal", kit.llama, HRAConfig(target_modules=QVD, r=3, apply_GS=True),
+         tt.HRA(rank=3, orthogonal=True, targets=tuple(QVD)), fp32_only=True),
+]  # fmt: skip
+SELECTION = [
+    Case("norms", kit.bert, LNTuningConfig(target_modules=["LayerNorm"]), tt.Norms()),
+    Case("norms-rms", kit.llama, LNTuningConfig(target_modules=["input_layernorm", "post_attention_layernorm"]),
+         tt.Norms(targets=("input_layernorm", "post_attention_layernorm"))),
+    Case("tokens", kit.llama, TrainableTokensConfig(token_indices=[3, 9, 50], target_modules=["embed_tokens"]),
+         tt.Tokens(ids=(3, 9, 50), targets=("embed_tokens",))),
+]  # fmt: skip
+CASES = [*LORA, *DORA, *IA3, *PREFIX, *WEIGHT, *ROTATION, *SELECTION]

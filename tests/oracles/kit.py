@@ -19,6 +19,14 @@ from trimtab.adapt.adapter import TensorName
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 DEPRECATED = "`is_gradient_checkpointing` is deprecated"  # PEFT reads it, transformers warns
+ALWAYS = (
+    DEPRECATED,
+    "Specified to not (save|load) ",  # of random matrices that a seed gives
+    "Failed to load the CUDA extension",  # BOFT's
+    "Setting boft_n_butterfly_factor to 1",  # and has no other without that extension
+    "The symmetric initialization can NOT be performed",  # HRA's, of an odd rank
+    "Unsupported layer type",  # LN tuning's, of every norm
+)
 
 Make = Callable[[], nn.Module]
 Batch = dict[str, Any]
@@ -119,7 +127,7 @@ def objective(logits: Tensor) -> Tensor:
 def quiet(*messages: str) -> Iterator[None]:
     """Let the peer say these things, and nothing else."""
     with warnings.catch_warnings():
-        for message in (DEPRECATED, *messages):
+        for message in (*ALWAYS, *messages):
             warnings.filterwarnings("ignore", message=message)
         yield
 

@@ -102,6 +102,25 @@ COUNTS: list[tuple[str, Method, int]] = [
     # SpotTune: the inner method, and a policy of one hidden layer with two logits per block
     ("llama-3.2-3b", tt.SpotTune(inner=tt.LoRA(rank=32, targets=QUERY_VALUE), hidden=64),
      9_175_040 + 3072 + (3072 * 64 + 64) + 64 * 2 * 28 + 2 * 28),
+    # the low-rank family on Llama-3.2-3B, queries and values
+    ("llama-3.2-3b", tt.LoHa(rank=32, targets=QUERY_VALUE), 18_350_080),
+    ("llama-3.2-3b", tt.LoKr(rank=32, factor=4, targets=QUERY_VALUE), 2_294_656),
+    ("llama-3.2-3b", tt.VeRA(rank=256, targets=QUERY_VALUE), 129_024),
+    ("llama-3.2-3b", tt.RandLoRA(rank=32, targets=QUERY_VALUE), 9_289_728),
+    ("llama-3.2-3b", tt.FourierFT(targets=QUERY_VALUE), 56_000),
+    ("llama-3.2-3b", tt.HiRA(rank=32, targets=QUERY_VALUE), 9_175_040),
+    ("llama-3.2-3b", tt.MiSS(rank=64, targets=QUERY_VALUE), 28 * 64 * (3072 + 1024)),
+    ("llama-3.2-3b", tt.MoRA(rank=8, targets=QUERY_VALUE, variant="sharing"), 28 * (222**2 + 181**2)),
+    # rotations
+    ("llama-3.2-3b", tt.OFT(blocks=32, targets=QUERY_VALUE), 8_171_520),
+    ("llama-3.2-3b", tt.BOFT(targets=QUERY_VALUE), 802_816),
+    ("llama-3.2-3b", tt.HRA(rank=8, targets=QUERY_VALUE), 28 * 2 * 3072 * 8),
+    # norms, tokens, masks, differences
+    ("llama-3.2-3b", tt.Norms(), 175_104),
+    ("t0-3b", tt.Norms(), 249_856),
+    ("llama-3.2-3b", tt.Tokens(ids=(5, 6, 7)), 3 * 3072),
+    ("bert-base", tt.Piggyback(exclude="pooler.dense"), 84_934_656),
+    ("bert-base", tt.DiffPruning(exclude="pooler.dense"), 2 * 84_934_656 + 12 * 6),
     # full training of the norms, and of a head
     ("llama-3.2-3b", tt.Full(targets=("norms",)), 175_104),
     ("t0-3b", tt.Full(targets=("norms",)), 249_856),

@@ -20,6 +20,8 @@ from tests.oracles.cases import CASES, Case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_outputs_and_gradients_equal_those_of_peft(case: Case, dtype: torch.dtype) -> None:
+    if case.fp32_only and dtype == torch.float64:
+        pytest.skip("PEFT computes it in float32")
     theirs = kit.peft_model(case.make, case.theirs).to(dtype)
     model = case.make()
     adapter = tt.attach(model, case.ours, "default")

@@ -85,6 +85,25 @@ def test_bitfit_on_a_bert_is_fine_tuning_of_its_biases() -> None:
         kit.assert_close(merged.get_parameter(name), parameter, name)
 
 
+def test_norm_tuning_is_fine_tuning_of_the_norms() -> None:
+    plain = kit.bert().double()
+    trained = {
+        f"{name}.{own}": p
+        for name, module in plain.named_modules()
+        if isinstance(module, nn.LayerNorm)
+        for own, p in module.named_parameters()
+    }
+    for parameter in plain.parameters():
+        parameter.requires_grad_(any(parameter is p for p in trained.values()))
+    model = kit.bert()
+    adapter = tt.attach(model, tt.Norms(), "default")
+    model.double()
+    with torch.no_grad():  # the same first values, not rounded to the masters' fp32
+        for name, tensor in adapter.named().items():
+            tensor.copy_(trained[f"{name.path}.{name.slot.rpartition('.')[2]}"])
+    assert_same_course(losses_of(model, adapter.parameters()), losses_of(plain, trained.values()))
+
+
 @pytest.mark.parametrize(
     ("make", "head"),
     [(kit.bert, "classifier"), (kit.llama_classifier, "score"), (kit.roberta, "classifier")],

@@ -57,6 +57,24 @@ def test_too_few_sentences_is_an_error(tmp_path: Path) -> None:
         assets.write_sentiment(tmp_path, train=400, held_out=100)
 
 
+def test_headlines_are_labelled_balanced_and_disjoint(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made = [
+        (f"Headline {i // 2 * 2}", i % 2) if i < 4 else (f"Headline {i}", i % 2) for i in range(90)
+    ]
+    monkeypatch.setattr(assets, "sarcasm", lambda: made)
+    files = assets.write_headlines(tmp_path, train=40, held_out=(10, 20))
+    rows = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    assert [len(part) for part in rows] == [40, 10, 20]
+    assert all(
+        Counter(row["label"] for row in p) == {k: len(p) // 2 for k in ("plain", "sarcastic")}
+        for p in rows
+    )
+    texts = [row["text"] for part in rows for row in part]
+    assert len(set(texts)) == 70
+
+
 def no_network(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(command, 1, "", "ERROR: No matching distribution found")
 

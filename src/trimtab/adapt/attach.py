@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from trimtab.adapt import attention, checkpoint, slots
 from trimtab.adapt.adapter import Adapter, TensorName
+from trimtab.adapt.apart import Apart
 from trimtab.adapt.bank import CHILD, Bank, bank_of, find_bank
 from trimtab.adapt.contract import Method, Spec
 from trimtab.adapt.edit import Edit
@@ -21,6 +22,7 @@ from trimtab.adapt.tree import anatomy_of, replace, sites_of
 from trimtab.errors import (
     AttachError,
     DuplicateNameError,
+    TargetError,
 )
 from trimtab.models.anatomy import Anatomy
 
@@ -141,6 +143,9 @@ def _insert(
         else:
             site.edits.setdefault(adapter.name, []).append(edit)
         holders |= {TensorName(spec_site.path, spec.name): holder for spec in edit.tensors.values()}
+    for path in anatomy.apart:
+        if path not in existing and any(s.path.startswith(f"{path}.") for s in adapter.sites):
+            replace(model, anatomy.modules[path], Apart(anatomy.modules[path], path, bank))
     known = {
         TensorName(path, spec.name): spec
         for (_, path), of_site in specs.items()
@@ -162,6 +167,7 @@ def _withdraw(
     model: nn.Module, bank: Bank, name: str, placed: Mapping[TensorName, nn.Module]
 ) -> None:
     """Take an adapter's edits and tensors out again; with the last adapter, every trace."""
+    bank.adapters.pop(name, None)
     for tensor_name, holder in placed.items():
         slots.remove(holder, tensor_name.slot, name)
     slots.prune(bank)
@@ -171,7 +177,6 @@ def _withdraw(
         if site.bare():
             replace(model, site, site.base_layer)
     attention.remove(model, bank, name)
-    bank.adapters.pop(name, None)
     bank.active = [other for other in bank.active if other != name]
     bank.scales.pop(name, None)
     bank.disabled.discard(name)
@@ -194,16 +199,27 @@ def _site(
 ) -> SiteBase:
     """The wrapper at a path, made if there is none yet."""
     where = anatomy.experts.get(path, path)
+    if where in anatomy.apart:
+        raise TargetError(
+            f"{path!r} is called once per adapter in a mixed batch, so no adapter can edit it as a whole; target "
+            "the layers inside it."
+        )
     if where not in existing:
         module = anatomy.modules[where]
         site = (
             ExpertsSite(module, where, bank)
             if path in anatomy.experts
-            else Site(module, where, bank, anatomy.width)
+            else Site(module, where, bank, anatomy.width_at(where))
         )
+        if anatomy.inside(where, nn.TransformerEncoderLayer):
+            site.register_forward_pre_hook(_no_fast_path)
         replace(model, module, site)
         existing[where] = site
     return existing[where]
+
+
+def _no_fast_path(module: nn.Module, args: Any) -> None:
+    """Nothing; but where a layer has a hook, torch's own encoder calls its layers instead of reading their weights."""
 
 
 def _existing_bank(model: nn.Module) -> Bank | None:

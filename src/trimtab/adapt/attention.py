@@ -53,7 +53,8 @@ def check(model: nn.Module, adapter: Adapter, anatomy: Anatomy) -> None:
             f"{adapter.method.kind} puts keys and values inside attention, which needs a transformers model with "
             f"'sdpa' or 'eager' attention; this one has {implementation!r}. Load it with attn_implementation='sdpa'."
         )
-    reached = {type(anatomy.modules[s.path]) for s in adapter.sites if s.role == ROLE}
+    paths = [site.path for site in adapter.sites if site.role == ROLE]
+    reached = {type(anatomy.modules[anatomy.experts.get(path, path)]) for path in paths}
     if not model._can_set_attn_implementation() or not all(map(_asks_registry, reached)):
         raise UnsupportedError(
             f"{type(model).__name__} does not use the attention registry of transformers, so nothing can be put "
@@ -69,8 +70,13 @@ def _set_implementation(model: nn.Module, name: str) -> None:
 
 
 def _asks_registry(kind: type[nn.Module]) -> bool:
-    """Whether an attention class looks its function up (T5's does only in later releases of transformers)."""
-    return "ALL_ATTENTION_FUNCTIONS" in sys.modules[kind.__module__].__dict__
+    """Whether a class is an attention that looks its function up (T5's does only in later releases of transformers).
+
+    Norms and MLPs live in the same modules, but hand no further keywords on.
+    """
+    keywords = inspect.signature(kind.forward).parameters.values()
+    hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in keywords)
+    return hands_on and "ALL_ATTENTION_FUNCTIONS" in sys.modules[kind.__module__].__dict__
 
 
 def insert(model: nn.Module, bank: Bank, edit: Edit, anatomy: Anatomy) -> None:

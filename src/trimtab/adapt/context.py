@@ -62,17 +62,50 @@ class Context:
         self.recomputing = False
         self._prompt = prompt
         self._drops: dict[str, int] = {}
+        self._only: Part | None = None
         self._layouts: dict[tuple[int, ...], Layout] = {}
+
+    def of_rows(self, index: Tensor) -> Context:
+        """The context of a call with some rows alone, all of one owner; units stay those of the batch."""
+        owners = self.route.owners
+        count = int(index.max()) + 1 if self.route.every else len(owners)
+        owner = owners[0] if self.route.every else owners[int(index[0])]
+        own = Context(
+            Route.everyone(owner),
+            rows=len(index),
+            length=None if self.batch is None else self.batch[1],
+            mask=_rows(self.mask, index),
+            prompt=_rows(self._prompt, index),
+            labels=_rows(self.labels, index),
+            decoding=self.decoding,
+            training=self.training,
+            memory=self.memory,
+            past=self.past,
+            begun=self.begun,
+        )
+        own.losses = self.losses
+        own._drops = self._drops
+        own._only = Part(owner, None, index, False, count)
+        return own
 
     def layout(self, x: Tensor) -> Layout:
         """The parts of a tensor of this shape; found once per shape, not per layer."""
         route = self.route
+        if self._only is not None:
+            return Layout((self._only,), (), None)
         if route.every:
             return Layout((Part(route.owners[0], None, None, False, x.shape[0]),), (), None)
         key = (x.dim(), *x.shape[:2])
         if key not in self._layouts:
             self._layouts[key] = layout(route, x, self.batch)
         return self._layouts[key]
+
+    def for_each_row(self, ids: Tensor) -> Tensor:
+        """Ids looked up once for the batch (positions), once a row where rows have different adapters."""
+        route = self.route
+        if self.rows is None or route.single is not None or route.spans is not None:
+            return ids
+        return ids.expand(self.rows, -1) if ids.dim() == 2 and ids.shape[0] == 1 else ids
 
     def visible(self, part: Part, y: Tensor, *, causal: bool) -> Tensor:
         """For each position of a part of the input embeddings (flattened), whether a gate may look at it.
@@ -124,3 +157,7 @@ class Context:
                 )
             return mask
         return prompt if mask is None else prompt & mask
+
+
+def _rows(value: Tensor | None, index: Tensor) -> Tensor | None:
+    return None if value is None else value[index.to(value.device)]

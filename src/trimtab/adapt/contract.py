@@ -27,6 +27,7 @@ from pydantic import field_validator
 from torch import Tensor
 
 from trimtab.adapt.at import At as At
+from trimtab.adapt.peft_config import read_options
 from trimtab.config import Config
 from trimtab.errors import ConfigError, UnsupportedError
 from trimtab.frozen import Layer as Layer
@@ -80,7 +81,7 @@ class Progress:
 class Method(Config, ABC):
     """One PEFT technique with its hyper-parameters.
 
-    ``targets`` and ``exclude`` select sites (see `trimtab.models.anatomy`), ``layers`` restricts them to
+    ``targets`` and ``exclude`` select sites (see `trimtab.models.selectors`), ``layers`` restricts them to
     blocks of those indices. ``train`` names modules that are trained in full, per adapter, under the
     same routes (a classification head). With ``layer_drop`` each forward of training leaves the edits out of
     the first n blocks, n drawn anew among 0 .. blocks − 1 (AdapterDrop, arXiv 2010.11918).
@@ -93,6 +94,11 @@ class Method(Config, ABC):
     `unmergeable`, `default_lr`, `names`.
 
     ``a | b`` is the union of two methods: one adapter with the edits of both.
+
+    ``scales`` is the short name of a tensor in which the edit is linear, ``adds`` whether edits of equal methods
+    add when that tensor does. ``peft_options`` maps PEFT's options to (our field, PEFT's default), ``peft_lacks``
+    are those that we lack with their defaults, ``peft_kinds`` the layer kinds on which PEFT has the same
+    function, and ``peft_drawn`` the names of tensors that PEFT may write and we draw again.
     """
 
     kind: ClassVar[str]
@@ -104,13 +110,24 @@ class Method(Config, ABC):
     peft_type: ClassVar[str | None] = None
     peft_root: ClassVar[str] = "base_model.model."
     disk: ClassVar[Mapping[str, str]] = {}
+    peft_options: ClassVar[Mapping[str, tuple[str, Any]]] = {}
+    peft_lacks: ClassVar[Mapping[str, Any]] = {}
+    peft_kinds: ClassVar[tuple[str, ...]] = ()
+    peft_drawn: ClassVar[tuple[str, ...]] = ()
     short_names: ClassVar[Mapping[str, str]] = {}
+    scales: ClassVar[str] = ""
+    adds: ClassVar[bool] = False
 
     targets: str | tuple[str, ...] = ()
+    """Where it acts: roles, names, globs or ``re:`` patterns; where it is empty, the method knows."""
     exclude: str | tuple[str, ...] = ()
+    """Of what ``targets`` select, what is left out."""
     layers: tuple[int, ...] | None = None
+    """Only in the blocks of these numbers; negative ones count from the last."""
     train: tuple[str, ...] = ()
+    """Modules that are trained in full beside it, such as a classification head."""
     layer_drop: bool = False
+    """In training, leave the edits out of the first blocks, of another number each time (AdapterDrop)."""
 
     @field_validator("targets", "exclude", "layers", "train", mode="before")
     @classmethod
@@ -241,6 +258,8 @@ class Method(Config, ABC):
 
     def scaled(self, p: Params, weight: float, role: str) -> dict[str, Tensor]:
         """The tensors whose edit is ``weight`` times this one's."""
+        if self.scales:
+            return {**p, self.scales: p[self.scales] * weight}
         raise UnsupportedError(
             f"{self.kind}: its edit is not linear in any of its tensors, so it cannot be scaled."
         )
@@ -249,6 +268,9 @@ class Method(Config, ABC):
         self, parts: Sequence[tuple[Method, Params]], role: str
     ) -> tuple[Method, dict[str, Tensor]]:
         """One method and its tensors at this site, whose edit is the sum of the parts' edits."""
+        if self.adds and all(_mathematics(method) == _mathematics(self) for method, _ in parts):
+            total = torch.stack([p[self.scales] for _, p in parts]).sum(0)
+            return self, {**parts[0][1], self.scales: total}
         raise UnsupportedError(
             f"{self.kind}: the sum of two such edits is not an edit of the same kind."
         )
@@ -261,11 +283,13 @@ class Method(Config, ABC):
 
     def in_peft(self, anatomy: Anatomy, places: Sequence[Place]) -> bool:
         """Whether PEFT has this method, and the same function for it in these places."""
-        return self.peft_type is not None
+        kinds = {anatomy.layer(place.path).kind for place in places} if self.peft_kinds else set()
+        return self.peft_type is not None and kinds <= set(self.peft_kinds)
 
     def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
         """The fields that PEFT's ``adapter_config.json`` needs beside the common ones."""
-        return {}
+        fields = dict(self)
+        return {theirs: fields[ours] for theirs, (ours, _) in self.peft_options.items()}
 
     @classmethod
     def from_peft(
@@ -276,7 +300,7 @@ class Method(Config, ABC):
         ``slots`` are the names and shapes in the weights file. Raise `FileFormatError` for an option
         that changes the mathematics and that we do not have.
         """
-        return None
+        return cls(**read_options(config, cls.peft_options, cls.peft_lacks, cls.kind))
 
     def roles_in_file(self, path: str, slots: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
         """The roles of a site read from a PEFT file, from its slots and their shapes."""
@@ -301,6 +325,12 @@ class Method(Config, ABC):
     def overrides(self, hook: str) -> bool:
         """Whether this class makes that edit at all."""
         return getattr(type(self), hook) is not getattr(Method, hook)
+
+
+def _mathematics(method: Method) -> dict[str, Any]:
+    """All that a method says but where it acts."""
+    where = ("targets", "exclude", "layers", "train")
+    return {"kind": method.kind, **{name: value for name, value in method if name not in where}}
 
 
 def pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from trimtab.adapt.adapter import Adapter
+from trimtab.adapt.adapter import Adapter, TensorName
 from trimtab.adapt.bank import find_bank
 from trimtab.adapt.contract import Method, Spec
 from trimtab.adapt.parse import method_from
@@ -47,10 +47,7 @@ def describe(model: nn.Module) -> str:
 def resolve(model: nn.Module, method: Method | str | Mapping[str, object]) -> str:
     """Where a method would act on this model, with shapes and parameter counts; nothing is changed."""
     chosen = method_from(method)
-    anatomy = anatomy_of(model)
-    adapter = planned(model, chosen, "plan", anatomy)
-    layers = {site.path: layer_at(anatomy, site.path) for site in adapter.sites}
-    specs = specs_of(adapter, anatomy, layers)
+    adapter, specs = states(model, chosen)
     kinds = " + ".join(part.kind for part in chosen.members)
     head = f"{kinds}: {len(adapter.sites)} sites, {counted(adapter, specs):,} parameters"
     return "\n".join([head, *(f"  {line}" for line in grouped(adapter))])
@@ -60,15 +57,21 @@ Specs = Mapping[tuple[int, str], Mapping[str, Spec]]
 """What `trimtab.adapt.tensors.specs_of` gives."""
 
 
+def states(model: nn.Module, method: Method) -> tuple[Adapter, Specs]:
+    """The adapter, without tensors, that a method would be on this model, and the tensors that it states."""
+    anatomy = anatomy_of(model)
+    adapter = planned(model, method, "plan", anatomy)
+    layers = {site.path: layer_at(anatomy, site.path) for site in adapter.sites}
+    return adapter, specs_of(adapter, anatomy, layers)
+
+
 def counted(adapter: Adapter, specs: Specs) -> int:
     """How many values are trained: not those that are fixed, or drawn again."""
-    total = 0
-    for (number, path), found in specs.items():
-        index = adapter.sites[number].method if number >= 0 else -1 - number
-        method = adapter.methods[index].at(path) if path else adapter.methods[index]
-        trained = [s for s in found.values() if s.stored and s.name not in method.fixed]
-        total += sum(_size(spec.shape) for spec in trained)
-    return total
+    known = {
+        TensorName(path, spec.name): spec for (_, path), of in specs.items() for spec in of.values()
+    }
+    trained = known.keys() - adapter.fixed_among(known)
+    return sum(_size(known[name].shape) for name in trained if known[name].stored)
 
 
 def grouped(adapter: Adapter) -> list[str]:

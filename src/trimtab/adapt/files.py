@@ -231,8 +231,14 @@ def _parsed(
     full = methods.get("full").parse({"targets": method.train}) if method.train else None
     named: dict[TensorName, Tensor] = {}
     slots_at: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {}
+    drawn: dict[str, str] = {}
     for key, tensor in tensors.items():
         if _copied(key, tensors):
+            continue
+        if (leaf := key.rpartition(".")[2]) in method.peft_drawn:
+            found = checksum(tensor.float())
+            if drawn.setdefault(leaf, found) != found:
+                raise FileFormatError(f"{folder / WEIGHTS}: the copies of {leaf!r} differ.")
             continue
         path, slot, number = _place_key(folder, key, method, full)
         named[TensorName(path, slot)] = tensor
@@ -249,7 +255,9 @@ def _parsed(
         task_type=config.get("task_type"),
         transposed=bool(config.get("fan_in_fan_out")),
     )
-    return Adapter(own_name, method, sites, named, origin=origin)
+    adapter = Adapter(own_name, method, sites, named, origin=origin)
+    adapter.drawn = drawn
+    return adapter
 
 
 def _copied(key: str, tensors: Mapping[str, Tensor]) -> bool:

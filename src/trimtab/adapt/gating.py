@@ -37,6 +37,7 @@ class Gating(Method):
     """Whether each row's gate is 0 or 1 at evaluation, so that closed rows need no inner method."""
 
     inner: Any = "lora"
+    """The method whose edits are gated."""
 
     @field_validator("inner")
     @classmethod
@@ -56,7 +57,7 @@ class Gating(Method):
     @model_validator(mode="after")
     def _places(self) -> Self:
         if self.targets or self.exclude or self.layers is not None:
-            raise ValueError("targets, exclude and layers are written in the inner method")
+            raise ValueError("the inner method says where it acts: inner=lora(targets='mlp')")
         return self
 
     # -- what a gate says ------------------------------------------------------------------------------

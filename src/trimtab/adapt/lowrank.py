@@ -69,12 +69,19 @@ class LowRank(Method):
 
     targets: str | tuple[str, ...] = "all-linear"
     rank: int = Field(default=16, ge=1)
+    """Rows of A and columns of B."""
     alpha: float = 32.0
+    """The product is scaled by alpha / rank."""
     rslora: bool = False
+    """Scale by alpha / √rank instead."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Of what enters A, in training."""
     bias: Literal["none", "lora_only", "all"] = "none"
+    """Train biases too: those of the targets, or all."""
     rank_pattern: Mapping[str, int] = Field(default_factory=dict)
+    """End of a path -> its rank."""
     alpha_pattern: Mapping[str, float] = Field(default_factory=dict)
+    """End of a path -> its alpha."""
 
     @field_validator("rank_pattern")
     @classmethod

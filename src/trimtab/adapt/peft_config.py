@@ -17,10 +17,47 @@ def selectors(names: str | Sequence[str] | None) -> str | tuple[str, ...]:
     return tuple(sorted(names or ()))
 
 
+_COMMON: dict[str, Any] = {
+    "target_modules": None, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None,
+    "fan_in_fan_out": False, "bias": "none", "init_weights": True,
+}  # fmt: skip
+
+
+def read_options(
+    config: Mapping[str, Any],
+    options: Mapping[str, tuple[str, Any]],
+    lacks: Mapping[str, Any],
+    kind: str,
+) -> dict[str, Any]:
+    """Our fields of a PEFT config: the selectors that its methods share, and these options.
+
+    ``options`` maps PEFT's name to (our field, PEFT's default); ``lacks`` are options that we have not, with the
+    defaults at which they do nothing.
+    """
+    read = {
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "fan_in_fan_out",
+        "init_weights",
+    }
+    refuse_unknown(config, _COMMON | dict(lacks), read | set(options), kind)
+    layers = config.get("layers_to_transform")
+    return {
+        "targets": selectors(config.get("target_modules")),
+        "exclude": selectors(config.get("exclude_modules")),
+        "layers": (layers,) if isinstance(layers, int) else layers,
+        **{ours: config.get(theirs, default) for theirs, (ours, default) in options.items()},
+    }
+
+
 def refuse_unknown(
     config: Mapping[str, Any], defaults: Mapping[str, Any], read: set[str], kind: str
 ) -> None:
-    """Raise for a PEFT option that is set away from its default and that nobody reads."""
+    """Raise for a PEFT option that is set away from its default and that nobody reads.
+
+    The default ``...`` is for options whose value changes nothing here.
+    """
     common = {
         "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
         "inference_mode", "modules_to_save", "runtime_config",
@@ -32,7 +69,7 @@ def refuse_unknown(
             raise FileFormatError(
                 f"{CONFIG}: unknown option {key!r} of {kind}; a newer PEFT wrote it."
             )
-        if value not in (defaults[key], None, [], {}, ""):
+        if defaults[key] is not ... and value not in (defaults[key], None, [], {}, ""):
             raise UnsupportedError(
                 f"{CONFIG}: option {key}={value!r} of {kind} changes the adapter; Trimtab lacks it."
             )

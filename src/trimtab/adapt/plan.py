@@ -17,8 +17,7 @@ from trimtab.errors import (
     UnsupportedError,
     suggest,
 )
-from trimtab.frozen import Layer, view
-from trimtab.frozen.sublayer import SubLayer
+from trimtab.frozen import Layer
 from trimtab.models.anatomy import Anatomy
 from trimtab.models.families import ROLES
 
@@ -146,15 +145,17 @@ def check_whole(adapter: Adapter, anatomy: Anatomy) -> None:
 
 
 def layer_at(anatomy: Anatomy, path: str) -> Layer:
-    """The view of the layer at a path (expert 0 of an expert parameter)."""
-    if path in anatomy.experts:
-        return anatomy.expert_layers(path)[0]
-    if path not in anatomy.modules:
+    """`Anatomy.layer`, with errors for a path that this model lacks and for the model itself."""
+    if path not in anatomy.modules and path not in anatomy.experts:
         hint = suggest(path, [*anatomy.modules, *anatomy.experts])
         raise AttachError(f"this model has no module {path!r}.{hint}")
     if path == "":
         raise TargetError(
             "the model itself is the target; put it into a container module and attach to that."
         )
-    module = anatomy.modules[path]
-    return view(module) or SubLayer(module, anatomy.width, anatomy.around(path))
+    if path in anatomy.uncalled:
+        raise TargetError(
+            f"{path!r} is never called: its weight is read as it is, and no adapter can edit that. Leave it out of "
+            "the targets."
+        )
+    return anatomy.layer(path)

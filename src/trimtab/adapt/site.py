@@ -77,6 +77,8 @@ class SiteBase(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name.startswith("__"):  # how a layer copies itself is not how a site does
+                raise
             return getattr(super().__getattr__(BASE), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -99,6 +101,8 @@ class Site(SiteBase):
         bank.fire(self.path)
         context = bank.context(self.training)
         x, call = self._input(args, kwargs)
+        if self.layer.kind == "embedding":
+            x = context.for_each_row(x)
         split = context.layout(x)
         acting = [self.acting(part.owner, training=self.training) for part in split.parts]
         if not any(acting):

@@ -10,7 +10,19 @@ import sys
 
 import typer
 
-from trimtab.cli import chat, compare, data, eval, generate, inspect, merge, plan, recipe, train
+from trimtab.cli import (
+    chat,
+    compare,
+    data,
+    eval,
+    generate,
+    inspect,
+    merge,
+    methods,
+    plan,
+    recipe,
+    train,
+)
 from trimtab.errors import TrimtabError
 
 app = typer.Typer(
@@ -30,6 +42,7 @@ app.command("merge")(merge.merge)
 app.command("inspect")(inspect.inspect)
 app.add_typer(data.app, name="data")
 app.add_typer(recipe.app, name="recipe")
+app.add_typer(methods.app, name="methods")
 
 
 def _print_version(wanted: bool) -> None:

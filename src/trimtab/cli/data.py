@@ -54,7 +54,7 @@ def preview(
     console.print(f"{source.name}: {source.kind}", style="cyan")
     for example in islice(strict(read_examples(source, reader.renderer, outcomes)), rows):
         console.print()
-        console.print(show(example.datum, reader.renderer.tokenizer))
+        console.print(show(example.datum, reader.renderer.tokenizer, reader.labels))
     console.print()
     console.print(f"of the first rows: {outcomes}")
 
@@ -148,7 +148,7 @@ def _reader(file: str, options: list[str] | None, model: str | None) -> tuple[Re
     from trimtab.errors import ConfigError
     from trimtab.models.load import load_tokenizer
     from trimtab.train.recipe_file import make_recipe, read_values
-    from trimtab.train.sources import Reader
+    from trimtab.train.sources import Reader, with_labels
 
     if file.endswith((".yaml", ".yml")):
         values = read_values(file)
@@ -158,9 +158,9 @@ def _reader(file: str, options: list[str] | None, model: str | None) -> tuple[Re
         raise ConfigError("name the model whose tokenizer and chat template count: --model.")
     else:
         values = {"model": model, "data": {"path": file}}
-    recipe = make_recipe(values, _data_options(options))
+    recipe = with_labels(make_recipe(values, _data_options(options)))
     tokenizer = load_tokenizer(recipe.model)
-    return recipe, Reader(recipe.data, tokenizer, None)
+    return recipe, Reader(recipe.data, tokenizer, None, task=recipe.task)
 
 
 def _data_options(options: Sequence[str] | None) -> list[str]:

@@ -13,7 +13,7 @@ from trimtab.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from trimtab.evals import Evaluation
     from trimtab.models.load import Base
-    from trimtab.train.recipe import DataRecipe, Recipe
+    from trimtab.train.recipe import DataRecipe, Recipe, TaskName
 
 
 def evaluate(
@@ -73,7 +73,14 @@ def evaluate(
     for name in job.metrics:
         known.get(name)
     saved = read_adapters(job.adapters)
-    base = load(job.model, dtype=job.dtype, device=job.device)
+    classifies = job.task == "sequence-classification"
+    base = load(
+        job.model,
+        dtype=job.dtype,
+        device=job.device,
+        task=job.task,
+        labels=job.data.labels if classifies and job.data is not None else None,
+    )
     if base.model.device.type == "cpu":
         keep_memory()
     attached = attach_adapters(base, saved)
@@ -103,6 +110,7 @@ class _Job:
     examples; ``asked``: how many of them are answered."""
 
     model: str
+    task: TaskName
     adapters: list[str]
     data: DataRecipe | None
     held_out: bool
@@ -135,6 +143,7 @@ def _job(
 ) -> _Job:
     """The options, and what a run's recipe says where they say nothing."""
     from trimtab.train.recipe_file import make_recipe
+    from trimtab.train.sources import with_labels
 
     if run is None:
         if model is None:
@@ -142,11 +151,23 @@ def _job(
         if data is None and tasks is None:
             raise ConfigError("give --data, or --tasks, to measure on.")
         source = None
+        task: TaskName = "causal-lm"
         if data is not None:
-            source = make_recipe({"model": model, "data": {"path": data}}, overrides).data
+            given = with_labels(make_recipe({"model": model, "data": {"path": data}}, overrides))
+            source, task = given.data, given.task
         _check_data(source, metrics)
         return _Job(
-            model, adapters, source, False, tuple(metrics), limit, None, max_tokens, dtype, None
+            model,
+            task,
+            adapters,
+            source,
+            False,
+            tuple(metrics),
+            limit,
+            None,
+            max_tokens,
+            dtype,
+            None,
         )
     recipe, adapter = _of_run(run, overrides)
     whole = data is None and tasks is None
@@ -159,6 +180,7 @@ def _job(
     asked = recipe.eval
     return _Job(
         model or recipe.model,
+        recipe.task,
         [adapter, *adapters],
         source,
         whole,
@@ -202,15 +224,20 @@ def _measured(
     engine = Engine(base)
     limits = [limit for name in names if (limit := engine.context(name)) is not None]
     examples, notes = read_examples_of(
-        job.data, base.tokenizer, min(limits, default=None), held_out=job.held_out
+        job.data,
+        base.tokenizer,
+        min(limits, default=None),
+        held_out=job.held_out,
+        task=job.task,
     )
     used = some(examples, job.limit)
     held = job.data.held_out
     facts["data"] = job.data.path if held is None else held if isinstance(held, str) else held.path
     facts["examples"] = len(used)
     facts["notes"] = list(notes)
+    facts["unit"] = "text" if engine.labels else "token"
     if job.metrics:
-        asked = questions(some(used, job.asked), base.tokenizer)
+        asked = questions(some(used, job.asked), base.tokenizer, engine.labels)
         facts["references"] = [one.reference for one in asked]
     return measure(
         base, used, names, metrics=job.metrics, asked=job.asked, max_tokens=job.max_tokens

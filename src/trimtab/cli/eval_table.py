@@ -20,6 +20,7 @@ from trimtab.evals import Evaluation, Interval
 from trimtab.evals.answers import normalised
 from trimtab.evals.labels import ClassTable
 
+ACCURACY = "token accuracy"
 MOST_COLUMNS = 8
 """Classes up to which the confusion table is shown; the JSON file has it always."""
 UNBOUNDED = 10_000
@@ -31,9 +32,13 @@ def show(console: Console, rows: Sequence[Evaluation], facts: Mapping[str, Any])
     """One table of all values, then tables by class and by field where there are any."""
     for note in facts.get("notes", ()):
         console.print(note)
+    unit = str(facts.get("unit", "token"))
     cells = {_title(row): _values(row) for row in rows}
     counts = {name: value.count for row in rows for name, value in _intervals(row).items()}
-    heads = {name: f"{name}\nn = {count}" for name, count in counts.items()}
+    heads = {
+        name: f"{unit + ' accuracy' if name == ACCURACY else name}\nn = {count}"
+        for name, count in counts.items()
+    }
     console.print(_fitting(console, cells, heads | {"seconds": "seconds"}))
     console.print("95 % intervals in brackets.")
     if any(name in counts for name in JUDGED):
@@ -63,7 +68,7 @@ def _title(row: Evaluation) -> str:
 def _intervals(row: Evaluation) -> dict[str, Interval]:
     loss = {} if row.held_out is None else {
         "loss": row.held_out.loss,
-        "token accuracy": row.held_out.accuracy,
+        ACCURACY: row.held_out.accuracy,
     }  # fmt: skip
     return {**loss, **row.metrics}
 

@@ -5,6 +5,7 @@ splits them; a `Feed` gives the examples of each step, with a cursor that resume
 """
 
 from trimtab.data.batch import Batch, Document, collate, pack, plan_batches
+from trimtab.data.classes import ClassRenderer, labels_in
 from trimtab.data.corpus import Corpus, Portion, distinct, without
 from trimtab.data.datum import Datum
 from trimtab.data.examples import (
@@ -35,7 +36,7 @@ from trimtab.data.records import (
     TextRecord,
     UnpairedRecord,
 )
-from trimtab.data.render import Rendered, Renderer
+from trimtab.data.render import Rendered, Renderer, Renders
 from trimtab.data.render_config import RenderConfig
 from trimtab.data.shapes import parse_record, parse_row
 from trimtab.data.source import Row, Source
@@ -47,6 +48,7 @@ from trimtab.data.tokenise import tokenise
 __all__ = [
     "Batch",
     "ChatRecord",
+    "ClassRenderer",
     "CompletionRecord",
     "Corpus",
     "CorpusFeed",
@@ -75,6 +77,7 @@ __all__ = [
     "RenderConfig",
     "Rendered",
     "Renderer",
+    "Renders",
     "Row",
     "Source",
     "StreamFeed",
@@ -86,6 +89,7 @@ __all__ = [
     "UserFunction",
     "collate",
     "distinct",
+    "labels_in",
     "load_examples",
     "load_function",
     "open_source",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from trimtab.data.examples import Example, ExampleConfig, Outcomes, Problem, read_examples
-from trimtab.data.render import Renderer
+from trimtab.data.render import Renders
 from trimtab.data.shapes import parse_row
 from trimtab.data.source import Source
 from trimtab.errors import DataError
@@ -30,7 +30,7 @@ class Checked:
         ]
 
 
-def check(source: Source, config: ExampleConfig, renderer: Renderer | None = None) -> Checked:
+def check(source: Source, config: ExampleConfig, renderer: Renders | None = None) -> Checked:
     """Read all rows of ``source``. Without a ``renderer`` only their shape is checked, not their tokens.
 
     Raises what is wrong with all rows alike, such as chat messages for a tokenizer without a template.
@@ -48,7 +48,7 @@ def check(source: Source, config: ExampleConfig, renderer: Renderer | None = Non
 
 
 def _found(
-    source: Source, renderer: Renderer | None, outcomes: Outcomes
+    source: Source, renderer: Renders | None, outcomes: Outcomes
 ) -> Iterator[tuple[int, str, Problem | None]]:
     if renderer is not None:
         for item in read_examples(source, renderer, outcomes):

@@ -2,6 +2,7 @@
 
 A datum knows nothing of text, templates or adapters' names beyond the owner it trains. ``targets[i]``
 is the token that should follow ``tokens[: i + 1]``; ``weights[i]`` is 0 where nothing is to be learnt.
+A text to be classified is a datum too: after its last token follows, with weight 1, the number of its class.
 """
 
 from __future__ import annotations
@@ -35,6 +36,11 @@ class Datum:
     def causal(cls, ids: Sequence[int], weights: Sequence[float], *, origin: str = "") -> Self:
         """From a whole text: ``weights[i]`` says how much token ``ids[i]`` is to be learnt."""
         return cls(tuple(ids[:-1]), tuple(ids[1:]), tuple(float(w) for w in weights[1:]), origin)
+
+    @classmethod
+    def classified(cls, ids: Sequence[int], number: int, *, origin: str = "") -> Self:
+        """A whole text and the ``number`` of its class, which counts as one token."""
+        return cls.causal((*ids, number), (*(0.0 for _ in ids), 1.0), origin=origin)
 
     @property
     def prompt(self) -> int:

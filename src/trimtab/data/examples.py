@@ -18,7 +18,7 @@ from trimtab.config import Config
 from trimtab.data.datum import Datum
 from trimtab.data.open import open_source
 from trimtab.data.records import Record, TextRecord
-from trimtab.data.render import Renderer
+from trimtab.data.render import Renders
 from trimtab.data.shapes import parse_row
 from trimtab.data.source import Row, Source
 from trimtab.errors import DataError
@@ -152,7 +152,7 @@ class Examples(Sequence[Datum]):
 
 
 def load_examples(
-    source: Source | Path | str, renderer: Renderer, config: ExampleConfig | None = None
+    source: Source | Path | str, renderer: Renders, config: ExampleConfig | None = None
 ) -> Examples:
     """All examples of a source, in memory.
 
@@ -167,7 +167,7 @@ def load_examples(
 
 
 def read_examples(
-    source: Source, renderer: Renderer, outcomes: Outcomes, start: int = 0
+    source: Source, renderer: Renders, outcomes: Outcomes, start: int = 0
 ) -> Iterator[Example | Problem]:
     """The examples of all rows from ``start`` on, and why others gave none; counted in ``outcomes``.
 
@@ -211,7 +211,7 @@ def whole(
         raise DataError(f"{source.name}: no example is left. {outcomes}{first}")
 
 
-def _of_row(row: Row, renderer: Renderer, outcomes: Outcomes) -> Iterator[Example | Problem]:
+def _of_row(row: Row, renderer: Renders, outcomes: Outcomes) -> Iterator[Example | Problem]:
     outcomes.read += 1
     fatal = outcomes.config.bad_rows == "error"
     try:
@@ -227,7 +227,7 @@ def _of_row(row: Row, renderer: Renderer, outcomes: Outcomes) -> Iterator[Exampl
         return
     outcomes.shapes[record.shape] += 1
     key = int.from_bytes(record.key()[:8], "big")
-    for piece in _limited(datum, record, outcomes):
+    for piece in _limited(datum, record, renderer, outcomes):
         if isinstance(piece, Problem):
             yield piece
         else:
@@ -235,7 +235,9 @@ def _of_row(row: Row, renderer: Renderer, outcomes: Outcomes) -> Iterator[Exampl
             key = int.from_bytes(sha256(key.to_bytes(8, "big")).digest()[:8], "big")
 
 
-def _limited(datum: Datum, record: Record, outcomes: Outcomes) -> list[Datum | Problem]:
+def _limited(
+    datum: Datum, record: Record, renderer: Renders, outcomes: Outcomes
+) -> list[Datum | Problem]:
     config = outcomes.config
     over = 0 if config.context is None else len(datum) - config.context
     pieces = [datum]
@@ -246,8 +248,7 @@ def _limited(datum: Datum, record: Record, outcomes: Outcomes) -> list[Datum | P
     elif over > 0 and config.too_long in ("error", "drop", "split"):
         return [_too_long(datum, record, outcomes)]
     elif over > 0:
-        keep = slice(over, None) if config.too_long == "left" else slice(None, -over)
-        pieces = [Datum(datum.tokens[keep], datum.targets[keep], datum.weights[keep], datum.origin)]
+        pieces = [renderer.shortened(datum, config.context or 0, config.too_long)]
     if not any(pieces[0].weights):
         cut = f" after {over} tokens were cut" if over > 0 else ""
         reason = f"{datum.origin}: only masked tokens, nothing to learn{cut}."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from trimtab.data.records import (
     ChatRecord,
     CompletionRecord,
@@ -89,15 +91,19 @@ def question(text: str, text_pair: str, config: RenderConfig) -> str:
 def label_name(record: LabelledRecord, config: RenderConfig) -> str:
     """What the model shall answer. Raises `DataError` for a label that is none of the known ones."""
     label, names = record.label, config.labels
-    if names is None:
-        return str(label)
-    if isinstance(label, str) and label in names:
-        return label
+    return str(label) if names is None else names[class_number(record, names)]
+
+
+def class_number(record: LabelledRecord, names: Sequence[str]) -> int:
+    """The place of a record's label among ``names``: its name, or its number. Raises `DataError`."""
+    label = record.label
+    if str(label) in names:
+        return names.index(str(label))
     place = -1
     if isinstance(label, int) or (isinstance(label, str) and label.isdecimal()):
         place = int(label)
     if 0 <= place < len(names):
-        return names[place]
+        return place
     raise DataError(
         f"{record.origin}: the label {label!r} is not one of "
         + ", ".join(f"{number} ({name})" for number, name in enumerate(names))

@@ -25,7 +25,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
@@ -63,13 +63,34 @@ class Rendered:
         return Datum.causal(self.ids, self.weights, origin=self.origin)
 
 
+class Renders(Protocol):
+    """What makes examples of records: for generators `Renderer`, for classifiers `ClassRenderer`."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+    def require(self, record: Record) -> None:
+        """Raise what concerns every record of its kind."""
+
+    def render(self, record: Record) -> Rendered:
+        """Ids and weights of a record. Raises `DataError` that names it."""
+        ...
+
+    def shortened(self, datum: Datum, context: int, side: str) -> Datum:
+        """``datum`` in ``context`` tokens, cut at its ``left`` or ``right`` end."""
+        ...
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides token ids and weights; the same in every process."""
+        ...
+
+
 class Renderer:
     """Renders records for one tokenizer. Stateless after construction."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, config: RenderConfig | None = None
     ) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer: PreTrainedTokenizerBase = tokenizer
         self.config = config or RenderConfig()
         self.template = Template(tokenizer) if tokenizer.chat_template else None
         if self.config.completions == "chat" and self.template is None:
@@ -138,16 +159,16 @@ class Renderer:
 
     def fingerprint(self) -> str:
         """SHA-256 of all that decides token ids and weights; the same in every process."""
-        tokenizer = self.tokenizer
         parts: list[object] = [self.config.model_dump(mode="json"), self._opening]
         parts.append(self.template.sources if self.template is not None else None)
-        parts.append({name: str(token) for name, token in tokenizer.special_tokens_map.items()})
-        if tokenizer.is_fast:
-            core = json.loads(tokenizer.backend_tokenizer.to_str())
-            parts.append({**core, "truncation": None, "padding": None})  # state of the last call
-        else:
-            parts += [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+        parts += tokenizer_parts(self.tokenizer)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def shortened(self, datum: Datum, context: int, side: str) -> Datum:
+        """``datum`` in ``context`` tokens, without what its ``left`` or ``right`` end has more."""
+        over = len(datum) - context
+        keep = slice(over, None) if side == "left" else slice(None, -over)
+        return Datum(datum.tokens[keep], datum.targets[keep], datum.weights[keep], datum.origin)
 
     @property
     def _chat_template(self) -> Template:
@@ -232,3 +253,16 @@ class Renderer:
             ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         return str(text)
+
+
+def tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> list[object]:
+    """All of a tokenizer that decides ids, as JSON holds it."""
+    parts: list[object] = [
+        {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    ]
+    if tokenizer.is_fast:
+        core = json.loads(tokenizer.backend_tokenizer.to_str())
+        parts.append({**core, "truncation": None, "padding": None})  # state of the last call
+    else:
+        parts += [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    return parts

@@ -24,7 +24,7 @@ from filelock import FileLock
 from trimtab.adapt.disk import replacing
 from trimtab.data.corpus import Portion
 from trimtab.data.examples import ExampleConfig, Outcomes, read_examples, whole
-from trimtab.data.render import Renderer
+from trimtab.data.render import Renders
 from trimtab.data.source import Source
 from trimtab.data.token_file import META, SCHEMA, TokenFile, TokenWriter
 from trimtab.errors import FileFormatError
@@ -42,7 +42,7 @@ def token_cache() -> Path:
 
 def tokenise(
     source: Source,
-    renderer: Renderer,
+    renderer: Renders,
     config: ExampleConfig,
     *,
     folder: Path | None = None,
@@ -79,7 +79,7 @@ def tokenise(
 
 
 def _uncached(
-    source: Source, renderer: Renderer, config: ExampleConfig, progress: Progress | None
+    source: Source, renderer: Renders, config: ExampleConfig, progress: Progress | None
 ) -> tuple[Portion, Outcomes]:
     """In a folder that goes with the process; named by what was found in the source."""
     scratch = Path(tempfile.mkdtemp(prefix="trimtab-"))
@@ -93,7 +93,7 @@ def _portion(file: TokenFile, source: Source, digest: str) -> Portion:
     return Portion(file, np.arange(len(file), dtype=np.int64), source.name, digest)
 
 
-def _name(source: Source, renderer: Renderer, config: ExampleConfig) -> str:
+def _name(source: Source, renderer: Renders, config: ExampleConfig) -> str:
     parts = (str(SCHEMA), source.digest, renderer.fingerprint(), config.model_dump_json())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
@@ -110,7 +110,7 @@ def _open(target: Path) -> TokenFile | None:
 def _write(
     target: Path,
     source: Source,
-    renderer: Renderer,
+    renderer: Renders,
     config: ExampleConfig,
     progress: Progress | None,
 ) -> None:

@@ -4,6 +4,7 @@ forward_backward(data, adapter)   gradients accumulate, as sums, in each datum's
 optim_step(adapter, params)       one step of that adapter alone, normalised by its token weights
 sample(prompts, params)           completions, each prompt by its own adapter or the bare base
                                   (stream(prompt, params): one of them, piece by piece)
+classify(texts, adapter)          of a sequence classifier: the probability of each class
 save / load                       weights, optimiser, counts and RNG: exact resume
 """
 

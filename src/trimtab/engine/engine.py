@@ -19,7 +19,8 @@ from trimtab.adapt.route import Route
 from trimtab.adapt.tree import anatomy_of
 from trimtab.data import Batch, Datum
 from trimtab.engine import sampling, state
-from trimtab.engine.head import Head, Kept
+from trimtab.engine.class_head import ClassHead
+from trimtab.engine.head import Head, Kept, TokenHead
 from trimtab.engine.micro import Layout, Micro, Who, layout_of
 from trimtab.engine.results import LossResult, StepResult
 from trimtab.engine.sampling import Completion, SamplingParams
@@ -75,9 +76,13 @@ class Engine:
             )
         self.causal = anatomy.causal
         with self._scope(Route.everyone(())):
-            pad = 0 if self.tokenizer is None else int(self.tokenizer.pad_token_id or 0)
-            self._layout: Layout = layout_of(self.model, causal=self.causal, pad_id=pad)
-            self._head = Head.of(self.model)
+            classes = ClassHead.of(self.model)
+            self._head: Head = classes or TokenHead.of(self.model)
+            pad = None if self.tokenizer is None else self.tokenizer.pad_token_id
+            pad = pad if classes is None else classes.pad_id
+            self._layout: Layout = layout_of(self.model, causal=self.causal, pad_id=int(pad or 0))
+        self.labels = self._head.labels
+        """Names of the classes, of a sequence classifier; of any other model none."""
 
     # -- training ------------------------------------------------------------------------------------
 
@@ -167,6 +172,33 @@ class Engine:
                 found[member] = Completion(index, *row)
         return [found[member] for member in range(len(repeated))]
 
+    def classify(self, texts: Sequence[Sequence[int]], adapter: Owners = None) -> list[list[float]]:
+        """The probability of each class (in the order of `labels`) for each text (token ids).
+
+        Raises:
+            UnsupportedError: the model is no sequence classifier.
+            DataError: a text that is empty, or longer than the context.
+        """
+        head = self._head
+        if not isinstance(head, ClassHead):
+            raise UnsupportedError(
+                f"{type(self.model).__name__} has no classes; load one with task='sequence-classification'."
+            )
+        owners = self._each(texts, adapter)
+        data = [
+            Datum.classified(ids, 0, origin=f"text {number}") for number, ids in enumerate(texts)
+        ]
+        self._check(data, owners)
+        found: dict[int, list[float]] = {}
+        budget = max(self.micro_tokens, *map(len, data)) if data else 0
+        with self._mode(train=False), torch.no_grad():
+            for micro in self._layout.plan(data, owners, budget, False) if data else ():
+                batch = micro.batch.to(self.model.device)
+                with self._shown(micro, batch):
+                    shares = head.logits(micro.inputs(batch)).double().softmax(-1)
+                found |= zip(micro.members, shares.tolist(), strict=True)
+        return [found[number] for number in range(len(data))]
+
     def stream(
         self, prompt: Sequence[int], params: SamplingParams | None = None, adapter: Who = None
     ) -> Stream:
@@ -187,6 +219,10 @@ class Engine:
         self, prompts: Sequence[Sequence[int]], owners: Sequence[Who], params: SamplingParams
     ) -> PreTrainedTokenizerBase:
         """The tokenizer; raises `DataError` for what cannot be answered."""
+        if self.labels:
+            raise UnsupportedError(
+                f"{type(self.model).__name__} gives classes and no text; use classify."
+            )
         if self.tokenizer is None:
             raise DataError("to sample, the engine needs a tokenizer: Engine(model, tokenizer).")
         for number, (prompt, owner) in enumerate(zip(prompts, owners, strict=True)):
@@ -229,8 +265,7 @@ class Engine:
     def _run(self, data: Sequence[Datum], owners: Sequence[Who], *, train: bool) -> LossResult:
         if not data:
             raise DataError("there are no examples to compute a loss of.")
-        for datum, owner in zip(data, owners, strict=True):
-            self._check_length(len(datum), owner, datum.origin or "an example")
+        self._check(data, owners)
         sums, weights, hits = totals = [[0.0] * len(data) for _ in range(3)]
         auxiliary: dict[str, float] = defaultdict(float)
         with self._mode(train=train), torch.set_grad_enabled(train):
@@ -252,11 +287,7 @@ class Engine:
         if not len(kept.index):
             return None, [[0.0] * documents for _ in range(3)]
         batch, kept = self._placed(micro, kept)
-        per_document = self._gated(micro.owners)
-        route = micro.route(per_document=per_document)
-        with self._scope(
-            route, Plan(mask=batch.attention_mask, prompt=micro.prompt.to(self.model.device))
-        ):
+        with self._shown(micro, batch) as route:
             token = self._head.loss(micro.inputs(batch), kept, together=route.every)
             bank = find_bank(self.model)
             extras = [] if bank is None else bank.take_losses()
@@ -286,6 +317,14 @@ class Engine:
         raise NonFiniteLossError(
             f"the loss is not finite for {listed(origins)} No tensor was changed."
         )
+
+    @contextmanager
+    def _shown(self, micro: Micro, batch: Batch) -> Iterator[Route]:
+        """Route a forward of ``micro``, whose ``batch`` lies on the model's device."""
+        route = micro.route(per_document=self._gated(micro.owners))
+        plan = Plan(mask=batch.attention_mask, prompt=micro.prompt.to(self.model.device))
+        with self._scope(route, plan):
+            yield route
 
     def _placed(self, micro: Micro, kept: Kept) -> tuple[Batch, Kept]:
         device = self.model.device
@@ -338,6 +377,12 @@ class Engine:
             else sum(m.virtual_tokens for m in bank_of(self.model).require(owner).methods)
         )
         return int(limit) - taken
+
+    def _check(self, data: Sequence[Datum], owners: Sequence[Who]) -> None:
+        """Raise `DataError` for a datum that is too long, or none for this model's head."""
+        for datum, owner in zip(data, owners, strict=True):
+            self._check_length(len(datum), owner, datum.origin or "an example")
+            self._head.check(datum)
 
     def _check_length(self, length: int, owner: Who, what: str) -> None:
         limit = self.context(owner)

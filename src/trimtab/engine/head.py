@@ -8,17 +8,21 @@ Three ways, the first that the model allows:
    their own;
 2. where the head holds adapters, call it on the picked hidden states (one owner for all rows);
 3. full logits.
+
+A model that gives one row of logits for a whole text has a head of its own kind (`trimtab.engine.class_head`).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.adapt.site import SiteBase
-from trimtab.data import Batch
+from trimtab.data import Batch, Datum
 from trimtab.errors import UnsupportedError
 from trimtab.losses import TokenLoss, linear_cross_entropy, weighted_cross_entropy
 
@@ -48,22 +52,36 @@ class Kept:
         )
 
 
-class Head:
+class Head(ABC):
     """How one model's loss is computed. Made on the bare base, where the head can be verified."""
+
+    labels: tuple[str, ...] = ()
+    """The names of the classes of a sequence classifier."""
+
+    def check(self, datum: Datum) -> None:  # noqa: B027 (tokens fit any head over tokens)
+        """Raise `DataError` where ``datum`` is none that this head can learn from."""
+
+    @abstractmethod
+    def loss(self, inputs: dict[str, Tensor], kept: Kept, *, together: bool) -> TokenLoss:
+        """Run the model and the loss. ``together``: one owner acts on all rows."""
+
+
+@final
+class TokenHead(Head):
+    """The head of a language model, or any that gives logits for each token."""
 
     def __init__(self, model: nn.Module, head: nn.Linear | None) -> None:
         self._model = model
         self._plain = head
 
     @classmethod
-    def of(cls, model: nn.Module) -> Head:
+    def of(cls, model: nn.Module) -> TokenHead:
         """Look at a model, with no adapter acting."""
         head = model.get_output_embeddings()  # type: ignore[operator]
         bare = head.base_layer if isinstance(head, SiteBase) else head
         return cls(model, bare if type(bare) is nn.Linear and _is_plain(model, bare) else None)
 
     def loss(self, inputs: dict[str, Tensor], kept: Kept, *, together: bool) -> TokenLoss:
-        """Run the model and the loss. ``together``: one owner acts on all rows."""
         if self._plain is not None:
             head = self._model.get_output_embeddings()  # type: ignore[operator]
             if head is self._plain and not self._plain.weight.requires_grad:
@@ -74,7 +92,7 @@ class Head:
             if together:
                 logits = head(self._picked(inputs, kept)[None])[0]
                 return weighted_cross_entropy(logits, kept.targets, kept.weights)
-        logits = self._model(**inputs, **_uncached(self._model)).logits
+        logits = self._model(**inputs, **uncached(self._model)).logits
         if logits.dim() != 3:
             raise UnsupportedError(
                 f"{type(self._model).__name__} gives logits of shape {tuple(logits.shape)}; the loss over "
@@ -85,7 +103,7 @@ class Head:
 
     def _picked(self, inputs: dict[str, Tensor], kept: Kept) -> Tensor:
         backbone = _backbone(self._model)
-        hidden: Tensor = backbone(**inputs, **_uncached(self._model)).last_hidden_state
+        hidden: Tensor = backbone(**inputs, **uncached(self._model)).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, kept.index)
 
 
@@ -96,7 +114,7 @@ def _backbone(model: nn.Module) -> nn.Module:
     return inner
 
 
-def _uncached(model: nn.Module) -> dict[str, bool]:
+def uncached(model: nn.Module) -> dict[str, bool]:
     """A decoder is told to keep no cache; an encoder does not know the word."""
     return {"use_cache": False} if hasattr(model.config, "use_cache") else {}
 
@@ -115,8 +133,8 @@ def _is_plain(model: nn.Module, head: nn.Linear) -> bool:
     training = model.training
     try:
         model.eval()
-        logits = model(input_ids=ids, **_uncached(model)).logits
-        hidden = inner(input_ids=ids, **_uncached(model)).last_hidden_state
+        logits = model(input_ids=ids, **uncached(model)).logits
+        hidden = inner(input_ids=ids, **uncached(model)).last_hidden_state
         return bool(torch.equal(head(hidden), logits))
     except (AttributeError, TypeError, ValueError):
         return False

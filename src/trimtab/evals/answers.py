@@ -61,8 +61,13 @@ def some(items: Sequence[T], count: int | None) -> list[T]:
     return [items[place] for place in chosen]
 
 
-def questions(data: Sequence[Datum], tokenizer: PreTrainedTokenizerBase) -> list[Question]:
-    """The last trained run of each datum as a reference, and all before it as its prompt."""
+def questions(
+    data: Sequence[Datum], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] = ()
+) -> list[Question]:
+    """The last trained run of each datum as a reference, and all before it as its prompt; with ``labels`` (those
+    of a classifier) the name of its class, and its whole text."""
+    if labels:
+        return [Question(d.tokens, labels[d.targets[-1]], 1, d.origin) for d in data]
     return [_question(datum, tokenizer) for datum in data]
 
 
@@ -73,9 +78,13 @@ def answer(
     *,
     max_tokens: int | None = None,
 ) -> list[str]:
-    """Greedy answers; by default as long as the longest reference, within the context."""
+    """Greedy answers; by default as long as the longest reference, within the context. Those of a classifier are
+    names of classes."""
     if not asked:
         return []
+    if engine.labels:
+        shares = engine.classify([question.prompt for question in asked], adapter)
+        return [engine.labels[row.index(max(row))] for row in shares]
     most = max_tokens or max(question.length for question in asked)
     limit = engine.context(adapter)
     if limit is not None:

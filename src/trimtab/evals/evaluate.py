@@ -81,7 +81,7 @@ def evaluate(
         raise DataError("there are no examples to evaluate on.")
     engine = Engine(base, micro_tokens=max(MICRO_TOKENS, *map(len, used)))
     metrics = tuple(dict.fromkeys(metrics))
-    to_answer = questions(some(used, asked), base.tokenizer)
+    to_answer = questions(some(used, asked), base.tokenizer, engine.labels)
     references = [question.reference for question in to_answer]
     check_metrics(metrics, references)
     for name in adapters:

@@ -52,6 +52,10 @@ class ConvLayer(Layer):
     def bias(self) -> Tensor | None:
         return self.module.bias
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.module.weight.shape)
+
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         m = self.module
         if m.padding_mode != "zeros":

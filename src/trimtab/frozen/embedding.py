@@ -10,7 +10,7 @@ from trimtab.frozen.layer import Layer, Push
 
 
 class EmbeddingLayer(Layer):
-    """``nn.Embedding``; a subclass that scales its output (Gemma) says so in ``embed_scale``."""
+    """``nn.Embedding``; a subclass that scales its output (Gemma, BART) says so in ``embed_scale``."""
 
     kind = "embedding"
     module: nn.Embedding
@@ -19,15 +19,14 @@ class EmbeddingLayer(Layer):
         self.module = module
         self.in_features = module.num_embeddings
         self.out_features = module.embedding_dim
-        scale = module._buffers.get("embed_scale")
-        self.scale: Tensor | None = scale
+        self.scale = _scale(module)
 
     @classmethod
     def view(cls, module: nn.Module) -> EmbeddingLayer | None:
         if not isinstance(module, nn.Embedding):
             return None
         plain = type(module).forward is nn.Embedding.forward
-        return cls(module) if plain or "embed_scale" in module._buffers else None
+        return cls(module) if plain or _scale(module) is not None else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -47,18 +46,21 @@ class EmbeddingLayer(Layer):
         return None
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._scaled(self._look_up(x, weight))
+        return self.rescaled(self._look_up(x, weight))
 
     def call(self, x: Tensor) -> Tensor:
         y: Tensor = self.module(x)
         return y
 
     def lowrank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return self._scaled(F.linear(self._look_up(x, a), b))
+        return self.rescaled(F.linear(self._look_up(x, a), b))
 
     def probe(self, push: Push) -> tuple[Tensor, Tensor | None]:
         rows_IO = push(self, torch.arange(self.in_features, device=self.device), None)
-        weight = rows_IO if self.scale is None else rows_IO / self.scale.to(rows_IO.dtype)
+        scale = self.scale
+        if scale is None:
+            return rows_IO.T, None
+        weight = rows_IO / (scale.to(rows_IO.dtype) if isinstance(scale, Tensor) else scale)
         return weight.T, None
 
     def write(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
@@ -78,5 +80,17 @@ class EmbeddingLayer(Layer):
         m = self.module
         return F.embedding(x, columns.T, m.padding_idx, scale_grad_by_freq=m.scale_grad_by_freq)
 
-    def _scaled(self, y: Tensor) -> Tensor:
-        return y if self.scale is None else y * self.scale.to(y.dtype)
+    def rescaled(self, y: Tensor) -> Tensor:
+        scale = self.scale
+        if scale is None:
+            return y
+        return y * (scale.to(y.dtype) if isinstance(scale, Tensor) else scale)
+
+
+def _scale(module: nn.Module) -> Tensor | float | None:
+    """What a subclass multiplies its rows by: a buffer (Gemma) or a number (BART)."""
+    buffer = module._buffers.get("embed_scale")
+    if buffer is not None:
+        return buffer
+    number = module.__dict__.get("embed_scale")
+    return float(number) if isinstance(number, int | float) else None

@@ -88,6 +88,11 @@ class Layer(ABC):
     def write(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """A new module of the same kind that holds ``weight`` and ``bias`` densely."""
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight in canonical orientation, (out, in, *kernel)."""
+        return self.out_features, self.in_features
+
     # -- low-rank factors: ΔW = B A without building ΔW ------------------------------------------
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -111,6 +116,10 @@ class Layer(ABC):
     def over_out(self, v: Tensor) -> Tensor:
         """A vector over the output channels, shaped to broadcast over the output."""
         return v
+
+    def rescaled(self, y: Tensor) -> Tensor:
+        """What the layer itself does to a product with its weight (some embeddings scale theirs)."""
+        return y
 
     def row_norms(self, weight: Tensor) -> Tensor:
         """L2 norm of each output channel's weights, in fp32 or wider."""

@@ -63,8 +63,12 @@ class _Linear(LinearMap):
         return self._weight.device
 
 
+SAME_MAP = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear"})
+"""Subclasses of ``nn.Linear`` with a forward of their own that computes the same."""
+
+
 class LinearLayer(_Linear):
-    """``nn.Linear`` (subclasses that keep its forward included)."""
+    """``nn.Linear``, and subclasses that keep its forward or compute the same."""
 
     module: nn.Linear
 
@@ -75,8 +79,11 @@ class LinearLayer(_Linear):
 
     @classmethod
     def view(cls, module: nn.Module) -> LinearLayer | None:
-        plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-        return cls(module) if plain and isinstance(module, nn.Linear) else None
+        if not isinstance(module, nn.Linear):
+            return None
+        kind = type(module)
+        plain = kind.forward is nn.Linear.forward
+        return cls(module) if plain or f"{kind.__module__}.{kind.__name__}" in SAME_MAP else None
 
     @property
     def _weight(self) -> Tensor:

@@ -1,14 +1,17 @@
 """Normalisation layers: ``y = norm(x) · w + b``, elementwise over the channels.
 
 The normalised value, not x, is what the affine part acts on; so only edits of the output can merge.
+Some store w less one (Gemma: ``norm(x) · (1 + w)``); the canonical weight is what is multiplied by.
 """
 
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from trimtab.errors import NotMergeableError, UnsupportedError
 from trimtab.frozen.layer import Layer, Push, no_factors
@@ -25,6 +28,7 @@ class NormLayer(Layer):
         if weight is None:
             raise UnsupportedError(f"{type(module).__name__} has no weight to adapt.")
         self.in_features = self.out_features = weight.shape[0]
+        self.offset = _offset(module)
         self.channels_first = isinstance(
             module, nn.modules.batchnorm._NormBase | nn.GroupNorm
         )  # BatchNorm and InstanceNorm share that base
@@ -37,13 +41,20 @@ class NormLayer(Layer):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.dense().dtype
+        return self._weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.dense().device
+        return self._weight.device
 
     def dense(self) -> Tensor:
+        return self.orient(self._weight)
+
+    def orient(self, stored: Tensor) -> Tensor:
+        return stored if self.offset == 0 else self.wide(stored) + self.offset
+
+    @property
+    def _weight(self) -> Tensor:
         weight = self.module._parameters["weight"]
         if weight is None:
             raise AssertionError("checked in __init__")
@@ -51,6 +62,10 @@ class NormLayer(Layer):
 
     def bias(self) -> Tensor | None:
         return self.module._parameters.get("bias")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        raise no_factors("norm")
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         raise no_factors("norm")
@@ -97,7 +112,23 @@ class NormLayer(Layer):
             )
         new = copy.copy(self.module)
         new._parameters = dict(self.module._parameters)
-        new._parameters["weight"] = nn.Parameter(weight)
+        new._parameters["weight"] = nn.Parameter(weight - self.offset if self.offset else weight)
         if bias is not None:
             new._parameters["bias"] = nn.Parameter(bias)
         return new
+
+
+_OFFSETS: dict[type[nn.Module], int] = {}
+
+
+def _offset(module: nn.Module) -> int:
+    """1 where a norm multiplies by one more than its weight: its output is then not zero at weight zero."""
+    kind = type(module)
+    if not kind.__name__.endswith("RMSNorm") or kind is nn.RMSNorm:
+        return 0
+    if kind not in _OFFSETS:
+        x = torch.ones(1, cast(Tensor, module.weight).shape[0], device="cpu")
+        with torch.no_grad():
+            y: Tensor = functional_call(module, {"weight": torch.zeros_like(x[0])}, (x,))
+        _OFFSETS[kind] = int(bool(y.abs().max() > 0.5))
+    return _OFFSETS[kind]

@@ -35,6 +35,10 @@ class SubLayer(Layer):
         first = self._parameter()
         return torch.device("cpu") if first is None else first.device
 
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        """As for any layer; but pictures have a dtype of their own, which is not that of the hidden states."""
+        return self.dtype if x.dim() > 3 else super().compute_dtype(x)
+
     def _parameter(self) -> Tensor | None:
         first = next(self.module.parameters(), None)
         return next(self.around.parameters(), None) if first is None else first
@@ -47,6 +51,10 @@ class SubLayer(Layer):
         return None
 
     def dense(self) -> Tensor:
+        raise self._no_weight()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
         raise self._no_weight()
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, final
 
-import torch
 from torch import Tensor
 
 from trimtab.adapt.contract import At, Layer, Method, Params, Place, Spec, zeros
@@ -26,6 +25,8 @@ class BitFit(Method):
     kind: ClassVar[str] = "bitfit"
     lr: ClassVar[float] = 1e-3
     short_names: ClassVar[Mapping[str, str]] = {"bitfit_bias": "b"}
+    scales: ClassVar[str] = "b"
+    adds: ClassVar[bool] = True
 
     def place(self, anatomy: Anatomy) -> Sequence[Place]:
         if self.targets:
@@ -46,11 +47,3 @@ class BitFit(Method):
 
     def leave(self, p: Params, y: Tensor, at: At) -> Tensor:
         return y + at.layer.over_out(p["b"])
-
-    def scaled(self, p: Params, weight: float, role: str) -> dict[str, Tensor]:
-        return {"b": p["b"] * weight}
-
-    def sum(
-        self, parts: Sequence[tuple[Method, Params]], role: str
-    ) -> tuple[Method, dict[str, Tensor]]:
-        return self, {"b": torch.stack([p["b"] for _, p in parts]).sum(0)}

@@ -45,7 +45,9 @@ class Bottleneck(Method):
 
     targets: str | tuple[str, ...] = ("attention_output", "mlp_output")
     size: int = Field(default=64, ge=1)
+    """Width of the bottleneck."""
     activation: Literal["gelu", "relu", "silu", "tanh"] = "gelu"
+    """The σ between the two maps."""
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         width = layer.out_features

@@ -1,4 +1,4 @@
-"""Full training of chosen modules as an adapter: a copy of each weight, used in place of the frozen one.
+"""Full training of chosen modules (no paper: plain fine-tuning): a copy of each weight, in place of the frozen one.
 
     y = f(x; W', b'),   W' and b' start as copies
 
@@ -13,20 +13,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, final
 
-from torch import Tensor
-from torch.func import functional_call
-
-from trimtab.adapt.contract import At, Layer, Method, Params, Place, Spec, copy_of
-from trimtab.errors import UnsupportedError
+from trimtab.adapt.contract import Place
+from trimtab.adapt.replaced import Replaced
 from trimtab.models.anatomy import Anatomy
 
 
 @final
-class Full(Method):
+class Full(Replaced):
     """``Full(targets=("score",))``: a module that is no layer itself stands for the layers inside it."""
 
     kind: ClassVar[str] = "full"
     lr: ClassVar[float] = 5e-5
+    slot: ClassVar[str] = "modules_to_save"
     disk: ClassVar[Mapping[str, str]] = {
         "modules_to_save.weight": "weight",
         "modules_to_save.bias": "bias",
@@ -41,23 +39,3 @@ class Full(Method):
             )
             chosen += [p for p in layers if p not in chosen]
         return [Place(path) for path in chosen]
-
-    def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
-        stored = layer.stored()
-        dense = all(value.is_floating_point() for value in stored.values())
-        if layer.kind == "sublayer" or "weight" not in stored or not dense:
-            raise UnsupportedError("full training needs a layer that holds its weight densely.")
-        return {
-            name: Spec(f"modules_to_save.{name}", tuple(value.shape), copy_of(value))
-            for name, value in stored.items()
-        }
-
-    def leave(self, p: Params, y: Tensor, at: At) -> Tensor:
-        if at.layer.kind == "norm":
-            own: Tensor = functional_call(at.layer.module, dict(p), (at.x,))
-            return own
-        own = at.layer.apply(at.x, at.layer.orient(p["weight"]))
-        return own if "bias" not in p else own + at.layer.over_out(p["bias"])
-
-    def merged(self, p: Params, layer: Layer, role: str) -> tuple[Tensor, Tensor | None] | None:
-        return layer.orient(p["weight"]), p.get("bias")

@@ -3,7 +3,8 @@
     k' = l_k ⊙ (W_k x),   v' = l_v ⊙ (W_v x),   y = W_2 (l_ff ⊙ h),   l starts at 1
 
 The MLP is rescaled where the paper does it: after the activation, which is the *input* of its last
-linear layer, gated or not. In a fused qkv layer (queries first) only keys and values are rescaled.
+linear layer, gated or not. In a fused qkv layer only the rows of keys and values are rescaled, wherever
+they lie: the role of such a site tells (`trimtab.models.fused`).
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from trimtab.adapt.contract import At, Layer, Method, Params, Place, Spec, ones
 from trimtab.adapt.peft_config import refuse_unknown, selectors
 from trimtab.errors import FileFormatError, UnsupportedError
 from trimtab.models.anatomy import Anatomy
+from trimtab.models.fused import Fused
 
-OUT, IN, KEYS_VALUES = "out", "in", "keys-values"
+OUT, IN, KEYS_VALUES = "out", "in", "keys-values "
 _PEFT_DEFAULTS = {"target_modules": None, "exclude_modules": None, "feedforward_modules": None,
                   "fan_in_fan_out": False, "init_ia3_weights": True}  # fmt: skip
 
@@ -35,6 +37,7 @@ class IA3(Method):
     short_names: ClassVar[Mapping[str, str]] = {"ia3_l": "l"}
 
     feedforward: str | tuple[str, ...] = "mlp_down"
+    """Layers whose input is rescaled."""
 
     def place(self, anatomy: Anatomy) -> Sequence[Place]:
         inner = anatomy.select(self.feedforward, (), self.layers) if self.feedforward else []
@@ -46,9 +49,12 @@ class IA3(Method):
                 *(place for place in outer if place.path not in inner),
                 *(Place(path, IN) for path in inner),
             ]
-        fused = anatomy.role("fused_qkv")
-        role, roles = (KEYS_VALUES, ("fused_qkv",)) if fused else (OUT, ("keys", "values"))
-        outer = [Place(path, role) for path in anatomy.select(roles, self.exclude, self.layers)]
+        fused = set(anatomy.role("fused_qkv"))
+        roles = ("fused_qkv",) if fused else ("keys", "values")
+        outer = [
+            Place(path, f"{KEYS_VALUES}{anatomy.fused(path)}" if path in fused else OUT)
+            for path in anatomy.select(roles, self.exclude, self.layers)
+        ]
         return [*outer, *(Place(path, IN) for path in inner)]
 
     def aimed(self, places: Sequence[Place]) -> IA3:
@@ -63,9 +69,9 @@ class IA3(Method):
                     "(IA)³ cannot rescale the input of an embedding: token ids have no size."
                 )
             return {"l": Spec("ia3_l", (1, layer.in_features), ones)}
-        if role == KEYS_VALUES:
-            return {"l": Spec("ia3_l", (layer.out_features - layer.in_features, 1), ones)}
-        return {"l": Spec("ia3_l", (layer.out_features, 1), ones)}
+        fused = _fused(role)
+        rows = layer.out_features if fused is None else fused.keys_values
+        return {"l": Spec("ia3_l", (rows, 1), ones)}
 
     def enter(self, p: Params, x: Tensor, at: At) -> Tensor:
         return x * at.layer.over_in(p["l"].flatten()) if at.role == IN else x
@@ -73,10 +79,8 @@ class IA3(Method):
     def leave(self, p: Params, y: Tensor, at: At) -> Tensor:
         if at.role == IN:
             return y
-        scale = p["l"].flatten()
-        if at.role == KEYS_VALUES:
-            scale = torch.cat([scale.new_ones(at.layer.out_features - scale.shape[0]), scale])
-        return y * at.layer.over_out(scale)
+        scale, fused = p["l"].flatten(), _fused(at.role)
+        return y * at.layer.over_out(scale if fused is None else fused.widened(scale, 1.0))
 
     def scaled(self, p: Params, weight: float, role: str) -> dict[str, Tensor]:
         return {"l": 1 + weight * (p["l"] - 1)}
@@ -87,7 +91,7 @@ class IA3(Method):
         return self, {"l": 1 + torch.stack([p["l"] - 1 for _, p in parts]).sum(0)}
 
     def in_peft(self, anatomy: Anatomy, places: Sequence[Place]) -> bool:
-        return all(place.role != KEYS_VALUES for place in places)  # PEFT's rescales the queries too
+        return not any(_fused(place.role) for place in places)  # PEFT's rescales the queries too
 
     def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
         return {
@@ -113,3 +117,8 @@ class IA3(Method):
 
     def roles_in_file(self, path: str, slots: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
         return (IN,) if slots["ia3_l"][0] == 1 else (OUT,)
+
+
+def _fused(role: str) -> Fused | None:
+    """How the rows of this site lie, where it is a fused projection."""
+    return Fused.parse(role[len(KEYS_VALUES) :]) if role.startswith(KEYS_VALUES) else None

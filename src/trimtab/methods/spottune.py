@@ -45,9 +45,13 @@ class SpotTune(Gating):
     short_names: ClassVar[Mapping[str, str]] = SHORT_NAMES
 
     hidden: int = Field(default=64, ge=1)
+    """Width of the policy network."""
     temperature: float = Field(default=5.0, gt=0)
+    """Of the sampled choice in training."""
     blocks: int | None = Field(default=None, ge=1)
+    """Adapt at most so many blocks over a batch."""
     budget_weight: float = Field(default=0.01, ge=0)
+    """Weight of the two losses that keep to ``blocks``."""
 
     @property
     def default_lr(self) -> float:
@@ -62,15 +66,17 @@ class SpotTune(Gating):
 
     def place(self, anatomy: Anatomy) -> Sequence[Place]:
         places = [p for p in super().place(anatomy) if anatomy.block_of(p.path) is not None]
-        if not places or not anatomy.role("input_embedding"):
+        inputs = anatomy.inputs_of([place.path for place in places])
+        if not places or not inputs:
             raise UnsupportedError(
-                "SpotTune needs a transformer with blocks and an input embedding that Trimtab knows: its policy "
-                "reads the embeddings and decides block by block."
+                "SpotTune needs a transformer with blocks and one input embedding that Trimtab knows: its policy "
+                "reads the embeddings and decides block by block. Of a model with two towers, target one."
             )
-        return [*(Place(path, POLICY) for path in anatomy.role("input_embedding")), *places]
+        return [*(Place(path, POLICY) for path in inputs), *places]
 
     def shared(self, anatomy: Anatomy, places: Sequence[Place]) -> dict[str, Spec]:
-        policy = policy_specs(anatomy.width, self.hidden, len(anatomy.blocks))
+        width = anatomy.width_at(places[0].path)
+        policy = policy_specs(width, self.hidden, len(anatomy.blocks))
         return {**super().shared(anatomy, places), **policy}
 
     def leave(self, p: Params, y: Tensor, at: At) -> Tensor:

@@ -3,15 +3,10 @@
 Paths are canonical: those of the bare model, whether or not adapters are attached (a wrapped layer's
 ``base_layer`` does not show). Expert parameters stored in three dimensions are sites of their own, at
 the path of the parameter.
-
-A selector is a role (``all-linear``, ``attention``, ``mlp``, ``keys``, ``head``, …), a name that ends a path on
-whole segments (``q_proj``, ``self_attn.q_proj``), a glob (``model.layers.*.mlp.*``), or ``re:`` and a regular
-expression over the whole path. Each selector must match something.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
@@ -19,10 +14,16 @@ from typing import Any
 
 from torch import nn
 
-from trimtab.errors import TargetError, suggest
+from trimtab.errors import TargetError
 from trimtab.frozen import Layer, view
 from trimtab.frozen.experts import ExpertLayer, expert_parameters
-from trimtab.models.families import FAMILIES, GENERIC, ROLES, Family
+from trimtab.frozen.sublayer import SubLayer
+from trimtab.models.families import GENERIC, HEADS, family_of
+from trimtab.models.family import Family
+from trimtab.models.fused import Fused, FusedRows
+from trimtab.models.globs import glob_match
+from trimtab.models.heads import Heads, heads_of
+from trimtab.models.selectors import selected
 
 
 class Anatomy:
@@ -44,9 +45,8 @@ class Anatomy:
         self.modules = modules
         self.aliases = aliases
         self.config = root.__dict__.get("config")
-        model_type = getattr(self.config, "model_type", None)
-        self.family: Family = FAMILIES.get(model_type, GENERIC) if model_type else GENERIC
-        self.model_type: str | None = model_type
+        self.family: Family = family_of(self.config)
+        self.model_type: str | None = getattr(self.config, "model_type", None)
 
     # -- facts ---------------------------------------------------------------------------------------
 
@@ -75,22 +75,65 @@ class Anatomy:
         get = getattr(self.config, "get_text_config", None)
         return self.config if get is None else get()
 
+    def width_at(self, path: str) -> int:
+        """Width of the hidden states around a module: towers of one model may differ."""
+        return int(getattr(self._config_at(path), "hidden_size", 0) or 0)
+
+    def _config_at(self, path: str) -> Any:
+        """The nearest config around a module that tells a width; else the model's."""
+        while path:
+            config = self.modules[path].__dict__.get("config") if path in self.modules else None
+            if getattr(config, "hidden_size", None):
+                return config
+            path = path.rpartition(".")[0]
+        return self._text_config
+
     @property
     def key_heads(self) -> tuple[int, int]:
         """(number of key heads, width of a head) of the attention, from the config."""
-        config = self._text_config
-        heads = getattr(config, "num_attention_heads", None)
-        if heads is None:
+        return self.key_heads_at("")
+
+    def key_heads_at(self, path: str) -> tuple[int, int]:
+        """`key_heads` at a module: towers of one model may differ."""
+        heads = self._heads_at(path)
+        return heads.keys, heads.width
+
+    def _heads_at(self, path: str) -> Heads:
+        found = heads_of(self._config_at(path))
+        if found is None:
             raise TargetError(
                 f"{type(self.root).__name__} has no config that tells its attention heads."
             )
-        keys = getattr(config, "num_key_value_heads", None) or heads
-        width = (
-            getattr(config, "head_dim", None)
-            or getattr(config, "d_kv", None)
-            or self.width // int(heads)
-        )
-        return int(keys), int(width)
+        return found
+
+    def fused_rows(self, path: str) -> FusedRows:
+        """Which output rows of the fused projection at a path are queries, keys and values."""
+        return self.fused(path).rows
+
+    def fused(self, path: str) -> Fused:
+        """How the output rows of the fused projection at a path divide.
+
+        Raises:
+            TargetError: it is not known for this architecture, or the layer has another number of rows than the
+                config's heads need.
+        """
+        if self.config is not None and self.family is GENERIC:
+            raise TargetError(
+                f"which outputs of {path!r} are keys and values is not known for {type(self.root).__name__}; name "
+                "targets yourself."
+            )
+        layer = view(self.modules[path])
+        rows = 0 if layer is None else layer.out_features
+        if self.config is None:
+            found = Fused(1, rows // 3, rows // 3)  # as timm and torch stack them
+        else:
+            found = self._heads_at(path).fused(grouped=self.family.fused == "grouped")
+        if found.outputs != rows:
+            raise TargetError(
+                f"{path!r} has {rows} outputs, and {found.outputs} are needed for its queries, keys and values; "
+                "name targets whose outputs are keys or values alone."
+            )
+        return found
 
     def weighted(self, path: str) -> bool:
         """Whether the module at a path is a layer with a weight that Trimtab knows."""
@@ -102,7 +145,9 @@ class Anatomy:
         return [
             path
             for path, module in self.modules.items()
-            if (layer := view(module)) is not None and layer.bias() is not None
+            if path not in self.uncalled
+            and (layer := view(module)) is not None
+            and layer.bias() is not None
         ]
 
     @cached_property
@@ -113,6 +158,18 @@ class Anatomy:
         ]
         return [p for p in found if not any(p.startswith(f"{q}.") for q in found)]
 
+    @cached_property
+    def apart(self) -> list[str]:
+        """Modules that are called once per owner where a batch mixes adapters."""
+        return [p for p in self.modules if any(glob_match(g, p) for g in self.family.apart)]
+
+    @cached_property
+    def uncalled(self) -> list[str]:
+        """Layers whose weight is read without calling them (torch's own attention does so too)."""
+        found = [p for p in self.modules if any(glob_match(g, p) for g in self.family.uncalled)]
+        attention = [p for p, m in self.modules.items() if isinstance(m, nn.MultiheadAttention)]
+        return [*found, *(f"{path}.out_proj" if path else "out_proj" for path in attention)]
+
     def around(self, path: str) -> nn.Module:
         """The nearest module that encloses ``path`` and has parameters (the root, if none has)."""
         while path:
@@ -121,12 +178,24 @@ class Anatomy:
                 return self.modules[path]
         return self.root
 
+    def inside(self, path: str, kind: type[nn.Module]) -> bool:
+        """Whether a module of that kind encloses ``path``."""
+        parts = path.split(".")[:-1]
+        around = (".".join(parts[:length]) for length in range(len(parts) + 1))
+        return any(isinstance(self.modules.get(parent), kind) for parent in around)
+
     def block_of(self, path: str) -> int | None:
         """Index of the block that holds ``path``."""
         for index, block in enumerate(self.blocks):
             if path == block or path.startswith(f"{block}."):
                 return index
         return None
+
+    def inputs_of(self, paths: Sequence[str]) -> list[str]:
+        """The input embeddings that these modules hear from: of their own tower, where a model has several."""
+        found = self.role("input_embedding")
+        towers = {path.partition(".")[0] for path in paths}
+        return [p for p in found if len(found) == 1 or towers == {p.partition(".")[0]}]
 
     @cached_property
     def experts(self) -> dict[str, str]:
@@ -137,6 +206,13 @@ class Anatomy:
             for name in expert_parameters(module)
         }
 
+    def layer(self, path: str) -> Layer:
+        """The view of the layer at a path (of expert 0 at an expert parameter, of a sub-layer's output)."""
+        if path in self.experts:
+            return self.expert_layers(path)[0]
+        module = self.modules[path]
+        return view(module) or SubLayer(module, self.width_at(path), self.around(path))
+
     def expert_layers(self, path: str) -> list[Layer]:
         """Each expert's slice of the expert parameter at a path."""
         module, name = self.modules[self.experts[path]], path.rpartition(".")[2]
@@ -145,12 +221,12 @@ class Anatomy:
 
     @cached_property
     def linears(self) -> list[str]:
-        """Every linear layer and expert parameter but the output head."""
-        heads = set(self.head)
+        """Every linear layer that is called, and every expert parameter; but not the output head."""
+        without = {*self.head, *self.uncalled}
         found = [
             path
             for path, module in self.modules.items()
-            if path not in heads and _is_linear(module)
+            if path not in without and _is_linear(module)
         ]
         order = {path: number for number, path in enumerate(self.modules)}
         return sorted(
@@ -160,8 +236,7 @@ class Anatomy:
     @cached_property
     def head(self) -> list[str]:
         """The output head: what transformers calls so, and classification heads by their usual names."""
-        names = ("lm_head", "score", "classifier", "qa_outputs", "cls", "embed_out", "head")
-        found = [path for path in self.modules if path.split(".")[0] in names]
+        found = [path for path in self.modules if path.split(".")[0] in HEADS]
         return [path for path in found if view(self.modules[path]) is not None]
 
     @cached_property
@@ -184,6 +259,7 @@ class Anatomy:
             and isinstance(module, nn.Embedding)
             and id(module.weight) in owners
         }
+        lenders |= set(self.uncalled)
         found = [path for path in self.modules if self.weighted(path) and path not in lenders]
         return [*found, *self.experts]
 
@@ -197,20 +273,7 @@ class Anatomy:
             return self.norms
         if role == "all":
             return self.whole
-        globs = {
-            "attention": self.family.attention,
-            "mlp": self.family.mlp,
-            "queries": self.family.queries,
-            "keys": self.family.keys,
-            "values": self.family.values,
-            "fused_qkv": self.family.fused_qkv,
-            "attention_output": self.family.attention_output,
-            "mlp_output": self.family.mlp_output,
-            "mlp_down": self.family.mlp_down,
-            "embeddings": self.family.embeddings,
-            "input_embedding": self.family.input_embedding,
-            "self_attention": self.family.self_attention,
-        }[role]
+        globs = self.family.roles[role]
         pool = [*self.modules, *self.experts, *self.aliases]
         matched = [path for path in pool if any(glob_match(g, path) for g in globs)]
         found = list(dict.fromkeys(self.aliases.get(path, path) for path in matched))
@@ -227,106 +290,16 @@ class Anatomy:
         exclude: str | Sequence[str] = (),
         layers: Sequence[int] | None = None,
     ) -> list[str]:
-        """Paths matched by the selectors, in model order.
+        """Paths matched by selectors, in model order (see `trimtab.models.selectors`).
 
         Raises:
             TargetError: a selector, an exclusion or a layer index that matches nothing.
         """
-        chosen: dict[str, None] = {}
-        for selector in _listed(targets):
-            chosen.update(dict.fromkeys(self._matches(selector)))
-        if not chosen:
-            raise TargetError(
-                "no targets: name at least one module, glob, regular expression or role."
-            )
-        dropped: set[str] = set()
-        for selector in _listed(exclude):
-            matched = chosen.keys() & self._matches(selector)
-            if not matched:
-                raise TargetError(
-                    f"exclude {selector!r} excludes none of the selected modules; remove or correct it."
-                )
-            dropped |= matched
-        paths = [path for path in chosen if path not in dropped]
-        if layers is not None:
-            paths = self._in_layers(paths, layers)
-        if not paths:
-            raise TargetError("the exclusions leave no module to adapt.")
-        return self.ordered(paths)
+        return selected(self, targets, exclude, layers)
 
     def ordered(self, paths: Iterable[str]) -> list[str]:
         order = {path: number for number, path in enumerate([*self.modules, *self.experts])}
         return sorted(paths, key=lambda path: order[path])
-
-    def _matches(self, selector: str) -> list[str]:
-        if selector in ROLES and (found := self.role(selector)):
-            return found
-        pool = [*(path for path in self.modules if path), *self.experts, *self.aliases]
-        if selector.startswith("re:"):
-            try:
-                pattern = re.compile(selector[3:])
-            except re.error as error:
-                raise TargetError(
-                    f"target {selector!r} is not a regular expression: {error}."
-                ) from None
-            found = [path for path in pool if pattern.fullmatch(path)]
-        elif any(char in selector for char in "*?["):
-            found = [path for path in pool if glob_match(selector, path)]
-        else:
-            found = [path for path in pool if path == selector or path.endswith(f".{selector}")]
-        if not found and selector in ROLES:
-            raise TargetError(
-                f"target {selector!r}: {type(self.root).__name__} has no module in that role. "
-                "Name modules, a glob or 're:' and a regular expression instead."
-            )
-        if not found:
-            names = (
-                {".".join(path.split(".")[-k:]) for path in pool for k in (1, 2)}
-                | set(pool)
-                | set(ROLES)
-            )
-            hint = suggest(selector, [name for name in names if not name.isdigit()])
-            raise TargetError(
-                f"target {selector!r} matches no module of {type(self.root).__name__}.{hint}"
-            )
-        return [self.aliases.get(path, path) for path in found]
-
-    def _in_layers(self, paths: Sequence[str], layers: Sequence[int]) -> list[str]:
-        count = len(self.blocks)
-        if not count:
-            raise TargetError(
-                f"layers {list(layers)}: {type(self.root).__name__} has no transformer blocks that Trimtab knows."
-            )
-        wrong = [index for index in layers if not -count <= index < count]
-        if wrong:
-            raise TargetError(
-                f"layers {wrong} do not exist: {type(self.root).__name__} has blocks 0 to {count - 1}."
-            )
-        wanted = {index % count for index in layers}
-        kept = [path for path in paths if self.block_of(path) in wanted]
-        if not kept:
-            raise TargetError(f"no selected module lies in layers {sorted(wanted)}.")
-        return kept
-
-
-def glob_match(pattern: str, path: str) -> bool:
-    """``*`` matches within a segment, ``**.`` any number of leading segments (none included)."""
-    return _compiled(pattern).fullmatch(path) is not None
-
-
-_PATTERNS: dict[str, re.Pattern[str]] = {}
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    if pattern not in _PATTERNS:
-        text = re.escape(pattern).replace(r"\*\*\.", r"(?:.*\.)?").replace(r"\*\*", ".*")
-        text = text.replace(r"\*", r"[^.]*").replace(r"\?", "[^.]")
-        _PATTERNS[pattern] = re.compile(text)
-    return _PATTERNS[pattern]
-
-
-def _listed(value: str | Sequence[str]) -> list[str]:
-    return [value] if isinstance(value, str) else list(value)
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from trimtab.errors import ModelError, UnknownNameError, suggest
+from trimtab.errors import ConfigError, ModelError, UnknownNameError, suggest
 
 Task = Literal[
     "causal-lm", "masked-lm", "seq2seq-lm", "sequence-classification", "token-classification"
@@ -50,6 +50,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     task: Task = "causal-lm",
+    labels: Sequence[str] | None = None,
 ) -> Base:
     """Load a base.
 
@@ -57,7 +58,8 @@ def load(
         source: a folder, a hub id (``org/name``), or a ``.gguf`` file, which is unpacked to ``dtype``.
         dtype: of the weights; None follows the rule of this module.
         device: None is the first CUDA device, else the CPU.
-        task: which head; a classification head that the weights lack starts at random.
+        task: which head; a classification head that the weights lack starts at random, the same each time.
+        labels: names of the classes of a classification head, in order; None is what the config says.
 
     Raises:
         ModelError: no such model, no weights, torn weights, no tokenizer; says what to do.
@@ -67,6 +69,8 @@ def load(
         raise UnknownNameError(
             f"unknown task {task!r}.{suggest(task, AUTO) or ' Known: ' + ', '.join(AUTO)}"
         )
+    if labels is not None and task not in NEW_HEADS:
+        raise ConfigError(f"labels are for a classification head; task {task!r} has none.")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind = _dtype(dtype, place)
     path = Path(source)
@@ -75,10 +79,14 @@ def load(
         auto = getattr(transformers, AUTO[task])
         with _quiet():
             model, facts = auto.from_pretrained(
-                where, dtype=kind, output_loading_info=True, **_weights(options)
+                where, dtype=kind, output_loading_info=True, **_weights(options), **_classes(labels)
             )
         _check_whole(facts, str(source), str(model.base_model_prefix), new_head=task in NEW_HEADS)
         tokenizer = _tokenizer(where, options, str(source))
+    if task in NEW_HEADS:
+        _new_head(model, facts["missing_keys"])
+        if model.config.get_text_config().pad_token_id is None:  # what a decoder's head pools by
+            model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.requires_grad_(False)
     return Base(model.to(place).eval(), tokenizer, str(source))
 
@@ -192,6 +200,30 @@ def _weights(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _classes(labels: Sequence[str] | None) -> dict[str, Any]:
+    """Options for the classes of a head."""
+    if labels is None:
+        return {}
+    named = dict(enumerate(labels))
+    return {
+        "id2label": named,
+        "label2id": {name: number for number, name in named.items()},
+        "ignore_mismatched_sizes": True,  # `_check_whole` says better what is wrong
+    }
+
+
+@torch.no_grad()
+def _new_head(model: PreTrainedModel, missing: Sequence[str]) -> None:
+    """Draw the matrices of a new head anew: a function of their names' order and shapes alone, so that a base is
+    the same base each time it is loaded, in any dtype."""
+    std = float(getattr(model.config.get_text_config(), "initializer_range", None) or 0.02)
+    generator = torch.Generator().manual_seed(0)
+    for name in sorted(missing):
+        parameter = model.get_parameter(name)
+        if parameter.dim() > 1:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
 # -- what came of it -------------------------------------------------------------------------------
 
 
@@ -206,8 +238,13 @@ def _check_whole(facts: Any, source: str, prefix: str, *, new_head: bool) -> Non
         )
     wrong = sorted(str(key[0]) for key in facts["mismatched_keys"])
     if wrong:
+        advice = (
+            " It has a classification head of its own: leave the labels out to keep it, or load a base without one."
+            if new_head
+            else ""
+        )
         raise ModelError(
-            f"{source!r}: {len(wrong)} tensors have other shapes than config.json says, e.g. {wrong[0]!r}."
+            f"{source!r}: {len(wrong)} tensors have other shapes than asked for, e.g. {wrong[0]!r}.{advice}"
         )
 
 

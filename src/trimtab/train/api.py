@@ -9,14 +9,14 @@ from typing import Any
 from rich.console import Console
 
 from trimtab.adapt.adapter import Adapter
-from trimtab.adapt.attach import attach
-from trimtab.adapt.parse import method_from
 from trimtab.engine import keep_memory
-from trimtab.models.load import Base, load
+from trimtab.engine.class_head import labels_of
+from trimtab.models.load import Base
 from trimtab.train.recipe import Recipe
 from trimtab.train.recipe_file import make_recipe
 from trimtab.train.run import Outcome, Run
 from trimtab.train.screen import Screen
+from trimtab.train.setup import opened_base
 
 
 def train(
@@ -36,7 +36,8 @@ def train(
     """Train an attached adapter on a file of examples.
 
     Args:
-        base: what `trimtab.load` gave; ``adapter`` is attached to its model.
+        base: what `trimtab.load` gave; ``adapter`` is attached to its model. A sequence classifier learns the classes
+            of labelled texts, and its labels are the only ones allowed.
         data: a file or folder of examples, the id of a data set on the hub, or Python rows: a
             ``datasets.Dataset``, or a sequence of dicts.
         held_out: the same, to measure on.
@@ -49,9 +50,15 @@ def train(
     Raises:
         TrimtabError: see `Run`. On a CPU the process keeps freed memory from here on (`keep_memory`).
     """
+    labels = labels_of(base.model)
     values: dict[str, Any] = {
         "model": base.name,
-        "data": {"path": _named(data), "held_out": None if held_out is None else _named(held_out)},
+        "task": "sequence-classification" if labels else "causal-lm",
+        "data": {
+            "path": _named(data),
+            "held_out": None if held_out is None else _named(held_out),
+            "labels": labels or None,
+        },
         "method": adapter.method.to_dict(),
         "name": adapter.name,
         "epochs": epochs,
@@ -83,10 +90,7 @@ def _named(data: object) -> str:
 
 def train_recipe(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> Outcome:
     """Load the base of a recipe, attach its method, and train."""
-    keep_memory()
-    method = method_from(recipe.method)
-    base = load(recipe.model, dtype=recipe.dtype, device=recipe.device)
-    adapter = attach(base.model, method, recipe.name, seed=recipe.seed)
+    recipe, base, adapter = opened_base(recipe)
     return _run(recipe, base, adapter, resume=resume, quiet=quiet)
 
 

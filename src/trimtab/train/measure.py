@@ -105,7 +105,7 @@ class Measure:
         self._data = data
         self._tokenizer = tokenizer
         self._recipe = recipe
-        asked = questions(data, tokenizer)
+        asked = questions(data, tokenizer, engine.labels)
         self._longest = max(question.length for question in asked)
         self._asked = some(asked, recipe.limit if recipe.metrics else recipe.samples)
         self._references = [question.reference for question in self._asked]

@@ -18,15 +18,13 @@ from pathlib import Path
 
 import torch
 
-from trimtab.adapt.attach import attach
-from trimtab.adapt.parse import method_from
 from trimtab.data import CorpusFeed, Datum
-from trimtab.engine import Engine, SamplingParams, keep_memory
-from trimtab.evals import held_out, questions, some
-from trimtab.models.load import Base, load
+from trimtab.engine import Engine, SamplingParams
+from trimtab.evals import answer, held_out, questions, some
+from trimtab.models.load import Base
 from trimtab.train import facts
 from trimtab.train.recipe import Recipe
-from trimtab.train.setup import Rows, plan_rows, resolved, saves, total_steps
+from trimtab.train.setup import Rows, opened_base, plan_rows, resolved, saves, total_steps
 from trimtab.train.sources import Sources, read_sources
 from trimtab.train.unrelated import Unrelated
 
@@ -67,9 +65,7 @@ def plan(recipe: Recipe) -> Plan:
     Raises:
         TrimtabError: whatever would stop the run before its first step.
     """
-    keep_memory()
-    base = load(recipe.model, dtype=recipe.dtype, device=recipe.device)
-    adapter = attach(base.model, method_from(recipe.method), recipe.name, seed=recipe.seed)
+    recipe, base, adapter = opened_base(recipe)
     engine = Engine(base, micro_tokens=recipe.batch.micro_tokens)
     whole = resolved(recipe, base, adapter, None)
     sources = read_sources(whole, base.tokenizer, engine.context(adapter.name))
@@ -171,7 +167,12 @@ class _Probe:
         count = min(count, recipe.limit or count, len(data))
         if count == 0:
             return 0.0
-        asked = questions(some(data, count), self.base.tokenizer)
+        asked = questions(some(data, count), self.base.tokenizer, self.engine.labels)
+        if self.engine.labels:
+            began = time.perf_counter()
+            answer(self.engine, asked[:ASKED], self.name)
+            self._wait()
+            return (time.perf_counter() - began) * count / len(asked[:ASKED])
         most = recipe.max_tokens or max(question.length for question in asked)
         prompts = [question.prompt for question in asked[:ASKED]]
         said = min(most, SAID)

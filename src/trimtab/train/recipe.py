@@ -59,7 +59,8 @@ class DataRecipe(SourceRecipe):
     instruction: str | None = None
     """For labelled text: what the model is asked, before the text or around {text}."""
     labels: tuple[str, ...] | None = None
-    """For labelled text: the names of integer labels, and the only labels allowed."""
+    """For labelled text: the names of integer labels, and the only labels allowed. A classification head has those
+    that occur in the data, unless they are named here."""
     preference: Literal["error", "chosen"] = "error"
     """Preference pairs: refuse them, or learn the chosen answer."""
     max_tokens: int | None = Field(default=None, ge=2)
@@ -228,11 +229,17 @@ class CheckpointRecipe(Config):
     """Which state becomes the adapter: the last one, or the one with the lowest held-out loss."""
 
 
+TaskName = Literal["causal-lm", "sequence-classification"]
+
+
 class Recipe(Config):
     """A fine-tuning run."""
 
     model: str
     """Folder, hub id or .gguf file of the base."""
+    task: TaskName = "causal-lm"
+    """What the model does: go on with a text, or (sequence-classification) give a label to each text, by a head that
+    belongs to the adapter."""
     data: DataRecipe
     """What is learnt, and what it is measured on."""
     method: str | dict[str, Any] | list[str | dict[str, Any]] = DEFAULT_METHOD
@@ -267,12 +274,25 @@ class Recipe(Config):
     def _whole(self) -> Self:
         if self.data.stream and self.steps is None:
             raise ValueError("the length of a stream is not known; set steps")
+        if self.task == "sequence-classification":
+            self._classifies()
         measured = self.data.held_out is not None or self.data.fraction
         if not measured and (self.eval.patience or self.checkpoint.final == "best"):
             raise ValueError(
                 "early stopping and the best checkpoint need held-out data; set data.held_out or data.fraction"
             )
         return self
+
+    def _classifies(self) -> None:
+        if self.data.instruction is not None:
+            raise ValueError(
+                "data.instruction asks a generator for the label, and a classification head sees the text alone; "
+                "leave it out"
+            )
+        if self.data.stream and self.data.labels is None:
+            raise ValueError(
+                "the labels of a stream are not known before it is read; set data.labels"
+            )
 
 
 FREE: Any = {

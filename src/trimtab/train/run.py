@@ -98,6 +98,7 @@ class Run:
         self.base, self.adapter, self.screen = base, adapter, screen
         self.folder = run_folder(recipe, adapter, resume=resume)
         self.engine = Engine(base, micro_tokens=recipe.batch.micro_tokens)
+        screen.unit = "text" if self.engine.labels else "token"
         self.recipe = resolved(recipe, base, adapter, self.folder)
         with screen.reading() as progress:
             self.sources: Sources = read_sources(
@@ -166,7 +167,10 @@ class Run:
             sources,
             total=self.total,
         )
-        previews = [preview(datum, self.base.tokenizer) for datum in sources.sample[:PREVIEWS]]
+        previews = [
+            preview(datum, self.base.tokenizer, self.engine.labels)
+            for datum in sources.sample[:PREVIEWS]
+        ]
         self.screen.plan(rows, previews)
         self.events.add(
             "start",

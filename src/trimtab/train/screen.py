@@ -23,6 +23,8 @@ class Screen:
         self._bar: Progress | None = None
         self._total = 1
         self._said = 0
+        self.unit = "token"
+        """What is right or wrong: a token, or a text that is classified."""
 
     def plan(self, rows: Sequence[tuple[str, str]], previews: Sequence[Text]) -> None:
         """The facts of a run before it starts, and a few examples with trained tokens marked."""
@@ -46,7 +48,7 @@ class Screen:
         """One measurement, as one line."""
         parts = [
             f"held-out loss {measured.held_out.loss}",
-            f"token accuracy {measured.held_out.accuracy}",
+            f"{self.unit} accuracy {measured.held_out.accuracy}",
         ]
         answers = measured.answers
         if answers is not None:

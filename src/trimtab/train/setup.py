@@ -8,17 +8,50 @@ from typing import Any
 
 from trimtab.adapt.acting import using
 from trimtab.adapt.adapter import Adapter
+from trimtab.adapt.attach import attach
 from trimtab.adapt.contract import Method
+from trimtab.adapt.parse import method_from
 from trimtab.adapt.probe import probe
+from trimtab.adapt.tree import anatomy_of
 from trimtab.data import TokenStats
+from trimtab.engine import keep_memory
 from trimtab.errors import ConfigError, TargetError
-from trimtab.models.load import Base
+from trimtab.models.anatomy import Anatomy
+from trimtab.models.load import Base, load
 from trimtab.train import facts
 from trimtab.train.recipe import Recipe, differences
 from trimtab.train.recipe_file import read_recipe
-from trimtab.train.sources import Sources
+from trimtab.train.sources import Sources, with_labels
 
 Rows = list[tuple[str, str]]
+MOST_SHOWN = 12
+
+
+def opened_base(recipe: Recipe) -> tuple[Recipe, Base, Adapter]:
+    """The base of a recipe with its method attached; and the recipe, with the labels of a classifier."""
+    keep_memory()
+    method = method_from(recipe.method)
+    recipe = with_labels(recipe)
+    classifies = recipe.task == "sequence-classification"
+    base = load(
+        recipe.model,
+        dtype=recipe.dtype,
+        device=recipe.device,
+        task=recipe.task,
+        labels=recipe.data.labels if classifies else None,
+    )
+    if classifies:
+        method = with_head(method, anatomy_of(base.model))
+    return recipe, base, attach(base.model, method, recipe.name, seed=recipe.seed)
+
+
+def with_head(method: Method, anatomy: Anatomy) -> Method:
+    """A method that trains the classification head too, in full, unless it acts there or trains modules of its own
+    choice already."""
+    places = {place.path for place in method.place(anatomy)}
+    if method.train or places.intersection(anatomy.head):
+        return method
+    return method.replace(train=("head",))
 
 
 def run_folder(recipe: Recipe, adapter: Adapter, *, resume: bool) -> Path:
@@ -110,6 +143,7 @@ def plan_rows(
         ("sites", f"{len(adapter.sites)}: " + ", ".join(f"{n} × {k}" for k, n in sites.items())),
         ("trained", f"{adapter.count:,} parameters ({adapter.count / whole:.2%} of the model)"),
         *(("data", note) for note in sources.notes),
+        *([("classes", _shown_labels(recipe))] if recipe.task == "sequence-classification" else []),
         (
             "tokens",
             ("" if sources.whole else "of the first: ") + str(TokenStats.of(sources.sample)),
@@ -126,6 +160,13 @@ def plan_rows(
     if sources.overlap:
         rows.append(("careful", f"{sources.overlap} held-out examples are trained on as well"))
     return rows
+
+
+def _shown_labels(recipe: Recipe) -> str:
+    """How many labels a classifier has, and the first of them."""
+    labels = recipe.data.labels or ()
+    more = ", …" if len(labels) > MOST_SHOWN else ""
+    return f"{len(labels)}: {', '.join(labels[:MOST_SHOWN])}{more}"
 
 
 def shown_method(method: Method) -> str:

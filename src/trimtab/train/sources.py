@@ -10,6 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.data import (
+    ClassRenderer,
     Corpus,
     CorpusFeed,
     Datum,
@@ -20,9 +21,11 @@ from trimtab.data import (
     Portion,
     RenderConfig,
     Renderer,
+    Renders,
     Source,
     StreamFeed,
     distinct,
+    labels_in,
     open_source,
     read_examples,
     strict,
@@ -31,7 +34,7 @@ from trimtab.data import (
 )
 from trimtab.data.tokenise import Progress
 from trimtab.errors import DataError
-from trimtab.train.recipe import DataRecipe, Recipe, SourceRecipe
+from trimtab.train.recipe import DataRecipe, Recipe, SourceRecipe, TaskName
 
 SAMPLE = 64
 """Examples of a stream that are looked at beforehand, for previews and lengths."""
@@ -61,7 +64,8 @@ class Sources:
 
 
 class Reader:
-    """Opens sources as a recipe says. ``context`` is the most tokens that the model takes."""
+    """Opens sources as a recipe says. ``context`` is the most tokens that the model takes; ``labels`` are those of
+    a classifier, which the recipe must name (see `with_labels`)."""
 
     def __init__(
         self,
@@ -69,9 +73,16 @@ class Reader:
         tokenizer: PreTrainedTokenizerBase,
         context: int | None,
         progress: Progress | None = None,
+        *,
+        task: TaskName = "causal-lm",
     ) -> None:
         self.recipe = recipe
-        self.renderer = Renderer(tokenizer, render_config(recipe))
+        self.labels = recipe.labels or () if task == "sequence-classification" else ()
+        self.renderer: Renders = (
+            ClassRenderer(tokenizer, self.labels)
+            if task == "sequence-classification"
+            else Renderer(tokenizer, render_config(recipe))
+        )
         limits = [limit for limit in (recipe.max_tokens, context) if limit is not None]
         self.config = ExampleConfig(
             context=min(limits, default=None),
@@ -118,6 +129,18 @@ def render_config(recipe: DataRecipe) -> RenderConfig:
     )
 
 
+def with_labels(recipe: Recipe) -> Recipe:
+    """The recipe of a classifier with the labels that its training data have, unless it names them itself.
+
+    Raises:
+        DataError: fewer than two labels, or very many.
+    """
+    if recipe.task != "sequence-classification" or recipe.data.labels is not None:
+        return recipe
+    sources = [opened(source) for source in (recipe.data, *recipe.data.mix)]
+    return recipe.replace(data=recipe.data.replace(labels=labels_in(sources)))
+
+
 def held_recipe(recipe: DataRecipe) -> SourceRecipe | None:
     """The held-out source; a bare path is read with the columns and functions of the training data."""
     if not isinstance(recipe.held_out, str):
@@ -149,7 +172,7 @@ def read_sources(
     Raises:
         DataError: rows that are errors by the recipe, or a split that leaves one side empty.
     """
-    reader = Reader(recipe.data, tokenizer, context, progress)
+    reader = Reader(recipe.data, tokenizer, context, progress, task=recipe.task)
     held: list[Portion] = []
     notes: list[str] = []
     held_source = held_recipe(recipe.data)
@@ -187,13 +210,14 @@ def read_examples_of(
     context: int | None,
     *,
     held_out: bool,
+    task: TaskName = "causal-lm",
 ) -> tuple[Corpus, tuple[str, ...]]:
     """The examples of a recipe's ``path`` and mix, or those that are held out; and what was read, in sentences.
 
     Raises:
         DataError: rows that are errors by the recipe, or no example is left.
     """
-    reader = Reader(recipe, tokenizer, context)
+    reader = Reader(recipe, tokenizer, context, task=task)
     source = held_recipe(recipe) if held_out else None
     chosen = (source,) if source is not None else (recipe, *recipe.mix)
     found = [reader.portion(reader.open(one)) for one in chosen]

@@ -65,8 +65,14 @@ def starter(model: str, source: Source, path: str, task: str | None = None) -> t
         raise DataError(
             f"{source.name} has rows of {first.shape}; the task 'text' is for plain text."
         )
+    classifies = values.get("task") == "sequence-classification"
+    if classifies and not isinstance(first, LabelledRecord):
+        raise DataError(
+            f"{source.name} has rows of {first.shape}; the task {task!r} is for labelled texts."
+        )
     if isinstance(first, LabelledRecord):
-        values["data"] |= _labelled(source)
+        labels = _labels(source)
+        values["data"] |= {"labels": labels} if classifies else _asked(labels)
     _fit(values, 1 + sum(1 for _ in records))
     recipe = make_recipe(values, where=task)
     head = [
@@ -96,8 +102,8 @@ def _fit(values: dict[str, Any], rows: int) -> None:
         measured["every"] = max(round(steps / TIMES), 1)
 
 
-def _labelled(source: Source) -> dict[str, Any]:
-    """An instruction that names the labels."""
+def _labels(source: Source) -> list[str]:
+    """The labels of the rows; numbers as names that the user will change."""
     counts: Counter[str] = Counter()
     for record in _records(source):
         if isinstance(record, LabelledRecord) and record.label is not None:
@@ -110,6 +116,11 @@ def _labelled(source: Source) -> dict[str, Any]:
     names = sorted(counts)
     if names and all(name.lstrip("-").isdigit() for name in names):
         names = [f"label{name}" for name in names]  # to be renamed by the user
+    return names
+
+
+def _asked(names: list[str]) -> dict[str, Any]:
+    """An instruction that names the labels."""
     question = f"Which of these fits the text: {', '.join(names)}? Answer with one of them only."
     return {"instruction": f"{question}\n\n{{text}}", "labels": names}
 

@@ -135,11 +135,22 @@ class RunSummary:
         """Every metric that was measured, task metrics first."""
         old, new = _metrics(self.before), _metrics(self.after)
         names = list(dict.fromkeys([*old, *new]))
-        last = [name for name in ("held-out loss", "token accuracy") if name in names]
+        last = [name for name in ("held-out loss", ACCURACY) if name in names]
+        shown = {ACCURACY: f"{self.unit} accuracy"}
         return [
-            Metric(name, UNITS.get(name, ""), old.get(name), new.get(name))
+            Metric(
+                shown.get(name, name),
+                UNITS.get(name, "").format(unit=self.unit),
+                old.get(name),
+                new.get(name),
+            )
             for name in [*(n for n in names if n not in last), *last]
         ]
+
+    @property
+    def unit(self) -> str:
+        """What is right or wrong: a token, or a text that is classified."""
+        return "text" if self.recipe.get("task") == "sequence-classification" else "token"
 
     @cached_property
     def change(self) -> Interval | None:
@@ -192,7 +203,7 @@ class RunSummary:
 
     @property
     def gap(self) -> float | None:
-        """Held-out loss above training loss at the end, in nats per token."""
+        """Held-out loss above training loss at the end, in nats per token or text."""
         train = self.training_loss()
         if train is None or self.after is None:
             return None
@@ -214,10 +225,11 @@ class RunSummary:
         return after.change(before)
 
 
+ACCURACY = "token accuracy"
 UNITS = {
     "answers right": "share of examples",
-    "held-out loss": "nats per token",
-    "token accuracy": "share of tokens",
+    "held-out loss": "nats per {unit}",
+    ACCURACY: "share of {unit}s",
 }
 
 
@@ -234,5 +246,5 @@ def _metrics(event: Event | None) -> dict[str, Interval]:
         if name != judge:
             found[name] = Interval(**interval)
     found["held-out loss"] = Interval(**event["loss"])
-    found["token accuracy"] = Interval(**event["accuracy"])
+    found[ACCURACY] = Interval(**event["accuracy"])
     return found

@@ -1,0 +1,67 @@
+"""Methods that add a matrix ΔW to a weight: they say how it is made, the rest is here.
+
+    y = f(x) + apply(x, ΔW),   ΔW_OIK in the canonical orientation of the layer
+
+A convolution's ΔW may be given as the matrix (out, in · kernel).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from trimtab.adapt.contract import At, Method, Params
+from trimtab.frozen import Layer
+
+
+class WeightDelta(Method):
+    """A subclass says `change`; where ΔW need not be built, it overrides ``delta`` too."""
+
+    targets: str | tuple[str, ...] = "all-linear"
+
+    @abstractmethod
+    def change(self, p: Params, layer: Layer) -> Tensor:
+        """ΔW."""
+
+    def delta(self, p: Params, x: Tensor, at: At) -> Tensor | None:
+        return at.layer.apply(x, self.change(p, at.layer).reshape(at.layer.shape))
+
+    def merged(self, p: Params, layer: Layer, role: str) -> tuple[Tensor, Tensor | None] | None:
+        return layer.dense() + self.change(p, layer).reshape(layer.shape), layer.bias()
+
+
+class Lycoris(WeightDelta):
+    """What LoHa and LoKr share."""
+
+    rank: int = Field(default=8, ge=1)
+    """Rank of the factors."""
+    alpha: float = 8.0
+    """ΔW is multiplied with alpha / rank."""
+    rank_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of the rows of ΔW that are left out, in training."""
+    module_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """How often all of ΔW is left out, in training."""
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+    def delta(self, p: Params, x: Tensor, at: At) -> Tensor | None:
+        if not at.training or not (self.rank_dropout or self.module_dropout):
+            return super().delta(p, x, at)
+        change = self.change(p, at.layer)
+        rows = torch.rand(change.shape[0], device=change.device) >= self.rank_dropout
+        kept = rows.to(change.dtype) * (torch.rand((), device=change.device) >= self.module_dropout)
+        shape = at.layer.shape
+        return at.layer.apply(x, (change * kept.view(-1, *[1] * (change.dim() - 1))).reshape(shape))
+
+
+def columns(layer: Layer) -> int:
+    """Columns of the weight as a matrix: input channels (of a group) times the kernel's size."""
+    size = 1
+    for axis in layer.shape[1:]:
+        size *= axis
+    return size

@@ -1,0 +1,96 @@
+"""RandLoRA (Albert et al. 2025, arXiv 2502.00987): a full-rank sum of random low-rank products, scaled by training.
+
+    ΔW = s · Σ_i B_i diag(λ_i) A diag(γ_i),   s = alpha / rank,   i = 1 … ⌈narrowest side / rank⌉
+
+A and B are drawn from ``seed``, shared by all layers and not stored; A acts on the narrower side of each layer.
+λ starts at zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, final
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from trimtab.adapt.contract import At, Layer, Method, Params, Place, Spec, constant, zeros
+from trimtab.adapt.weight import columns
+from trimtab.models.anatomy import Anatomy
+
+
+@final
+class RandLoRA(Method):
+    """``RandLoRA(rank=32, alpha=640)``."""
+
+    kind: ClassVar[str] = "randlora"
+    lr: ClassVar[float] = 1e-3
+    peft_type: ClassVar[str | None] = "RANDLORA"
+    peft_kinds: ClassVar[tuple[str, ...]] = ("linear",)
+    peft_options: ClassVar[Mapping[str, tuple[str, Any]]] = {
+        "r": ("rank", 32), "randlora_alpha": ("alpha", 640), "projection_prng_key": ("seed", 0),
+    }  # fmt: skip
+    peft_lacks: ClassVar[Mapping[str, Any]] = {
+        "save_projection": ..., "sparse": False, "very_sparse": False, "randlora_dropout": 0.0,
+    }  # fmt: skip
+    peft_drawn: ClassVar[tuple[str, ...]] = ("randlora_A", "randlora_B")
+    disk: ClassVar[Mapping[str, str]] = {n: n for n in ("randlora_lambda", "randlora_gamma")}
+    short_names: ClassVar[Mapping[str, str]] = {"randlora_lambda": "l", "randlora_gamma": "g"}
+    scales: ClassVar[str] = "l"
+
+    targets: str | tuple[str, ...] = "all-linear"
+    rank: int = Field(default=32, ge=1)
+    """Rank of each random product."""
+    alpha: float = 640.0
+    """The sum is multiplied with alpha / rank."""
+    seed: int = 0
+    """What A and B are drawn from."""
+
+    def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
+        narrow = _sides(layer)[0]
+        count = -(-narrow // self.rank)
+        first = constant(1 / max(count, narrow))  # as PEFT's: 1 / the longer side of γ itself
+        return {
+            "l": Spec("randlora_lambda", (self.rank, count), zeros),
+            "g": Spec("randlora_gamma", (count, narrow), first),
+        }
+
+    def shared(self, anatomy: Anatomy, places: Sequence[Place]) -> dict[str, Spec]:
+        layers = [anatomy.layer(place.path) for place in places]
+        out, into = max(n.shape[0] for n in layers), max(map(columns, layers))
+        a = (self.rank, 1, min(out, into))
+        b = (max(out, into), -(-min(out, into) // self.rank), self.rank)
+        return {
+            "A": Spec("randlora_A", a, lambda *_: self._draw(a, b)[0], stored=False),
+            "B": Spec("randlora_B", b, lambda *_: self._draw(a, b)[1], stored=False),
+        }
+
+    def _draw(self, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """In bfloat16 and in PEFT's order, each divided by its standard deviation."""
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def uniform(shape: tuple[int, ...]) -> Tensor:
+            empty = torch.empty(shape, dtype=torch.bfloat16)
+            return torch.nn.init.kaiming_uniform_(empty, a=5**0.5, generator=generator)
+
+        first = uniform(a)
+        second = torch.cat([uniform((b[0], 1, b[2])) for _ in range(b[1])], dim=1)
+        return (first / first.std()).float(), (second / second.std()).float()
+
+    def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
+        return {**super().to_peft(places), "save_projection": False}
+
+    def delta(self, p: Params, x: Tensor, at: At) -> Tensor | None:
+        narrow, wide = _sides(at.layer)
+        shared, count = at.shared, p["l"].shape[1]
+        a = (p["l"][:, :, None] * shared["A"][:, :, :narrow] * p["g"]).flatten(0, 1)
+        b = shared["B"][:wide, :count].flatten(1) * (self.alpha / self.rank)
+        into = columns(at.layer) == narrow
+        change = b @ a if into else (b @ a).T
+        return at.layer.apply(x, change.reshape(at.layer.shape))
+
+
+def _sides(layer: Layer) -> tuple[int, int]:
+    sides = layer.shape[0], columns(layer)
+    return min(sides), max(sides)

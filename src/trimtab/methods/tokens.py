@@ -1,0 +1,70 @@
+"""Chosen token embeddings (no paper): train the rows of a few tokens (new ones, say) and leave the rest of the table.
+
+    E'[t] = row_t  for t in ``ids``,   else E[t];   rows start as copies
+
+On an output head it is the same rows of its weight: ``targets=("embed_tokens", "lm_head")`` trains both, apart from
+each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, final
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from trimtab.adapt.contract import At, Layer, Method, Params, Spec
+from trimtab.errors import ConfigError, UnsupportedError
+from trimtab.models.anatomy import Anatomy
+
+
+@final
+class Tokens(Method):
+    """``Tokens(ids=(50257, 50258))``."""
+
+    kind: ClassVar[str] = "tokens"
+    lr: ClassVar[float] = 1e-3
+    peft_type: ClassVar[str | None] = "TRAINABLE_TOKENS"
+    peft_kinds: ClassVar[tuple[str, ...]] = ("embedding",)
+    peft_options: ClassVar[Mapping[str, tuple[str, Any]]] = {"token_indices": ("ids", ())}
+    disk: ClassVar[Mapping[str, str]] = {"trainable_tokens_delta": "trainable_tokens_delta"}
+    short_names: ClassVar[Mapping[str, str]] = {"trainable_tokens_delta": "rows"}
+
+    targets: str | tuple[str, ...] = "input_embedding"
+    ids: tuple[int, ...] = Field(default=(0,), min_length=1)
+    """The tokens whose rows are trained."""
+
+    def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
+        if layer.kind not in ("embedding", "linear"):
+            raise UnsupportedError(
+                "tokens: only an embedding or an output head has a row for each token."
+            )
+        weight = layer.dense() if layer.kind == "linear" else layer.dense().T
+        wrong = [token for token in self.ids if not 0 <= token < weight.shape[0]]
+        if wrong or len(set(self.ids)) < len(self.ids):
+            raise ConfigError(
+                f"tokens: ids must be distinct and below {weight.shape[0]}, the rows of this layer; "
+                f"not {wrong or self.ids}."
+            )
+        rows = weight.detach()[list(self.ids)]
+        shape = tuple(rows.shape)
+        return {
+            "rows": Spec("trainable_tokens_delta", shape, lambda *_: rows.float().cpu().clone())
+        }
+
+    def delta(self, p: Params, x: Tensor, at: At) -> Tensor | None:
+        ids = torch.tensor(self.ids, device=x.device)
+        if at.layer.kind == "linear":
+            change = F.linear(x, p["rows"] - at.layer.dense()[ids].to(x.dtype))
+            return change.new_zeros(*x.shape[:-1], at.layer.out_features).index_add(-1, ids, change)
+        change = p["rows"] - at.layer.dense().T[ids].to(p["rows"].dtype)
+        chosen = (x[..., None] == ids).to(change.dtype)
+        return at.layer.rescaled(chosen @ change)
+
+    def in_peft(self, anatomy: Anatomy, places: Any) -> bool:
+        """PEFT changes a tied head with the embedding; here each is trained apart."""
+        tied = bool(getattr(anatomy.config, "tie_word_embeddings", False))
+        return not tied and super().in_peft(anatomy, places)
