@@ -88,6 +88,10 @@ ON_MODEL = {
     ("lora", "classifier"): "lora(rank=4, train=['score'])",
     ("lora", "bert"): "lora(rank=4, train=['classifier'])",
     # each tower has attention of its own width, and an input of its own
+    (
+        "union",
+        "clip",
+    ): "lora(rank=4)|bitfit|prefix(length=3, init_std=1.0, targets='re:text_model.*self_attn')",
     ("prefix", "clip"): "prefix(length=3, init_std=1.0, targets='re:text_model.*self_attn')",
     ("spottune", "clip"): "spottune(inner=lora(rank=4, targets='re:vision_model.*fc.'), hidden=8)",
 }
@@ -104,6 +108,9 @@ REFUSED = {
     ("prefix", "falcon"): NO_REGISTRY,
     ("prefix", "mixed"): NO_ATTENTION,
     ("spottune", "mixed"): NO_BLOCKS,
+    ("union", "bloom"): NO_REGISTRY,
+    ("union", "deberta"): NO_REGISTRY,
+    ("union", "falcon"): NO_REGISTRY,
     ("union", "mixed"): NO_ATTENTION,
 }
 """Cells that mathematics forbids."""

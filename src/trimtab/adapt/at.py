@@ -26,11 +26,10 @@ class Held(NamedTuple):
 
 
 class Around(NamedTuple):
-    """The tokens (N, width) that the experts of a mixture were given, whose they are, and what was found of them."""
+    """The tokens (N, width) that the experts of a mixture were given, and whose they are."""
 
     part: Part
     x: Tensor
-    found: dict[Any, Tensor]
 
 
 class At:

@@ -158,6 +158,7 @@ class Bank(nn.Module):
             before = self._context, self._scope
             self._context, self._scope = context, context.route
             context.recomputing, runs = runs > 0, runs + 1
+            context.again = {}
             try:
                 return function(*args, **kwargs)
             finally:

@@ -60,6 +60,8 @@ class Context:
         self.begun = begun
         self.losses: list[tuple[str, str, Tensor]] = []
         self.recomputing = False
+        self.again: dict[Any, Any] = {}
+        """What gates have decided in this recomputation of a block."""
         self._prompt = prompt
         self._drops: dict[str, int] = {}
         self._only: Part | None = None
@@ -133,6 +135,12 @@ class Context:
         if adapter not in self._drops:
             self._drops[adapter] = int(torch.randint(blocks, ()))
         return self._drops[adapter]
+
+    @property
+    def share(self) -> tuple[int, ...] | None:
+        """The rows of the batch that this call is of, where it is not of all (`of_rows`)."""
+        units = None if self._only is None else self._only.units
+        return None if units is None else tuple(units.tolist())
 
     def rows_of(self, y: Tensor) -> int | None:
         """How many rows the flattened tokens y_NC are of; None where y is not such."""

@@ -171,24 +171,19 @@ def straight_through(soft: Tensor) -> Tensor:
     return (soft > 0.5).to(soft.dtype) + (soft - soft.detach())
 
 
-def once(at: At, key: str, compute: Callable[[], Tensor]) -> Tensor:
+def once(at: At, key: Any, compute: Callable[[], Tensor]) -> Tensor:
     """``compute()`` of this owner's units: once per forward, and once per generation from its prompt.
 
-    Where a block is recomputed it is computed again, so that gradients flow.
+    Where a block is recomputed it is computed again, once, so that gradients flow.
     """
     full = (at.name, at.part.owner, key)
-    if full in at.memory and not at.context.recomputing:
-        found: Tensor = at.memory[full]
-        return found
-    if at.around is not None and full in at.around.found:  # by another expert
-        return at.around.found[full]
-    if full not in at.memory:
-        at.require_prompt()
-    made = compute()
-    at.memory.setdefault(full, made)
-    if at.around is not None:
-        at.around.found[full] = made
-    return made
+    store = at.context.again if at.context.recomputing else at.memory
+    if full not in store:
+        if full not in at.memory:
+            at.require_prompt()
+        store[full] = compute()
+    found: Tensor = store[full]
+    return found
 
 
 def most_used(usage_L: Tensor, count: int | None, among: Sequence[int] | None) -> tuple[int, ...]:

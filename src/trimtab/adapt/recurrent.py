@@ -71,17 +71,16 @@ def carried(at: At, read: Callable[[], Tensor], width: int, cell: Mapping[str, T
     """
     if scope == "token":
         return _at_positions(at, read(), cell)
-    here = (at.name, at.part.owner, at.path)
+    here = (at.name, at.part.owner, at.context.share, at.path)
     if at.around is not None:
         return _for_experts(at, here, width)
-    if (*here, "out") in at.memory and not at.context.recomputing:
-        found: Tensor = at.memory[*here, "out"]
-        return found
-    if (*here, "out") not in at.memory:
-        at.require_prompt()
-    x = read()
-    h = torch.tanh(x) if not cell else _step(at, at.memory, here, x, cell)
-    at.memory.setdefault((*here, "out"), h)
+    found = at.context.again if at.context.recomputing else at.memory
+    if (*here, "out") not in found:
+        if (*here, "out") not in at.memory:
+            at.require_prompt()
+        x = read()
+        found[*here, "out"] = torch.tanh(x) if not cell else _step(at, at.memory, here, x, cell)
+    h: Tensor = found[*here, "out"]
     return h
 
 
@@ -92,14 +91,17 @@ def _at_positions(at: At, x: Tensor, cell: Mapping[str, Tensor]) -> Tensor:
         zero = torch.zeros_like(x)
         return lstm(x, (zero, zero), cell)[0]
     # not taken out when read: a block that is recomputed reads it again
-    return _step(at, at.scratch, (at.name, at.part.owner, at.path), x, cell)
+    here = (at.name, at.part.owner, at.context.share, at.path)
+    calls = at.context.again if at.context.recomputing else at.scratch
+    number = calls[here] = calls.get(here, 0) + 1  # a layer may be called for two things
+    return _step(at, at.scratch, (*here, number), x, cell)
 
 
 def _for_experts(at: At, here: tuple[Any, ...], width: int) -> Tensor:
     """The state as it was when the experts of a block were reached first; they do not change it."""
     state: State | None = at.memory.get((*here, "in"))
     if state is None:
-        state = at.memory.get((*here[:2], "state"))
+        state = at.memory.get((*here[:3], "state"))
     if state is None:
         state = (torch.zeros(at.part.unit_count, width, dtype=at.dtype, device=at.x.device),) * 2
     at.memory[*here, "in"] = state
@@ -110,7 +112,7 @@ def _step(
     at: At, store: dict[Any, Any], here: tuple[Any, ...], x: Tensor, cell: Mapping[str, Tensor]
 ) -> Tensor:
     """One step from the state that the site before left; from the same one when a block is recomputed."""
-    last = (*here[:2], "state")
+    last = (*here[:3], "state")
     again = at.context.recomputing
     given: State | None = store[*here, "in"] if again else store.get(last)
     if again and given is not None:

@@ -162,7 +162,7 @@ class ExpertsSite(SiteBase):
         self, part: Part, context: Context, hidden: Tensor, index: Tensor, weights: Tensor
     ) -> Tensor:
         edits = self.acting(part.owner, training=self.training)
-        given = Around(part, hidden, {})
+        given = Around(part, hidden)
 
         def around(name: str, expert: int, layer: ExpertLayer, x: Tensor, tokens: Tensor) -> Tensor:
             here = [edit for edit in edits if edit.path == f"{self.path}.{name}"]

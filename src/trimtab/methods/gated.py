@@ -40,9 +40,9 @@ class Gated(Gating):
     def decide(self, p: Params, value: Tensor, at: At) -> Tensor:
         around = at.around
         if around is not None:
-            x_UC = once(at, at.path, lambda: at.pool(around.x, around.part))
+            x_UC = once(at, (at.path, at.context.share), lambda: at.pool(around.x, around.part))
             return torch.sigmoid(F.linear(x_UC, p["gate_w"], p["gate_b"]))[:, 0]
-        return once(at, at.path, lambda: self._mean(p, seen(value, at), at))
+        return once(at, (at.path, at.context.share), lambda: self._mean(p, seen(value, at), at))
 
     def _mean(self, p: Params, x: Tensor, at: At) -> Tensor:
         return at.pool(torch.sigmoid(F.linear(x, p["gate_w"], p["gate_b"])))[:, 0]
