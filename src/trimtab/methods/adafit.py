@@ -1,4 +1,4 @@
-"""AdaFit (adaptive filter fine-tuning): each example opens the output channels of a small layer that it needs.
+"""AdaFit (after AdaFilter, arXiv 1911.09659): each example opens the output channels of a small layer that it needs.
 
     y = f(x) + g ⊙ Δ(x),   g ∈ {0, 1} by group of output channels,   Δ an inner method (LoRA of rank 8)
 
@@ -43,13 +43,21 @@ class AdaFit(Gating):
     short_names: ClassVar[Mapping[str, str]] = {"gate.logit": "gate_logit", **SHORT_NAMES}
 
     inner: Any = "lora(rank=8)"
+    """The method whose output channels are gated."""
     scope: Literal["sequence", "token", "static"] = "sequence"
+    """What decides: the whole sequence, each token, or nothing (a learned gate that merges)."""
     controller: Literal["rnn", "mlp"] = "rnn"
+    """One LSTM through all places, or a tanh layer at each."""
     reads: Literal["lowrank", "input"] = "lowrank"
+    """The inner method's low-rank code, or the layer's input."""
     width: int = Field(default=32, ge=1)
+    """Width of the state."""
     group_size: int = Field(default=64, ge=1)
+    """How many output channels share a gate."""
     sparsity_weight: float = Field(default=0.0, ge=0)
+    """Weight of the loss that closes gates."""
     target_rate: float | None = Field(default=None, ge=0, le=1)
+    """The share of open gates that this loss aims at; empty is none."""
 
     @model_validator(mode="after")
     def _outputs(self) -> Self:

@@ -1,4 +1,4 @@
-"""A union: several methods trained together as one adapter (MAM, arXiv 2110.04366; UniPELT, arXiv 2110.07577).
+"""A union (MAM, arXiv 2110.04366; UniPELT, arXiv 2110.07577): several methods trained together as one adapter.
 
     y = leave_n( … leave_1( f( enter_1( … enter_n(x)) ) + Δ_1 ) … + Δ_n )
 
@@ -25,6 +25,7 @@ class Union(Method):
     kind: ClassVar[str] = "union"
 
     parts: tuple[Any, ...] = Field(min_length=2)
+    """The methods, innermost first."""
 
     @field_validator("parts")
     @classmethod
