@@ -26,6 +26,7 @@ _PLACES = {
     "describe": "trimtab.adapt.describe",
     "detach": "trimtab.adapt.attach",
     "disable": "trimtab.adapt.acting",
+    "drop_layers": "trimtab.adapt.acting",
     "enable": "trimtab.adapt.acting",
     "exported": "trimtab.adapt.export",
     "fused": "trimtab.adapt.fuse",
@@ -37,6 +38,7 @@ _PLACES = {
     "rows": "trimtab.adapt.acting",
     "scale": "trimtab.adapt.acting",
     "scaled": "trimtab.adapt.arithmetic",
+    "settled": "trimtab.adapt.export",
     "stack": "trimtab.adapt.acting",
     "using": "trimtab.adapt.acting",
     "LoRA": "trimtab.methods.lora",
@@ -75,6 +77,9 @@ _PLACES = {
     "NoReFT": "trimtab.methods.noreft",
     "Parallel": "trimtab.methods.parallel",
     "Pfeiffer": "trimtab.methods.pfeiffer",
+    "AdaFit": "trimtab.methods.adafit",
+    "Gated": "trimtab.methods.gated",
+    "Union": "trimtab.methods.union",
     "load": "trimtab.models.load",
     "train": "trimtab.train.api",
 }
@@ -110,6 +115,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from trimtab.adapt.acting import disable as disable
+    from trimtab.adapt.acting import drop_layers as drop_layers
     from trimtab.adapt.acting import enable as enable
     from trimtab.adapt.acting import rows as rows
     from trimtab.adapt.acting import scale as scale
@@ -126,10 +132,12 @@ if TYPE_CHECKING:
     from trimtab.adapt.describe import describe as describe
     from trimtab.adapt.describe import resolve as resolve
     from trimtab.adapt.export import exported as exported
+    from trimtab.adapt.export import settled as settled
     from trimtab.adapt.fuse import fused as fused
     from trimtab.adapt.merge import merge as merge
     from trimtab.adapt.probe import probe as probe
     from trimtab.adapt.stepper import Stepper as Stepper
+    from trimtab.methods.adafit import AdaFit as AdaFit
     from trimtab.methods.adalora import AdaLoRA as AdaLoRA
     from trimtab.methods.adapterplus import AdapterPlus as AdapterPlus
     from trimtab.methods.bitfit import BitFit as BitFit
@@ -142,6 +150,7 @@ if TYPE_CHECKING:
     from trimtab.methods.fourierft import FourierFT as FourierFT
     from trimtab.methods.full import Full as Full
     from trimtab.methods.fusion import Fusion as Fusion
+    from trimtab.methods.gated import Gated as Gated
     from trimtab.methods.hira import HiRA as HiRA
     from trimtab.methods.hra import HRA as HRA
     from trimtab.methods.ia3 import IA3 as IA3
@@ -165,6 +174,7 @@ if TYPE_CHECKING:
     from trimtab.methods.shira import SHiRA as SHiRA
     from trimtab.methods.spottune import SpotTune as SpotTune
     from trimtab.methods.tokens import Tokens as Tokens
+    from trimtab.methods.union import Union as Union
     from trimtab.methods.vera import VeRA as VeRA
     from trimtab.models.load import load as load
     from trimtab.optim.adam import parameter_groups as parameter_groups

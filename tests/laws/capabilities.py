@@ -22,12 +22,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 import trimtab as tt
-from tests.laws.cells import Cell, attached, registered, shaken
+from tests.laws.cells import SMALL, Cell, attached, registered, shaken
 from tests.tiny import CASES, output, pick
 from trimtab.adapt.contract import Method, Place
 from trimtab.adapt.export import exported
 from trimtab.adapt.merge import check_mergeable
-from trimtab.adapt.parse import method_from, methods
+from trimtab.adapt.parse import method_from
 from trimtab.errors import NotMergeableError, TrimtabError, UnsupportedError
 
 LIST = Path(__file__).with_name("capabilities.json")
@@ -292,7 +292,7 @@ UNMERGED = " (merge)"
 def reason(method: str, capability: str, words: str) -> str:
     """The first words for a new refusal: those of the class, or of the error."""
     if capability == "merge":
-        return methods.get(method).why_not_affine
+        return method_from(SMALL.get(method, method)).unmergeable
     if "is not a layer with a weight" in words:
         return "it changes a weight, and a sub-layer has none of its own: name the layers inside it"
     return words.partition(". ")[0].rstrip(".")

@@ -46,6 +46,9 @@ SMALL = {
     "spottune": "spottune(inner=lora(rank=4), hidden=8)",
     "full": "full(targets='mlp_down')",
     "shira": "shira(rank=3)",
+    "adafit": "adafit(inner=lora(rank=4), group_size=4, width=6)",
+    "gated": "gated(inner=lora(rank=4))",
+    "union": "lora(rank=4)|bitfit|prefix(length=3, init_std=1.0)",
     "loha": "loha(rank=4)",
     "lokr": "lokr(rank=2)",
     "hira": "hira(rank=4)",
@@ -61,56 +64,35 @@ SMALL = {
     "diff": "diff(keep=0.1)",
 }
 EVERY_KIND = "['embed', 're:conv.*', 'grouped', 'norm', 'batch_norm', 'head']"
+MATRICES = "['embed', 're:conv.*', 'grouped', 'head']"
 POOLED = ("bert", "classifier", "roberta", "deberta", "vit", "clip")
 """Models whose head reads one position of the last block: there only one end of the prompt can learn."""
+TEXT_TOWER = "prefix(length=3, init_std=1.0, targets='re:text_model.*self_attn')"
 ON_MODEL = {
-    ("lora", "mixed"): "lora(rank=4, targets=['embed', 're:conv.*', 'grouped', 'head'])",
-    ("dora", "mixed"): "dora(rank=4, targets=['embed', 're:conv.*', 'grouped', 'head'])",
-    (
-        "adalora",
-        "mixed",
-    ): "adalora(rank=4, target_rank=2, targets=['embed', 're:conv.*', 'grouped', 'head'])",
-    (
-        "ia3",
-        "mixed",
-    ): "ia3(targets=['embed', 'conv1', 'conv2', 'norm'], feedforward=['head', 'grouped', 'conv3'])",
-    (
-        "full",
-        "mixed",
-    ): "full(targets=['embed', 're:conv.*', 'grouped', 'head', 'norm', 'batch_norm'])",
-    ("shira", "mixed"): "shira(rank=2, targets=['embed', 're:conv.*', 'grouped', 'head'])",
     **{
-        (name, "mixed"): SMALL[name].replace(
-            ")", ", targets=['embed', 're:conv.*', 'grouped', 'head'])"
-        )
+        (name, "mixed"): SMALL[name].replace(")", f", targets={MATRICES})")
         for name in (
-            "loha",
-            "lokr",
-            "hira",
-            "fourierft",
-            "vera",
-            "randlora",
-            "mora",
-            "miss",
-            "hra",
+            "lora", "dora", "adalora", "loha", "lokr", "hira", "fourierft", "vera", "randlora", "mora", "miss", "hra",
             "diff",
         )
     },
-    ("piggyback", "mixed"): "piggyback(targets=['embed', 're:conv.*', 'grouped', 'head'])",
+    ("shira", "mixed"): f"shira(rank=2, targets={MATRICES})",
+    ("piggyback", "mixed"): f"piggyback(targets={MATRICES})",
     ("oft", "mixed"): "oft(block=2, targets=['embed', 'conv1', 'conv2', 'grouped', 'head'])",
-    ("boft", "mixed"): "boft(block=2, targets=['embed', 're:conv.*', 'grouped', 'head'])",
-    ("tokens", "clip"): "tokens(ids=(5, 17, 40, 3, 60), targets='token_embedding')",
+    ("boft", "mixed"): f"boft(block=2, targets={MATRICES})",
+    ("ia3", "mixed"): "ia3(targets=['embed', 'conv1', 'conv2', 'norm'], feedforward=['head', 'grouped', 'conv3'])",
+    ("full", "mixed"): f"full(targets={EVERY_KIND})",
     ("tokens", "mixed"): "tokens(ids=(5, 17, 40, 3, 60), targets='embed')",
     ("bottleneck", "mixed"): f"bottleneck(size=6, targets={EVERY_KIND})",
     ("pfeiffer", "mixed"): f"pfeiffer(size=6, targets={EVERY_KIND})",
     ("parallel", "mixed"): "parallel(size=6, targets=['head', 'norm'])",
     ("adapterplus", "mixed"): f"adapterplus(size=6, targets={EVERY_KIND})",
-    (
-        "compacter",
-        "mixed",
-    ): "compacter(size=8, targets=['embed', 'conv1', 'conv2', 'grouped', 'norm', 'batch_norm'])",
-    ("fusion", "mixed"): f"fusion(parts=[pfeiffer(size=4, targets={EVERY_KIND}), "
-    f"bottleneck(size=6, targets={EVERY_KIND})])",
+    ("compacter", "mixed"): "compacter(size=8, targets=['embed', 'conv1', 'conv2', 'grouped', 'norm', 'batch_norm'])",
+    ("fusion", "mixed"): (
+        f"fusion(parts=[pfeiffer(size=4, targets={EVERY_KIND}), bottleneck(size=6, targets={EVERY_KIND})])"
+    ),
+    ("gated", "mixed"): f"gated(inner=lora(rank=4, targets={MATRICES}))",
+    ("adafit", "mixed"): f"adafit(inner=lora(rank=4, targets={MATRICES}), group_size=3, width=6)",
     **{
         (m, c): f"{m}(rank=3, first=2, last=1, tied=True)"
         for m in ("loreft", "direft")
@@ -119,9 +101,11 @@ ON_MODEL = {
     ("lora", "classifier"): "lora(rank=4, train=['score'])",
     ("lora", "bert"): "lora(rank=4, train=['classifier'])",
     # each tower has attention of its own width, and an input of its own
-    ("prefix", "clip"): "prefix(length=3, init_std=1.0, targets='re:text_model.*self_attn')",
+    ("tokens", "clip"): "tokens(ids=(5, 17, 40, 3, 60), targets='token_embedding')",
+    ("prefix", "clip"): TEXT_TOWER,
+    ("union", "clip"): f"lora(rank=4)|bitfit|{TEXT_TOWER}",
     ("spottune", "clip"): "spottune(inner=lora(rank=4, targets='re:vision_model.*fc.'), hidden=8)",
-}
+}  # fmt: skip
 
 NO_ATTENTION = "there is no attention in it to put keys and values into"
 NO_TOKENS = "it is no transformers model that reads tokens before which a prompt could stand"
@@ -133,7 +117,6 @@ NO_REGISTRY = (
     "its attention computes softmax itself, outside the attention registry of transformers"
 )
 REFUSED = {
-    ("bottleneck", "mixed"): NO_BLOCKS,
     ("llama-adapter", "bloom"): NO_REGISTRY,
     ("llama-adapter", "deberta"): NO_REGISTRY,
     ("llama-adapter", "falcon"): NO_REGISTRY,
@@ -153,6 +136,10 @@ REFUSED = {
     ("ptuning", "mixed"): NO_TOKENS,
     ("ptuning", "vit"): NO_TOKENS,
     ("spottune", "mixed"): NO_BLOCKS,
+    ("union", "bloom"): NO_REGISTRY,
+    ("union", "deberta"): NO_REGISTRY,
+    ("union", "falcon"): NO_REGISTRY,
+    ("union", "mixed"): NO_ATTENTION,
 }
 """Cells that mathematics forbids."""
 if not hasattr(
@@ -160,7 +147,7 @@ if not hasattr(
 ):  # releases before its attention joined the registry
     REFUSED |= {
         (method, name): "its attention cannot be reached"
-        for method in ("prefix", "llama-adapter")
+        for method in ("prefix", "llama-adapter", "union")
         for name in ("t5", "t5-gated")
     }
 
@@ -179,17 +166,16 @@ NOT_MERGEABLE = {
     "prompt": "tokens before the text",
     "ptuning": "tokens before the text",
     "spottune": "each example chooses",
+    "gated": "each example scales",
+    "adafit": "each example opens",
+    "union": "in its part prefix, it adds keys and values to the softmax of attention",
 }
-IDENTITY_AT_FIRST = {"llama-adapter", "lora", "dora", "ia3", "bitfit", "spottune", "full"}
-"""Methods whose papers start them as the identity (a Houlsby bottleneck only nearly; a prefix or a prompt never)."""
 IDENTITY_AT_FIRST = {
-    "lora", "dora", "ia3", "bitfit", "spottune", "full", "loha", "lokr", "hira", "vera", "randlora", "mora", "miss",
-    "oft", "boft", "hra", "norms", "tokens", "piggyback", "diff", "shira",
+    "adafit", "adalora", "bitfit", "boft", "diff", "dora", "full", "gated", "hira", "hra", "ia3", "llama-adapter", "loha",
+    "lokr", "lora", "miss", "mora", "norms", "oft", "parallel", "piggyback", "randlora", "shira", "spottune", "tokens",
+    "vera",
 }  # fmt: skip
-IDENTITY_AT_FIRST = {"lora", "dora", "adalora", "ia3", "bitfit", "spottune", "full"}
-"""Methods whose papers start them as the identity (a Houlsby bottleneck only nearly; a prefix never)."""
-IDENTITY_AT_FIRST = {"lora", "dora", "ia3", "bitfit", "spottune", "full", "parallel"}
-"""Methods whose papers start them as the identity (other bottlenecks nearly; a prefix or an intervention never)."""
+"""Methods that start as the identity (other bottlenecks only nearly; a prefix, prompt or intervention never)."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import nn
 
 from trimtab.adapt.bank import bank_of
 from trimtab.adapt.route import Route
+from trimtab.adapt.tree import anatomy_of
 from trimtab.errors import (
     ConfigError,
     RouteError,
@@ -62,6 +63,23 @@ def scale(model: nn.Module, name: str, factor: float) -> None:
             f"adapter {name!r} puts virtual tokens before the text; there is no scaled form of that."
         )
     bank.scales[name] = float(factor)
+
+
+def drop_layers(model: nn.Module, name: str, count: int) -> None:
+    """Leave an adapter's edits out of the first ``count`` blocks, at no cost (AdapterDrop); 0 brings them back.
+
+    Blocks are counted as ``layers`` of a method counts them. Merging leaves them out too.
+    """
+    bank = bank_of(model)
+    adapter = bank.require(name)
+    blocks = len(anatomy_of(model).blocks)
+    if not isinstance(count, int) or not 0 <= count <= blocks:
+        raise ConfigError(f"{name!r} can be left out of 0 to {blocks} blocks, not {count!r}.")
+    if count and any(method.overrides("keys_values") for method in adapter.methods):
+        raise TargetError(
+            f"adapter {name!r} adds keys and values inside attention; those are not left out by block."
+        )
+    bank.dropped[name] = count
 
 
 def stack(model: nn.Module, names: Sequence[str]) -> None:

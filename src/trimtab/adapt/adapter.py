@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from trimtab.adapt import slots
 from trimtab.adapt.contract import Method, Place
 from trimtab.adapt.fingerprint import Fingerprint
+from trimtab.adapt.parse import methods
 
 T = TypeVar("T")
 
@@ -58,13 +59,19 @@ class Origin:
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
+def whole(method: Method) -> tuple[Method, ...]:
+    """The parts of a method (itself, if it is no union), and the one that trains modules in full, if any are."""
+    train = tuple(dict.fromkeys(path for part in (method, *method.members) for path in part.train))
+    return (*method.members, *([methods.get("full").parse({"targets": train})] if train else []))
+
+
 class Adapter:
-    """See the module. ``methods[0]`` is the method; others train modules in full beside it."""
+    """See the module. ``method`` is what the user chose; ``methods`` are those with sites: see `whole`."""
 
     def __init__(
         self,
         name: str,
-        methods: Sequence[Method],
+        method: Method,
         sites: Sequence[SiteSpec],
         tensors: Mapping[TensorName, Tensor],
         *,
@@ -73,7 +80,8 @@ class Adapter:
     ) -> None:
         slots.check_name(name)
         self.name = name
-        self.methods = tuple(methods)
+        self.method = method
+        self.methods = whole(method)
         self.sites = tuple(sites)
         self.base = base
         self.origin = origin or Origin()
@@ -82,10 +90,6 @@ class Adapter:
         self._tensors: dict[TensorName, Tensor] = dict(tensors)
         self._holders: dict[TensorName, nn.Module] = {}
         self._redrawn: dict[TensorName, nn.Module] = {}
-
-    @property
-    def method(self) -> Method:
-        return self.methods[0]
 
     @property
     def attached(self) -> bool:
@@ -118,11 +122,35 @@ class Adapter:
 
     @property
     def rates(self) -> dict[str, float]:
-        """Factors on the learning rate, by key, where they are not 1."""
+        """Factors on the learning rate, by key, where they are not 1.
+
+        The parts of a union learn at their own default rates, relative to the first's.
+        """
         said = self._said(lambda method: method.rates.items())
-        return {
+        own = {
             n.key: factor for n in self.named() for slot, factor in said[n.path] if slot == n.slot
         }
+        for name, number in self.owners.items():
+            if number < len(self.method.members):
+                pace = self.methods[number].default_lr / self.method.default_lr
+                own[name.key] = own.get(name.key, 1.0) * pace
+        return {key: factor for key, factor in own.items() if factor != 1.0}
+
+    @property
+    def owners(self) -> dict[TensorName, int]:
+        """The number of the method that each tensor belongs to."""
+        here: dict[str, list[int]] = {"": list(range(len(self.methods)))}
+        for site in self.sites:
+            numbers = here.setdefault(site.path, [])
+            if site.method not in numbers:
+                numbers.append(site.method)
+        return {name: self._owner(here[name.path], name.slot) for name in self.named()}
+
+    def _owner(self, numbers: Sequence[int], slot: str) -> int:
+        """Which of these methods a slot is of: one that names it; else one that names none of its slots."""
+        known = {n: {**self.methods[n].disk, **self.methods[n].names} for n in numbers}
+        naming = [n for n, slots_of in known.items() if slot in slots_of]
+        return next(iter(naming or [n for n in numbers if not known[n]] or numbers))
 
     def _said(self, facts: Callable[[Method], Iterable[T]]) -> dict[str, list[T]]:
         """What the methods at each path (empty for the whole adapter) say of their slots."""
@@ -171,7 +199,7 @@ class Adapter:
         """An independent copy, not attached to anything."""
         copied = {n: t.detach().clone() for n, t in self.named().items()}
         copy = Adapter(
-            name or self.name, self.methods, self.sites, copied, base=self.base, origin=self.origin
+            name or self.name, self.method, self.sites, copied, base=self.base, origin=self.origin
         )
         copy.drawn = dict(self.drawn)
         return copy
@@ -182,7 +210,7 @@ class Adapter:
             return NotImplemented
         mine, theirs = self.named(), other.named()
         return (
-            self.methods == other.methods
+            self.method == other.method
             and set(self.sites) == set(other.sites)
             and mine.keys() == theirs.keys()
             and all(torch.equal(mine[n].cpu(), theirs[n].cpu()) for n in mine)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trimtab.adapt.adapter import Adapter, Origin, SiteSpec, TensorName
 from trimtab.adapt.contract import Method, Params, Place, exactly
+from trimtab.adapt.parse import method_from
 from trimtab.errors import BaseMismatchError, ConfigError, UnsupportedError
 
 
@@ -41,7 +42,7 @@ def scaled(adapter: Adapter, weight: float, *, name: str | None = None) -> Adapt
         new = method.scaled(params, weight, site.role)
         tensors |= {TensorName(site.path, slots[short]): tensor for short, tensor in new.items()}
     return Adapter(
-        result.name, result.methods, result.sites, tensors, base=result.base, origin=result.origin
+        result.name, result.method, result.sites, tensors, base=result.base, origin=result.origin
     )
 
 
@@ -67,25 +68,26 @@ def add(
         _compatible(first, other)
     for part in parts:
         _no_shared(part)
-    sites: dict[Place, list[tuple[Adapter, SiteSpec]]] = {}
+    sites: dict[SiteSpec, list[Adapter]] = {}
     for part in parts:
         for site in part.sites:
-            sites.setdefault(Place(site.path, site.role), []).append((part, site))
+            sites.setdefault(site, []).append(part)
     alike = all(len(holders) == len(parts) for holders in sites.values())
     tensors: dict[TensorName, Tensor] = {}
-    methods_at: dict[str, Method] = {}
-    for place, holders in sites.items():
-        given = [(a.method.at(place.path), _params(a, site)[0]) for a, site in holders]
-        slots = _params(*holders[0])[1]
-        method, params = given[0][0].sum(given, place.role)
-        methods_at[place.path] = method if alike else method.aimed(list(sites))
+    methods_at: list[dict[str, Method]] = [{} for _ in first.methods]
+    for site, holders in sites.items():
+        given = [(a.methods[site.method].at(site.path), _params(a, site)[0]) for a in holders]
+        slots = _params(holders[0], site)[1]
+        method, params = given[0][0].sum(given, site.role)
+        places = [Place(other.path, other.role) for other in sites if other.method == site.method]
+        methods_at[site.method][site.path] = method if alike else method.aimed(places)
         tensors |= {
-            TensorName(place.path, slots[short]): tensor.clone() for short, tensor in params.items()
+            TensorName(site.path, slots[short]): tensor.clone() for short, tensor in params.items()
         }
     return Adapter(
         name,
-        [_one_method(methods_at)],
-        [SiteSpec(place.path, place.role, 0) for place in sites],
+        method_from([_one_method(of_part) for of_part in methods_at]),
+        list(sites),
         tensors,
         base=first.base,
         origin=_origin(parts, alike),
@@ -133,17 +135,18 @@ def _one_method(methods_at: Mapping[str, Method]) -> Method:
 def _params(adapter: Adapter, site: SiteSpec) -> tuple[Params, dict[str, str]]:
     """(tensors by short name, slot of each short name) at a site."""
     at_site = adapter.at_site(site.path)
-    short_names = adapter.methods[site.method].short_names
-    found = {short_names[slot]: slot for slot in at_site if slot in short_names}
+    names = adapter.methods[site.method].names
+    found = {names[slot]: slot for slot in at_site if slot in names}
     return {short: at_site[slot] for short, slot in found.items()}, found
 
 
 def _compatible(a: Adapter, b: Adapter) -> None:
-    if a.method.kind != b.method.kind:
+    kinds = [" | ".join(part.kind for part in adapter.method.members) for adapter in (a, b)]
+    if kinds[0] != kinds[1]:
         raise ConfigError(
-            f"only adapters of one and the same method can be added, not {a.method.kind} and {b.method.kind}."
+            f"only adapters of one and the same method can be added, not {kinds[0]} and {kinds[1]}."
         )
-    if len(a.methods) + len(b.methods) > 2:
+    if any(len(adapter.methods) > len(adapter.method.members) for adapter in (a, b)):
         raise UnsupportedError(
             f"{a.name!r} and {b.name!r} cannot be added: a module trained in full replaces its frozen one, and two "
             "replacements have no sum."

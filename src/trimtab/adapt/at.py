@@ -38,14 +38,34 @@ class PromptRanks(NamedTuple):
     unit_count: int
 
 
+class Around(NamedTuple):
+    """The tokens (N, width) that the experts of a mixture were given, and whose they are."""
+
+    part: Part
+    x: Tensor
+
+
 class At:
     """One call of one edit at one site: the site, and the context of this call.
 
     ``layer`` is the view of the frozen layer, ``x`` what this edit's layer was given (in `leave`), ``part``
-    the positions that this owner acts on.
+    the positions that this owner acts on. ``gates`` is what a gate has decided in this call, ``around`` all
+    that the experts of a mixture were given, of which one expert sees a few tokens.
     """
 
-    __slots__ = ("context", "dtype", "edit", "holder", "layer", "part", "root", "training", "x")
+    __slots__ = (
+        "around",
+        "context",
+        "dtype",
+        "edit",
+        "gates",
+        "holder",
+        "layer",
+        "part",
+        "root",
+        "training",
+        "x",
+    )
 
     def __init__(
         self,
@@ -66,6 +86,8 @@ class At:
         self.training = training
         self.x = torch.empty(0)
         self.holder: nn.Module | None = None
+        self.gates: Tensor | None = None
+        self.around: Around | None = None
 
     @property
     def shared(self) -> dict[str, Tensor]:
@@ -137,16 +159,24 @@ class At:
             found = self.edit.cache[key] = (now, compute())
         return found[1]
 
-    def pool(self, y: Tensor) -> Tensor:
-        """Mean of y_BTC over the visible positions of each unit of this part -> (U, C)."""
-        part, context = self.part, self.context
+    def pool(self, y: Tensor, part: Part | None = None) -> Tensor:
+        """Mean of y_BTC over the visible positions of each unit of this part (or of another) -> (U, C).
+
+        Where an encoder-decoder writes its answer, the first position alone is visible.
+        """
+        part = self.part if part is None else part
+        if self.edit.answers and y.dim() > 2:
+            y = y[:, :1]
         flat = y.flatten(0, -2)
-        weights = context.visible(part, y, causal=self.causal).to(y.dtype)
-        units = self._units(y)
-        total = y.new_zeros(part.unit_count, y.shape[-1]).index_add(
-            0, units, flat * weights[:, None]
-        )
-        seen = y.new_zeros(part.unit_count).index_add(0, units, weights)
+        weights = torch.ones(flat.shape[0], dtype=y.dtype, device=y.device)
+        if not self.edit.answers:
+            weights = self.context.visible(part, y, causal=self.causal).to(y.dtype)
+        count = part.unit_count
+        if part.units is None:
+            count = self.context.rows_of(y) or count
+        units = self._units(y, part, count)
+        total = y.new_zeros(count, y.shape[-1]).index_add(0, units, flat * weights[:, None])
+        seen = y.new_zeros(count).index_add(0, units, weights)
         return total / seen.clamp_min(1)[:, None]
 
     def prompt_ranks(self, y: Tensor) -> PromptRanks | None:
@@ -172,21 +202,22 @@ class At:
         key = (self.part.owner, *y.shape[:-1])
         if key not in context.ranks:
             seen = context.visible(self.part, y, causal=self.causal)
-            context.ranks[key] = _ranks(seen, self._units(y), self.part.unit_count)
+            context.ranks[key] = _ranks(
+                seen, self._units(y, self.part, y.shape[0]), self.part.unit_count
+            )
         return context.ranks[key]
 
-    def _units(self, y: Tensor) -> Tensor:
-        """The unit of each position of y_..C."""
-        units, count = self.part.units, y[..., 0].numel()
-        units = torch.arange(y.shape[0]) if units is None else units
+    def _units(self, y: Tensor, part: Part, rows: int) -> Tensor:
+        """The unit of each position of y_..C, among the units of a part (its rows, where it names none)."""
+        units, count = part.units, y[..., 0].numel()
+        units = torch.arange(rows) if units is None else units
         if units.shape[0] != count:
             units = units.repeat_interleave(count // units.shape[0])
         return units.to(y.device)
 
     def require_prompt(self) -> None:
         """Raise `RouteError` where a generation goes on whose prompt this adapter has not seen."""
-        past = self.context.past
-        if past is not None and int(past.get_seq_length()) > 0:
+        if self.context.decoding:
             raise RouteError(
                 f"adapter {self.name!r} decides from the prompt, and this generation's prompt was read without it; "
                 "route the whole generation to one choice of adapters."

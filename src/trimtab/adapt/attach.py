@@ -150,8 +150,10 @@ def _insert(
             path=spec_site.path,
             role=spec_site.role,
             block=anatomy.block_of(spec_site.path),
+            blocks=len(anatomy.blocks),
             order=_order(adapter, number),
             causal=anatomy.causal,
+            answers=anatomy.answers(spec_site.path),
             specs=specs[number, spec_site.path],
             shared=specs[-1 - spec_site.method, ""],
         )
@@ -214,6 +216,7 @@ def _withdraw(
     bank.active = [other for other in bank.active if other != name]
     bank.scales.pop(name, None)
     bank.disabled.discard(name)
+    bank.dropped.pop(name, None)
     if not bank.adapters:
         strip(model, bank)
 

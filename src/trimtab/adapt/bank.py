@@ -7,7 +7,7 @@ model at a time; a recomputation in backward, on whatever thread, restores the c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -48,6 +48,8 @@ class Bank(nn.Module):
         self.active: list[str] = []
         self.scales: dict[str, float] = {}
         self.disabled: set[str] = set()
+        self.dropped: dict[str, int] = {}
+        """Adapter -> how many of the first blocks its edits are left out of."""
         self.frozen_before: dict[str, bool] = {}
         self.handles: list[Any] = []
         self.injections: dict[str, Injection] = {}
@@ -105,6 +107,24 @@ class Bank(nn.Module):
             raise RouteError(f"{list(names)} names an adapter twice.")
         return names
 
+    def acting(
+        self, edits: Mapping[str, Sequence[Edit]], owner: Owner, training: bool
+    ) -> list[Edit]:
+        """Those edits of an owner at one place that act in this forward, innermost first."""
+        return [
+            edit
+            for name in owner
+            for edit in edits.get(name, ())
+            if edit.block is None or edit.block >= self._first_block(edit, training)
+        ]
+
+    def _first_block(self, edit: Edit, training: bool) -> int:
+        """The first block in which an adapter acts now."""
+        fixed = self.dropped.get(edit.adapter, 0)
+        if not (training and edit.method.layer_drop):
+            return fixed
+        return max(fixed, self.context(training).dropped(edit.adapter, edit.blocks))
+
     def require(self, name: str) -> Adapter:
         """The adapter of that name, or an error with near names."""
         if name not in self.adapters:
@@ -142,6 +162,7 @@ class Bank(nn.Module):
             before = self._context, self._scope
             self._context, self._scope = context, context.route
             context.recomputing, runs = runs > 0, runs + 1
+            context.again = {}
             try:
                 return function(*args, **kwargs)
             finally:

@@ -73,7 +73,10 @@ class Context:
         self.past = past
         self.losses: list[tuple[str, str, Tensor]] = []
         self.recomputing = False
+        self.again: dict[Any, Any] = {}
+        """What gates have decided in this recomputation of a block."""
         self._prompt = prompt
+        self._drops: dict[str, int] = {}
         self._only: Part | None = None
         self._layouts: dict[tuple[int, ...], Layout] = {}
 
@@ -95,6 +98,7 @@ class Context:
             past=self.past,
         )
         own.losses = self.losses
+        own._drops = self._drops
         own._only = Part(owner, None, index, False, count)
         return own
 
@@ -126,12 +130,35 @@ class Context:
         mask = self._given(causal)
         if mask is None:
             return torch.ones(y[..., 0].numel(), dtype=torch.bool, device=y.device)
-        chosen = part.take(mask.to(y.device)).flatten()
+        chosen = part.take(mask.to(y.device))
+        if (
+            chosen.dim() == 2 and y.dim() == 2 and chosen.shape[0] == y.shape[0]
+        ):  # one position a row
+            return torch.ones(y.shape[0], dtype=torch.bool, device=y.device)
+        chosen = chosen.flatten()
         if chosen.numel() != y[..., 0].numel():
             raise RouteError(
                 f"the masks of this batch do not fit the embeddings of shape {tuple(y.shape)}."
             )
         return chosen
+
+    def dropped(self, adapter: str, blocks: int) -> int:
+        """How many of the first blocks an adapter leaves out of this forward of training; drawn once."""
+        if adapter not in self._drops:
+            self._drops[adapter] = int(torch.randint(blocks, ()))
+        return self._drops[adapter]
+
+    @property
+    def share(self) -> tuple[int, ...] | None:
+        """The rows of the batch that this call is of, where it is not of all (`of_rows`)."""
+        units = None if self._only is None else self._only.units
+        return None if units is None else tuple(units.tolist())
+
+    def rows_of(self, y: Tensor) -> int | None:
+        """How many rows the flattened tokens y_NC are of; None where y is not such."""
+        if self.batch is None or y.dim() != 2 or y.shape[0] != self.batch[0] * self.batch[1]:
+            return None
+        return self.batch[0]
 
     def _given(self, causal: bool) -> Tensor | None:
         """(B, T) true where a gate may look; None is everywhere."""

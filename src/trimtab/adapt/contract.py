@@ -86,13 +86,17 @@ class Method(Config, ABC):
 
     ``targets`` and ``exclude`` select sites (see `trimtab.models.selectors`), ``layers`` restricts them to
     blocks of those indices. ``train`` names modules that are trained in full, per adapter, under the
-    same routes (a classification head).
+    same routes (a classification head). With ``layer_drop`` each forward of training leaves the edits out of
+    the first n blocks, n drawn anew among 0 .. blocks − 1 (AdapterDrop, arXiv 2010.11918).
 
     Class facts: ``kind`` is its name in the registry; ``affine`` whether its edits can merge, and
     ``why_not_affine`` the reason if not; ``needs_prompt`` whether a gate must see a prompt; ``lr`` and
     ``weight_decay`` are defaults of training; ``peft_type`` and ``disk`` (slot -> slot in a file) are what
     PEFT calls it, ``peft_root`` what PEFT puts before the path of a module; ``short_names`` (slot -> short
-    name) lets arithmetic work without a model.
+    name) lets arithmetic work without a model. Where a fact depends on the fields, a property says it:
+    `unmergeable`, `default_lr`, `names`.
+
+    ``a | b`` is the union of two methods: one adapter with the edits of both.
 
     ``scales`` is the short name of a tensor in which the edit is linear, ``adds`` whether edits of equal methods
     add when that tensor does. ``peft_options`` maps PEFT's options to (our field, PEFT's default), ``peft_lacks``
@@ -125,11 +129,46 @@ class Method(Config, ABC):
     """Only in the blocks of these numbers; negative ones count from the last."""
     train: tuple[str, ...] = ()
     """Modules that are trained in full beside it, such as a classification head."""
+    layer_drop: bool = False
+    """In training, leave the edits out of the first blocks, of another number each time (AdapterDrop)."""
 
     @field_validator("targets", "exclude", "layers", "train", mode="before")
     @classmethod
     def _tuples(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list | set | range) else value
+
+    def __or__(self, other: Method | str) -> Method:
+        """One adapter with the edits of both, these innermost."""
+        from trimtab.adapt.parse import method_from
+
+        return method_from([self, other])
+
+    def __ror__(self, other: str) -> Method:
+        from trimtab.adapt.parse import method_from
+
+        return method_from([other, self])
+
+    # -- facts that may depend on the fields ---------------------------------------------------------
+
+    @property
+    def members(self) -> tuple[Method, ...]:
+        """The methods that it is made of, each with sites and tensors of its own; by default itself."""
+        return (self,)
+
+    @property
+    def unmergeable(self) -> str:
+        """Why no weight can equal its edits; empty where one can."""
+        return "" if self.affine else self.why_not_affine
+
+    @property
+    def default_lr(self) -> float:
+        """The learning rate where nobody says one."""
+        return self.lr
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """Slot -> short name, of all its slots."""
+        return self.short_names
 
     # -- where and what ------------------------------------------------------------------------------
 
@@ -253,11 +292,20 @@ class Method(Config, ABC):
         """`plain`, where it depends on the tensors too (how many ranks are left); they are by path and slot."""
         return self.plain()
 
+    def remade(self, members: Sequence[Method]) -> Method:
+        """This method with others in the place of its `members`."""
+        (only,) = members
+        return only
+
     def plain_tensors(
         self, tensors: Mapping[str, Tensor], place: Place | None
     ) -> dict[str, Tensor]:
         """The tensors of `plain`, by slot, from these; ``place`` None asks for the whole adapter's."""
         return dict(tensors)
+
+    def settled(self, shared: Params) -> Method:
+        """The method whose gates no longer look at examples, from the whole adapter's tensors; by default itself."""
+        return self
 
     # -- arithmetic on one site's tensors --------------------------------------------------------------
 
@@ -318,10 +366,19 @@ class Method(Config, ABC):
 
     # -- values ----------------------------------------------------------------------------------------
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able, with its kind: what `trimtab.adapt.parse.method_from` reads back."""
-        nested = {name: value.to_dict() for name, value in self if isinstance(value, Method)}
-        return {"kind": self.kind, **self.model_dump(mode="json", exclude=set(nested)), **nested}
+    def to_dict(self, *, given: bool = False) -> dict[str, Any]:
+        """JSON-able, with its kind: what `trimtab.adapt.parse.method_from` reads back.
+
+        ``given`` leaves out the fields that were not set.
+        """
+        one = {name: value for name, value in self if isinstance(value, Method)}
+        several = {n: v for n, v in self if isinstance(v, tuple) and v and isinstance(v[0], Method)}
+        nested = {name: method.to_dict(given=given) for name, method in one.items()} | {
+            name: [method.to_dict(given=given) for method in each] for name, each in several.items()
+        }
+        own = self.model_dump(mode="json", exclude=set(nested), exclude_unset=given)
+        said = self.model_fields_set if given else set(nested)
+        return {"kind": self.kind, **own, **{n: v for n, v in nested.items() if n in said}}
 
     def overrides(self, hook: str) -> bool:
         """Whether this class makes that edit at all."""

@@ -30,6 +30,7 @@ def describe(model: nn.Module) -> str:
     for name, adapter in bank.adapters.items():
         scale = bank.scales.get(name, 1.0)
         notes = [] if scale == 1.0 else [f"scale {scale:g}"]
+        notes += [f"not in the first {bank.dropped[name]} blocks"] if bank.dropped.get(name) else []
         notes += ["disabled"] if name in bank.disabled else []
         lines.append(
             f"  {name}: {' + '.join(m.kind for m in adapter.methods)}, {adapter.count:,} parameters "
@@ -48,7 +49,8 @@ def resolve(model: nn.Module, method: Method | str | Mapping[str, object]) -> st
     """Where a method would act on this model, with shapes and parameter counts; nothing is changed."""
     chosen = method_from(method)
     adapter, specs = states(model, chosen)
-    head = f"{chosen.kind}: {len(adapter.sites)} sites, {counted(adapter, specs):,} parameters"
+    kinds = " + ".join(part.kind for part in chosen.members)
+    head = f"{kinds}: {len(adapter.sites)} sites, {counted(adapter, specs):,} parameters"
     return "\n".join([head, *(f"  {line}" for line in grouped(adapter))])
 
 

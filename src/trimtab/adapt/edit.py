@@ -30,8 +30,10 @@ class Edit:
         path: str,
         role: str,
         block: int | None,
+        blocks: int,
         order: tuple[int, int],
         causal: bool,
+        answers: bool,
         specs: Mapping[str, Spec],
         shared: Mapping[str, Spec],
     ) -> None:
@@ -40,8 +42,10 @@ class Edit:
         self.path = path
         self.role = role
         self.block = block
+        self.blocks = blocks
         self.index, self.count = order
         self.causal = causal
+        self.answers = answers
         self.tensors = {short: Held(spec.name, spec.cast) for short, spec in specs.items()}
         self.shared = {short: Held(spec.name, spec.cast) for short, spec in shared.items()}
         self.enters = method.overrides("enter")

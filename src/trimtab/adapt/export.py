@@ -8,21 +8,31 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab.adapt.adapter import Adapter, TensorName
+from trimtab.adapt.bank import bank_of
+from trimtab.adapt.plan import layer_at, planned
+from trimtab.adapt.tensors import specs_of
+from trimtab.adapt.tree import anatomy_of
+from trimtab.errors import UnsupportedError
 
 
 def exported(adapter: Adapter, *, name: str | None = None) -> Adapter:
     """An independent adapter with the same edits, of the simplest methods that have them."""
     copy = adapter.detached(name=name)
-    if all(method.plain() == method for method in adapter.methods):
+    if adapter.method.plain() == adapter.method:
         return copy
-    parts = _by_method(copy)
-    plain = [
+    parts: dict[tuple[str, int], dict[str, Tensor]] = {}
+    for tensor_name, number in copy.owners.items():
+        parts.setdefault((tensor_name.path, number), {})[tensor_name.slot] = copy.named()[
+            tensor_name
+        ]
+    members = [
         method.plain_for({path: slots for (path, number), slots in parts.items() if number == own})
-        for own, method in enumerate(copy.methods)
+        for own, method in enumerate(adapter.method.members)
     ]
+    plain = adapter.method.remade(members).replace(train=adapter.method.train)
     tensors: dict[TensorName, Tensor] = {}
     for (path, number), slots in parts.items():
         method = copy.methods[number].at(path) if path else copy.methods[number]
@@ -34,16 +44,32 @@ def exported(adapter: Adapter, *, name: str | None = None) -> Adapter:
     )
 
 
-def _by_method(adapter: Adapter) -> dict[tuple[str, int], dict[str, Tensor]]:
-    """The tensors by path and number of the method that they belong to."""
-    numbers: dict[str, list[int]] = {"": list(range(len(adapter.methods)))}
-    for site in adapter.sites:
-        here = numbers.setdefault(site.path, [])
-        if site.method not in here:
-            here.append(site.method)
-    found: dict[tuple[str, int], dict[str, Tensor]] = {}
-    for name, tensor in adapter.named().items():
-        here = numbers[name.path]
-        owner = next((n for n in here if name.slot in adapter.methods[n].short_names), here[0])
-        found.setdefault((name.path, owner), {})[name.slot] = tensor
-    return found
+def settled(model: nn.Module, name: str, *, to: str | None = None) -> Adapter:
+    """An attached adapter without gates that look at examples: what they chose most, for every example.
+
+    SpotTune becomes its inner method in the blocks that examples use most, which merges and is shared as that
+    method is. The adapter stays as it is; the new one is called ``to`` (by default alike) and attached to nothing.
+
+    Raises:
+        UnsupportedError: the adapter's method has no such gates.
+    """
+    adapter = bank_of(model).require(name)
+    named = adapter.named()
+    names = {slot: short for method in adapter.methods for slot, short in method.names.items()}
+    shared = {names[n.slot]: t for n, t in named.items() if not n.path and n.slot in names}
+    method = adapter.method.settled(shared)
+    if method == adapter.method:
+        raise UnsupportedError(
+            f"{adapter.method.kind}: it has no gates that choose by example, so there is nothing to settle."
+        )
+    anatomy = anatomy_of(model)
+    new = planned(model, method, to or adapter.name, anatomy)
+    layers = {site.path: layer_at(anatomy, site.path) for site in new.sites}
+    wanted = [
+        TensorName(path, spec.name)
+        for (_, path), specs in specs_of(new, anatomy, layers).items()
+        for spec in specs.values()
+        if spec.stored
+    ]
+    tensors = {tensor_name: named[tensor_name].detach().clone() for tensor_name in wanted}
+    return Adapter(new.name, method, new.sites, tensors, base=adapter.base, origin=new.origin)

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -43,10 +43,12 @@ class Entry(Config):
 
 
 class Description(Config):
-    """What ``trimtab.json`` says; ``sites`` are (path, role, number of the method).
+    """What ``trimtab.json`` says.
 
-    Checksums are of what reading gives. ``packing`` says what is stored in few bits; ``drawn`` holds checksums of
-    tensors that are not in the file, because a seed gives them; ``in_peft`` whether PEFT has this in these places.
+    ``methods`` are the method, and the one that trains modules in full, if any are; ``sites`` are (path, role,
+    number of the method), where the parts of a union count one by one. Checksums are of what reading gives.
+    ``packing`` says what is stored in few bits; ``drawn`` holds checksums of tensors that are not in the file,
+    because a seed gives them; ``in_peft`` whether PEFT has this in these places.
     """
 
     version: Literal[1] = Field(alias="schema")  # pydantic has a method of that name
@@ -67,12 +69,6 @@ class Description(Config):
         check_name(value)
         return value
 
-    @model_validator(mode="after")
-    def _numbers(self) -> Self:
-        if any(not 0 <= number < len(self.methods) for _, _, number in self.sites):
-            raise ValueError("a site is of a method that is not there")
-        return self
-
 
 def save(adapter: Adapter, folder: Path, bits: int | None = None) -> Path:
     """Write the adapter; an adapter that was in ``folder`` before is replaced whole or not at all.
@@ -83,7 +79,7 @@ def save(adapter: Adapter, folder: Path, bits: int | None = None) -> Path:
         StorageError: the disk refused (full, read-only); what was there before is intact.
         ConfigError: a method is not registered under its kind, so no process could read it back.
     """
-    for method in adapter.methods:
+    for method in (adapter.method, *adapter.methods):
         if methods.get(method.kind) is not type(method):
             raise ConfigError(
                 f"method {method.kind!r} is registered as another class than {type(method).__name__}, so this "
@@ -109,7 +105,10 @@ def save(adapter: Adapter, folder: Path, bits: int | None = None) -> Path:
     ours = Description(
         schema=SCHEMA,
         name=adapter.name,
-        methods=tuple(method.to_dict() for method in adapter.methods),
+        methods=tuple(
+            method.to_dict()
+            for method in (adapter.method, *adapter.methods[len(adapter.method.members) :])
+        ),
         sites=tuple((site.path, site.role, site.method) for site in adapter.sites),
         base=adapter.base,
         base_name=adapter.origin.base_name,
@@ -154,8 +153,9 @@ def load(folder: Path, *, name: str | None = None) -> Adapter:
 def disk_key(adapter: Adapter, name: TensorName) -> str:
     """The key of a tensor in the weights file, in PEFT's grammar."""
     slot = name.slot
-    for method in adapter.methods:
-        if slot in method.disk:
+    here = {site.method for site in adapter.sites if site.path == name.path}
+    for number, method in enumerate(adapter.methods):
+        if slot in method.disk and (not name.path or number in here):
             slot = method.disk[slot]
             break
     if not name.path:
@@ -201,8 +201,10 @@ def _from_ours(
         provenance=ours.provenance,
     )
     sites = [SiteSpec(*site) for site in ours.sites]
-    chosen = [method_from(item) for item in ours.methods]
-    adapter = Adapter(name or ours.name, chosen, sites, named, base=ours.base, origin=origin)
+    method = method_from(ours.methods[0])
+    adapter = Adapter(name or ours.name, method, sites, named, base=ours.base, origin=origin)
+    if any(not 0 <= site.method < len(adapter.methods) for site in sites):
+        raise FileFormatError(f"{folder / OURS}: a site is of a method that is not there.")
     adapter.drawn = dict(ours.drawn)
     return adapter
 
@@ -270,7 +272,7 @@ def _parsed(
         task_type=config.get("task_type"),
         transposed=bool(config.get("fan_in_fan_out")),
     )
-    adapter = Adapter(own_name, [method, *([full] if full else [])], sites, named, origin=origin)
+    adapter = Adapter(own_name, method, sites, named, origin=origin)
     adapter.drawn = drawn
     return adapter
 
@@ -316,7 +318,8 @@ def _same_keys(file: Path, expected: set[str], found: set[str]) -> None:
 
 def _peft_config(adapter: Adapter, bits: int | None) -> dict[str, Any]:
     method = adapter.method
-    paths = method.wrapped(adapter.places())
+    places = [place for number in range(len(method.members)) for place in adapter.places(number)]
+    paths = method.wrapped(places)
     plain = method.plain()
     # Of the same kind and yet another method: PEFT knows the plain form only, and would read this one as it.
     known = adapter.origin.in_peft and (plain == method or plain.kind != method.kind)
@@ -333,4 +336,4 @@ def _peft_config(adapter: Adapter, bits: int | None) -> dict[str, Any]:
     if adapter.origin.transposed:
         targets["fan_in_fan_out"] = True
     full: dict[str, Any] = {"modules_to_save": list(method.train)} if method.train else {}
-    return {**base, **targets, **full, **method.to_peft(adapter.places())}
+    return {**base, **targets, **full, **method.to_peft(places)}

@@ -79,11 +79,11 @@ def fold(model: nn.Module, names: str | Sequence[str]) -> nn.Module:
 def check_mergeable(bank: Bank, owner: Owner) -> None:
     """Raise for the first adapter whose edit no weight can equal."""
     for name in owner:
-        for method in bank.require(name).methods:
-            if not method.affine:
-                raise NotMergeableError(
-                    f"adapter {name!r} ({method.kind}) cannot be merged: {method.why_not_affine}."
-                )
+        method = bank.require(name).method
+        if method.unmergeable:
+            raise NotMergeableError(
+                f"adapter {name!r} ({method.kind}) cannot be merged: {method.unmergeable}."
+            )
 
 
 def merged_layer(site: Site, owner: Owner) -> nn.Module:

@@ -1,13 +1,14 @@
 """The registry of methods, and the three ways to write one: a value, a mapping, a string.
 
-LoRA(rank=8)      {"kind": "lora", "rank": 8}      "lora(rank=8)"
+LoRA(rank=8)           {"kind": "lora", "rank": 8}         "lora(rank=8)"
+LoRA() | Prefix()      [{"kind": "lora"}, "prefix"]        "lora|prefix"
 """
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trimtab.adapt.contract import Method
@@ -17,6 +18,7 @@ from trimtab.registry import Registry
 METHODS = {
     "adalora": "trimtab.methods.adalora:AdaLoRA",
     "adapterplus": "trimtab.methods.adapterplus:AdapterPlus",
+    "adafit": "trimtab.methods.adafit:AdaFit",
     "bitfit": "trimtab.methods.bitfit:BitFit",
     "bottleneck": "trimtab.methods.bottleneck:Bottleneck",
     "compacter": "trimtab.methods.compacter:Compacter",
@@ -24,6 +26,7 @@ METHODS = {
     "dora": "trimtab.methods.dora:DoRA",
     "full": "trimtab.methods.full:Full",
     "fusion": "trimtab.methods.fusion:Fusion",
+    "gated": "trimtab.methods.gated:Gated",
     "ia3": "trimtab.methods.ia3:IA3",
     "loreft": "trimtab.methods.loreft:LoReFT",
     "lora": "trimtab.methods.lora:LoRA",
@@ -51,6 +54,7 @@ METHODS = {
     "prompt": "trimtab.methods.prompt:Prompt",
     "ptuning": "trimtab.methods.ptuning:PTuning",
     "spottune": "trimtab.methods.spottune:SpotTune",
+    "union": "trimtab.methods.union:Union",
 }
 methods: Registry[type[Method]] = Registry("method", "trimtab.methods", METHODS)
 
@@ -61,14 +65,19 @@ PRESETS = {
     "scaled_parallel": "parallel(scaling='learned')",
     "compacter++": "compacter(targets=['mlp_output'], train=['norms'])",
     "p-tuning-v2": "prefix(length=128, init_std=1.0, dropout=0.1)",
+    "adafilter": "adafit(reads='input', group_size=1)",
 }
 """Settings that have a name of their own. Options are added to them: ``houlsby(size=8)``."""
 
 _FORM = re.compile(r"\s*([A-Za-z0-9_\-+]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
 
 
-def method_from(value: Method | Mapping[str, Any] | str) -> Method:
-    """The method that a value, a mapping with ``kind``, or a string means.
+Written = Method | Mapping[str, Any] | str
+"""One method, in any of the three ways."""
+
+
+def method_from(value: Written | Sequence[Written]) -> Method:
+    """The method that a value, a mapping with ``kind``, or a string means; several of them are a union.
 
     Raises:
         UnknownNameError: no such method or option; the message suggests near ones.
@@ -78,6 +87,9 @@ def method_from(value: Method | Mapping[str, Any] | str) -> Method:
         return value
     if isinstance(value, str):
         return _from_string(value)
+    if isinstance(value, Sequence):
+        several = [method_from(each) for each in value]
+        return several[0] if len(several) == 1 else methods.get("union").parse({"parts": several})
     options = dict(value)
     if "kind" not in options:
         raise ConfigError("a method needs a 'kind', for example {'kind': 'lora', 'rank': 16}.")
@@ -88,6 +100,11 @@ def method_from(value: Method | Mapping[str, Any] | str) -> Method:
 
 
 def _from_string(text: str) -> Method:
+    written = _alternatives(text)
+    if len(written) > 1:
+        if not all(map(str.strip, written)):
+            raise ConfigError(f"method {text!r}: a method stands on each side of a bar.")
+        return method_from(written)
     form = _FORM.fullmatch(text)
     if form is None:
         raise ConfigError(
@@ -113,6 +130,23 @@ def name_and_options(text: str) -> tuple[str, dict[str, Any]]:
     return form.group(1), _options(text, form.group(2) or "")
 
 
+def _alternatives(text: str) -> list[str]:
+    """What stands between bars outside of parentheses, brackets and quotes."""
+    found, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        else:
+            depth += (character in "([{") - (character in ")]}")
+            if character == "|" and depth == 0:
+                found.append("")
+                continue
+        found[-1] += character
+    return found
+
+
 def _options(text: str, arguments: str) -> dict[str, Any]:
     """What stands between the parentheses, as literals."""
     try:
@@ -125,11 +159,19 @@ def _options(text: str, arguments: str) -> dict[str, Any]:
 
 
 def _literal(node: ast.expr) -> Any:
-    """A Python literal; a nested ``name(...)`` stays text and is read as a method by its field."""
+    """A Python literal; ``name``, ``name(...)`` and ``one|other`` stay text, which a field reads as a method."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         return ast.unparse(node)
     if isinstance(node, ast.List | ast.Tuple):
         return [_literal(element) for element in node.elts]
     if isinstance(node, ast.Name) and node.id.lower() in ("true", "false", "none", "null"):
         return {"true": True, "false": False, "none": None, "null": None}[node.id.lower()]
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return ast.unparse(node)
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_literal(element) for element in node.elts]
+    if isinstance(node, ast.Name):
+        return {"true": True, "false": False, "none": None, "null": None}.get(
+            node.id.lower(), node.id
+        )
     return ast.literal_eval(node)

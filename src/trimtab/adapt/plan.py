@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from trimtab.adapt.adapter import Adapter, Origin, SiteSpec
+from trimtab.adapt.adapter import Adapter, Origin, SiteSpec, whole
 from trimtab.adapt.contract import Method, Place
-from trimtab.adapt.parse import methods
 from trimtab.errors import (
     AttachError,
     BaseMismatchError,
     TargetError,
+    UnsupportedError,
     suggest,
 )
 from trimtab.frozen import Layer
@@ -24,34 +24,47 @@ from trimtab.models.families import ROLES
 
 def planned(model: nn.Module, method: Method, name: str, anatomy: Anatomy) -> Adapter:
     """An adapter without tensors: the method resolved to this model's sites."""
-    places = list(method.place(anatomy))
-    if not places:
-        raise TargetError(f"{method.kind} finds no place to act in {type(model).__name__}.")
-    found = [method]
-    sites = [SiteSpec(place.path, place.role, 0) for place in places]
-    if method.train:
-        full = methods.get("full").parse({"targets": method.train})
-        found.append(full)
-        trained = [place.path for place in full.place(anatomy)]
-        both = sorted(set(trained) & {place.path for place in places})
-        if both:
+    sites: list[SiteSpec] = []
+    for number, part in enumerate(whole(method)):
+        found = [SiteSpec(place.path, place.role, number) for place in part.place(anatomy)]
+        if not found:
+            raise TargetError(f"{part.kind} finds no place to act in {type(model).__name__}.")
+        if part.layer_drop and not anatomy.blocks:
             raise TargetError(
-                f"{both[0]!r} is both adapted and trained in full; exclude it from the targets."
+                f"layer_drop: {type(model).__name__} has no blocks that Trimtab knows."
             )
-        sites += [SiteSpec(path, "", 1) for path in trained]
-    return Adapter(name, found, sites, {}, origin=_origin(model, method, sites, anatomy))
+        if part.layer_drop and part.overrides("keys_values"):
+            raise UnsupportedError(
+                f"layer_drop: {part.kind} adds keys and values inside attention; those are not left out by block."
+            )
+        sites += found
+    _once_in_full(method, sites)
+    return Adapter(name, method, sites, {}, origin=_origin(model, method, sites, anatomy))
+
+
+def _once_in_full(method: Method, sites: Sequence[SiteSpec]) -> None:
+    """What replaces a layer whole leaves no room for another edit of it."""
+    for number, part in enumerate(whole(method)):
+        if part.kind == "full":
+            others = {site.path for site in sites if site.method != number}
+            both = sorted(others & {site.path for site in sites if site.method == number})
+            if both:
+                raise TargetError(
+                    f"{both[0]!r} is both adapted and trained in full; exclude it from the targets."
+                )
 
 
 def _origin(
     model: nn.Module, method: Method, sites: Sequence[SiteSpec], anatomy: Anatomy
 ) -> Origin:
     """What an adapter's folder is to say of this base."""
-    places = [Place(site.path, site.role) for site in sites if site.method == 0]
+    parts = len(method.members)
+    places = [Place(site.path, site.role) for site in sites if site.method < parts]
     paths = method.wrapped(places)
     layers = [layer_at(anatomy, path) for path in paths]
     kind = type(model).__name__
     task = next((task for ending, task in _TASKS.items() if kind.endswith(ending)), None)
-    headless = not any(site.method and site.path in anatomy.head for site in sites)
+    headless = not any(site.method >= parts and site.path in anatomy.head for site in sites)
     return Origin(
         base_name=getattr(anatomy.config, "_name_or_path", None) or None,
         task_type=None if headless and task in _HEADS_TOO else task,

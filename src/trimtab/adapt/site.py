@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.adapt.at import At
+from trimtab.adapt.at import Around, At
 from trimtab.adapt.context import Context
 from trimtab.adapt.edit import Bound, Edit, enter, leave
 from trimtab.adapt.route import Layout, Owner, Part
@@ -53,9 +53,9 @@ class SiteBase(nn.Module):
         """Whether no adapter has an edit here."""
         return not any(self.edits.values())
 
-    def acting(self, owner: Owner) -> list[Edit]:
+    def acting(self, owner: Owner, *, training: bool = False) -> list[Edit]:
         """The edits of an owner at this site, innermost first."""
-        return [edit for name in owner for edit in self.edits.get(name, ())]
+        return self.bank.acting(self.edits, owner, training)
 
     def bind(self, edits: Sequence[Edit], layer: Layer, context: Context, part: Part, dtype: torch.dtype,
              holder: nn.Module | None = None, expert: int | None = None) -> list[Bound]:  # fmt: skip
@@ -104,7 +104,7 @@ class Site(SiteBase):
         if self.layer.kind == "embedding":
             x = context.for_each_row(x)
         split = context.layout(x)
-        acting = [self.acting(part.owner) for part in split.parts]
+        acting = [self.acting(part.owner, training=self.training) for part in split.parts]
         if not any(acting):
             return self.base_layer(*args, **kwargs)
         layer = self.layer
@@ -147,10 +147,12 @@ class ExpertsSite(SiteBase):
         for name in {edit.path for edits in self.edits.values() for edit in edits}:
             bank.fire(name)
         pieces = []
+        places = torch.arange(hidden_NH.shape[0], device=hidden_NH.device)
         for part in split.parts:
             inputs = part.take(hidden_NH), part.take(index_NK), part.take(weights_NK)
-            if self.acting(part.owner):
-                pieces.append(self._edited(part, context, *inputs))
+            if self.acting(part.owner, training=self.training):
+                whole = _whole(part, part.take(places), context)
+                pieces.append(self._edited(whole, context, *inputs))
             else:
                 y: Tensor = self.base_layer(*inputs)
                 pieces.append(y)
@@ -159,18 +161,17 @@ class ExpertsSite(SiteBase):
     def _edited(
         self, part: Part, context: Context, hidden: Tensor, index: Tensor, weights: Tensor
     ) -> Tensor:
-        edits = self.acting(part.owner)
+        edits = self.acting(part.owner, training=self.training)
+        given = Around(part, hidden)
 
         def around(name: str, expert: int, layer: ExpertLayer, x: Tensor, tokens: Tensor) -> Tensor:
             here = [edit for edit in edits if edit.path == f"{self.path}.{name}"]
             if not here:
                 return layer.call(x)
-            units = tokens if part.units is None else part.units[tokens]
-            if part.units is None:
-                rows = part.unit_count if context.rows is None else context.rows
-                units = tokens // max(hidden.shape[0] // rows, 1)
-            own = Part(part.owner, None, units, False, part.unit_count)
+            own = _some(part, tokens)
             stack = self.bind(here, layer, context, own, x.dtype, self.get_submodule(name), expert)
+            for bound in stack:
+                bound.call.around = given
             return leave(stack, layer.call(enter(stack, x)))
 
         return run(self.base_layer, hidden, index, weights, around)
@@ -180,6 +181,22 @@ class ExpertsSite(SiteBase):
         if parameter not in self._modules:
             self._modules[parameter] = Slot()
         return self.get_submodule(parameter)
+
+
+def _whole(part: Part, places: Tensor, context: Context) -> Part:
+    """A part of the flattened tokens, each with its unit and its place among all tokens."""
+    units, count = part.units, part.unit_count
+    if units is None:
+        count = part.unit_count if context.rows is None else context.rows
+        units = places // max(places.shape[0] // count, 1)
+    return Part(part.owner, places, units, True, count)
+
+
+def _some(part: Part, tokens: Tensor) -> Part:
+    """Some tokens of such a part."""
+    if part.units is None or not isinstance(part.index, Tensor):
+        raise AssertionError("made by _whole")
+    return Part(part.owner, part.index[tokens], part.units[tokens], True, part.unit_count)
 
 
 def _hide_base(site: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -62,10 +62,10 @@ class Stepper:
         self.memory = others | {f"{prefix}{key}": value for key, value in part.items()}
 
     def _sites(self, number: int) -> dict[Place, Params]:
-        short_names = self.adapter.methods[number].short_names
+        names = self.adapter.methods[number].names
         by_path: dict[str, dict[str, Tensor]] = {}
         for name, tensor in self.adapter.named().items():
-            if name.slot in short_names:
-                by_path.setdefault(name.path, {})[short_names[name.slot]] = tensor
+            if name.slot in names:
+                by_path.setdefault(name.path, {})[names[name.slot]] = tensor
         places = [Place(""), *self.adapter.places(number)]
         return {place: by_path[place.path] for place in places if place.path in by_path}

@@ -106,7 +106,8 @@ def _expected(
             tensor_name = TensorName(path, spec.name)
             if tensor_name in expected:
                 raise TargetError(
-                    f"two methods of {adapter.name!r} want the slot {tensor_name.key!r}."
+                    f"two methods of {adapter.name!r} want the slot {tensor_name.key!r}; give them different "
+                    "targets, or attach them as two adapters, which act together."
                 )
             expected[tensor_name] = spec
     return expected

@@ -50,11 +50,15 @@ class ExpertLayer(LinearMap):
     kind = "linear"
     in_peft = False  # PEFT numbers such tensors by the nesting of its wrappers
 
-    def __init__(self, module: nn.Module, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+    def __init__(
+        self, module: nn.Module, weight_OI: Tensor, bias_O: Tensor | None, *, first: bool
+    ) -> None:
         self.module = module
         self._weight = weight_OI
         self._bias = bias_O
         self.out_features, self.in_features = weight_OI.shape
+        self.width = self.in_features if first else self.out_features
+        """Width of what the experts are given."""
 
     @classmethod
     def view(cls, module: nn.Module) -> ExpertLayer | None:
@@ -67,7 +71,10 @@ class ExpertLayer(LinearMap):
         bias = module._parameters.get(f"{name}_bias")
         transposed = cast(Experts, module).is_transposed
         return cls(
-            module, weight.T if transposed else weight, None if bias is None else bias[expert]
+            module,
+            weight.T if transposed else weight,
+            None if bias is None else bias[expert],
+            first=name != "down_proj",
         )
 
     @property

@@ -91,10 +91,6 @@ class Fusion(Inserted):
             at.add_loss("value", self.regularisation * away.square().sum())
         return F.linear((weights_N.unsqueeze(-2) @ f_NC).squeeze(-2), p["V"])
 
-    def to_dict(self) -> dict[str, Any]:
-        whole = self.replace(parts=("pfeiffer", "pfeiffer"))
-        return {**Method.to_dict(whole), "parts": [part.to_dict() for part in self.parts]}
-
 
 def _slot(number: int, slot: str) -> str:
     return f"part{number}_{slot}"

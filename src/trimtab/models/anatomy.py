@@ -57,6 +57,11 @@ class Anatomy:
         generates = getattr(self.root, "can_generate", None)
         return generates is not None and bool(generates()) and not self.encoder_decoder
 
+    def answers(self, path: str) -> bool:
+        """Whether a module lies where an encoder-decoder writes its answer, which a gate must not read ahead."""
+        inside = self.encoder_decoder and "encoder" not in path.split(".")
+        return inside and path not in self.role("input_embedding")
+
     @property
     def encoder_decoder(self) -> bool:
         return bool(getattr(self.config, "is_encoder_decoder", False))

@@ -244,9 +244,10 @@ class Recipe(Config):
     belongs to the adapter."""
     data: DataRecipe
     """What is learnt, and what it is measured on."""
-    method: str | dict[str, Any] = DEFAULT_METHOD
-    """The method with its options: lora(rank=16, alpha=32), or a mapping with kind and options. One that begins from
-    data, such as lora(init=eva), is shown the first 128 training examples."""
+    method: str | dict[str, Any] | list[str | dict[str, Any]] = DEFAULT_METHOD
+    """The method with its options: lora(rank=16, alpha=32), or a mapping with kind and options; several of them,
+    as lora|prefix or as a list, are one adapter. One that begins from data, such as lora(init=eva), is shown the
+    first 128 training examples."""
     name: str = "default"
     """Name of the adapter."""
     epochs: int = Field(default=1, ge=1)

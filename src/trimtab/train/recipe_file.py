@@ -96,8 +96,7 @@ def _method_options(text: str) -> dict[str, Any]:
     """``lora(rank=16)`` as the mapping whose parts can be overridden."""
     from trimtab.adapt.parse import method_from
 
-    method = method_from(text)
-    return {"kind": method.kind, **method.model_dump(mode="json", exclude_unset=True)}
+    return method_from(text).to_dict(given=True)
 
 
 def _copied(value: Any) -> Any:

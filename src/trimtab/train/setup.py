@@ -82,7 +82,7 @@ def resolved(recipe: Recipe, base: Base, adapter: Adapter, folder: Path | None) 
     """The recipe with everything filled in that has a default elsewhere."""
     method, optim = adapter.method, recipe.optim
     optim = optim.replace(
-        lr=method.lr if optim.lr is None else optim.lr,
+        lr=method.default_lr if optim.lr is None else optim.lr,
         weight_decay=method.weight_decay if optim.weight_decay is None else optim.weight_decay,
     )
     return recipe.replace(
@@ -175,6 +175,8 @@ def _shown_labels(recipe: Recipe) -> str:
 
 def shown_method(method: Method) -> str:
     """A method with the options that were chosen, and its sizes."""
+    if len(method.members) > 1:
+        return " | ".join(shown_method(part) for part in method.members)
     chosen = method.model_dump(exclude_defaults=True)
     shown = []
     for key, value in method:
