@@ -288,11 +288,38 @@ def test_a_soft_gate_is_the_mean_of_sigmoids_over_the_prompt_and_keeps_loras_sca
 
 
 @torch.no_grad()
-def test_unipelt_without_its_prefix_is_a_union_of_gated_methods() -> None:
-    lora = "gated(inner=lora(rank=8, alpha=2, targets=[queries, values]))"
-    text = f"{lora}|gated(inner=bottleneck(size=4, targets=mlp_output))"
-    model, _ = attached(text)
-    assert not torch.equal(tiny.output(model, IDS), tiny.output(tiny.llama(), IDS))
+@pytest.mark.parametrize("logit", [30.0, 0.0])
+def test_a_gated_prefix_has_its_keys_and_values_scaled(logit: float) -> None:
+    """UniPELT's: an open gate is the prefix, a half-open one the prefix with half its table."""
+    model, adapter = attached("gated(inner=prefix(length=3, init_std=1.0))")
+    force(adapter, logit)
+    other, plain = attached("prefix(length=3, init_std=1.0)")
+    gate = torch.sigmoid(torch.tensor(logit))
+    (table,) = plain.parameters()
+    table.copy_(adapter.tensors["prompt_encoder.embedding.weight"] * gate)
+    torch.testing.assert_close(tiny.output(model, IDS), tiny.output(other, IDS))
+
+
+@pytest.mark.parametrize(("name", "kinds"), [
+    ("unipelt", ["gated", "gated", "gated"]), ("mam", ["prefix", "parallel"]),
+])  # fmt: skip
+def test_unions_with_a_name_train_and_answer_row_by_row(name: str, kinds: list[str]) -> None:
+    model = tiny.llama()
+    adapter = tt.attach(model, tt.method(name), "a")
+    assert [method.kind for method in adapter.methods] == kinds
+    shaken(adapter, 0.05)
+    with tt.rows(model, ["a", None, "a", None]):
+        out = model(**IDS, **LABELS).logits
+        (out.sum() / 1e3).backward()
+    assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in adapter.parameters())
+    model.eval()
+    with torch.no_grad(), tt.rows(model, ["a", None, "a", None]):
+        mixed = tiny.output(model, IDS)
+        base = tiny.output(tiny.llama(), IDS)
+        torch.testing.assert_close(mixed[1], base[1], atol=1e-5, rtol=1e-5)
+        with tt.using(model, "a"):
+            alone = tiny.output(model, tiny.pick(IDS, [2]))[0]
+        torch.testing.assert_close(mixed[2], alone, atol=1e-5, rtol=1e-5)
 
 
 # -- AdaFit -------------------------------------------------------------------------------------------

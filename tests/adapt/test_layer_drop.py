@@ -136,13 +136,30 @@ def test_a_run_resumes_bitwise(tmp_path: Path) -> None:
         assert torch.equal(tensor, straight.tensors[key]), key
 
 
+@torch.no_grad()
+def test_a_prefix_is_left_out_of_the_first_blocks() -> None:
+    """In training by the draw of each forward, and after it where it is told to."""
+    model, adapter = attached("prefix(length=3, init_std=1.0, layer_drop=true)")
+    only, other = attached("prefix(length=3, init_std=1.0, layers=[1, 2])")
+    (table,), (later,) = adapter.parameters(), other.parameters()
+    later.copy_(table[:, table.shape[1] // 3 :])
+    ids = {"input_ids": torch.arange(3, 11)[None]}
+    tt.drop_layers(model, "a", 1)
+    assert torch.equal(tiny.output(model, ids), tiny.output(only, ids))
+    tt.drop_layers(model, "a", 0)
+    whole = tiny.output(model, ids)
+    model.train()
+    seen = {float(tiny.output(model, ids).sum()) for _ in range(20)}
+    assert len(seen) == 3 and float(whole.sum()) in seen
+
+
 def test_what_cannot_be_left_out_is_an_error() -> None:
     model, _ = attached("lora(rank=4)")
     with pytest.raises(ConfigError, match="0 to 3 blocks"):
         tt.drop_layers(model, "a", 4)
     with pytest.raises(TargetError, match="no blocks"):
         tt.attach(tiny.mixed(), tt.LoRA(targets="head", layer_drop=True))
-    with pytest.raises(TrimtabError, match="keys and values"):
-        tt.attach(tiny.llama(), tt.Prefix(layer_drop=True))
+    with pytest.raises(TrimtabError, match="before the text"):
+        tt.attach(tiny.llama(), tt.Prompt(layer_drop=True))
     with pytest.raises(ConfigError, match="written in the parts"):
         tt.method("union(parts=[lora, bitfit], layer_drop=true)")

@@ -91,6 +91,10 @@ ON_MODEL = {
     ("fusion", "mixed"): (
         f"fusion(parts=[pfeiffer(size=4, targets={EVERY_KIND}), bottleneck(size=6, targets={EVERY_KIND})])"
     ),
+    **{
+        ("gated", c): "gated(inner=prefix(length=3, init_std=1.0))"
+        for c in ("gpt2", "bert", "t5", "classifier")
+    },
     ("gated", "mixed"): f"gated(inner=lora(rank=4, targets={MATRICES}))",
     ("adafit", "mixed"): f"adafit(inner=lora(rank=4, targets={MATRICES}), group_size=3, width=6)",
     **{
@@ -171,9 +175,9 @@ NOT_MERGEABLE = {
     "union": "in its part prefix, it adds keys and values to the softmax of attention",
 }
 IDENTITY_AT_FIRST = {
-    "adafit", "adalora", "bitfit", "boft", "diff", "dora", "full", "gated", "hira", "hra", "ia3", "llama-adapter", "loha",
-    "lokr", "lora", "miss", "mora", "norms", "oft", "parallel", "piggyback", "randlora", "shira", "spottune", "tokens",
-    "vera",
+    "adafit", "adalora", "bitfit", "boft", "diff", "dora", "full", "gated", "hira", "hra", "ia3", "llama-adapter",
+    "loha", "lokr", "lora", "miss", "mora", "norms", "oft", "parallel", "piggyback", "randlora", "shira", "spottune",
+    "tokens", "vera",
 }  # fmt: skip
 """Methods that start as the identity (other bottlenecks only nearly; a prefix, prompt or intervention never)."""
 

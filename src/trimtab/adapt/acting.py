@@ -75,9 +75,9 @@ def drop_layers(model: nn.Module, name: str, count: int) -> None:
     blocks = len(anatomy_of(model).blocks)
     if not isinstance(count, int) or not 0 <= count <= blocks:
         raise ConfigError(f"{name!r} can be left out of 0 to {blocks} blocks, not {count!r}.")
-    if count and any(method.overrides("keys_values") for method in adapter.methods):
+    if count and any(method.overrides("virtual_embeddings") for method in adapter.methods):
         raise TargetError(
-            f"adapter {name!r} adds keys and values inside attention; those are not left out by block."
+            f"adapter {name!r} stands before the text, in no block, so it cannot be left out by block."
         )
     bank.dropped[name] = count
 

@@ -157,7 +157,7 @@ class Injection:
         before: list[Before] = []
         beside: list[Beside] = []
         for owner in dict.fromkeys(context.route.owners):
-            for edit in self._acting(owner):
+            for edit in bank.acting(self.edits, owner, context.training):
                 call = self._call(edit, context, owner, x)
                 holder = bank.get_submodule(_node(self.path)) if edit.tensors else bank
                 call.holder = holder
@@ -177,9 +177,6 @@ class Injection:
             return None
         injected = Injected(self.path, context, before, beside, self.bias_source)
         return args, {**kwargs, KEYWORD: injected}
-
-    def _acting(self, owner: Owner) -> list[Edit]:
-        return [edit for name in owner for edit in self.edits.get(name, ())]
 
     def _call(self, edit: Edit, context: Context, owner: Owner, x: Tensor) -> At:
         route = context.route

@@ -257,6 +257,11 @@ class Method(Config, ABC):
         return shared
 
     @property
+    def readies(self) -> bool:
+        """Whether it makes something of its shared tensors in `ready`."""
+        return self.overrides("ready")
+
+    @property
     def layerwise(self) -> bool:
         """Whether all that it does is to edit layers (so that a gate can scale it)."""
         other = ("keys_values", "beside", "virtual_embeddings")

@@ -51,7 +51,7 @@ class Edit:
         self.enters = method.overrides("enter")
         self.adds = method.overrides("delta")
         self.leaves = method.overrides("leave")
-        self.readies = method.overrides("ready")
+        self.readies = method.readies
         self.source = (adapter, *(held.name for held in self.shared.values()))
         """Which adapter's shared tensors, and which of them: the key of what `Method.ready` makes of them."""
         self.cache: dict[str, tuple[object, Tensor]] = {}

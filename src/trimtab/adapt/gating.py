@@ -44,6 +44,8 @@ class Gating(Method):
 
     affine: ClassVar[bool] = False
     needs_prompt: ClassVar[bool] = True
+    in_attention: ClassVar[bool] = False
+    """Whether it can also scale keys and values that stand before an attention's own."""
     skips: ClassVar[bool] = False
     """Whether each row's gate is 0 or 1 at evaluation, so that closed rows need no inner method."""
 
@@ -57,7 +59,8 @@ class Gating(Method):
         edits = [hook for hook in ("enter", "delta", "leave") if inner.overrides(hook)]
         if len(inner.members) > 1 or isinstance(inner, Gating):
             raise ValueError(f"{inner.kind} has edits of several kinds; gate each of its parts")
-        if not inner.layerwise or not edits:
+        attends = cls.in_attention and inner.overrides("keys_values")
+        if not attends and (not inner.layerwise or not edits):
             raise ValueError(
                 f"{inner.kind} does not edit layers on its own; choose a layer-wise method"
             )
@@ -133,6 +136,14 @@ class Gating(Method):
 
     def shared(self, anatomy: Anatomy, places: Sequence[Place]) -> dict[str, Spec]:
         return dict(self.inner.shared(anatomy, [p for p in places if self.edits(p.role)]))
+
+    @property
+    def readies(self) -> bool:
+        return bool(self.inner.readies)
+
+    def ready(self, shared: Params, training: bool) -> Params:
+        found: Params = self.inner.ready(shared, training)
+        return found
 
     def before_step(self, sites: Sites) -> None:
         self.inner.before_step(_of_inner(sites))

@@ -148,7 +148,7 @@ class MLP(Sized):
 
 
 class Inserted(Method):
-    """Adds ``change`` of what it reads to a layer's output, or before a norm (role ``norm``)."""
+    """Adds ``change`` of a layer's output to it."""
 
     affine: ClassVar[bool] = False
     why_not_affine: ClassVar[str] = "it passes hidden states through a non-linear activation"
@@ -157,16 +157,21 @@ class Inserted(Method):
     def change(self, p: Params, h: Tensor, at: At) -> Tensor:
         """What is added, from h_..C; ``p`` holds this site's tensors and the whole adapter's."""
 
+    def leave(self, p: Params, y: Tensor, at: At) -> Tensor:
+        axis = channel_axis(at.layer)
+        return y + self.change({**at.shared, **p}, y.movedim(axis, -1), at).movedim(-1, axis)
+
+
+class BeforeNorm(Inserted):
+    """Where its role is ``norm`` it reads what the norm gives, and adds the change before the norm."""
+
     def enter(self, p: Params, x: Tensor, at: At) -> Tensor:
         if at.role != NORM:
             return x
         return x + self.change({**at.shared, **p}, at.layer.call(x), at)
 
     def leave(self, p: Params, y: Tensor, at: At) -> Tensor:
-        if at.role == NORM:
-            return y
-        axis = channel_axis(at.layer)
-        return y + self.change({**at.shared, **p}, y.movedim(axis, -1), at).movedim(-1, axis)
+        return y if at.role == NORM else super().leave(p, y, at)
 
 
 class InsertedMLP(Inserted, MLP):

@@ -65,6 +65,11 @@ PRESETS = {
     "scaled_parallel": "parallel(scaling='learned')",
     "compacter++": "compacter(targets=['mlp_output'], train=['norms'])",
     "p-tuning-v2": "prefix(length=128, init_std=1.0, dropout=0.1)",
+    "mam": "prefix(length=30, hidden=800)|parallel(size=512)",
+    "unipelt": (
+        "gated(inner=lora(rank=8, alpha=2, targets=['queries', 'values']))|gated(inner=prefix(length=10))"
+        "|gated(inner=bottleneck(size=48, targets='mlp_output'))"
+    ),
     "adafilter": "adafit(reads='input', group_size=1)",
 }
 """Settings that have a name of their own. Options are added to them: ``houlsby(size=8)``."""

@@ -33,9 +33,9 @@ def planned(model: nn.Module, method: Method, name: str, anatomy: Anatomy) -> Ad
             raise TargetError(
                 f"layer_drop: {type(model).__name__} has no blocks that Trimtab knows."
             )
-        if part.layer_drop and part.overrides("keys_values"):
+        if part.layer_drop and part.overrides("virtual_embeddings"):
             raise UnsupportedError(
-                f"layer_drop: {part.kind} adds keys and values inside attention; those are not left out by block."
+                f"layer_drop: {part.kind} stands before the text, in no block, so it cannot be left out by block."
             )
         sites += found
     _once_in_full(method, sites)

@@ -18,14 +18,14 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from trimtab.adapt.contract import At, Layer, Method, Params, Place, Spec, normal, zeros
-from trimtab.adapt.mlp import Inserted
+from trimtab.adapt.mlp import BeforeNorm, Inserted
 from trimtab.adapt.parse import method_from
 from trimtab.errors import TargetError
 from trimtab.models.anatomy import Anatomy
 
 
 @final
-class Fusion(Inserted):
+class Fusion(BeforeNorm):
     """``Fusion(parts=("pfeiffer(reduction=16)", "pfeiffer(reduction=16)"))``: the sites are those of the parts."""
 
     kind: ClassVar[str] = "fusion"

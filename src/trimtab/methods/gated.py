@@ -4,7 +4,8 @@
 
 Every place has a gate of its own, which reads the layer's input (the output of a sub-layer); ``w`` and ``b`` start
 at zero, so that it is half open. The inner method keeps its own scaling: UniPELT's code drops LoRA's alpha / rank
-where it gates. Experts of a mixture each see a few tokens, so theirs reads the mean of what all of them are given.
+where it gates. A prefix has its keys and values scaled, as there. Experts of a mixture each see a few tokens, so
+theirs reads the mean of what all of them are given.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from trimtab.adapt.contract import At, Layer, Params, Spec, zeros
 from trimtab.adapt.gating import Gating, once, seen, width_seen
+from trimtab.adapt.route import Part
 
 
 @final
@@ -28,6 +30,7 @@ class Gated(Gating):
     why_not_affine: ClassVar[str] = (
         "each example scales it in its own way, so no one weight serves all"
     )
+    in_attention: ClassVar[bool] = True
     short_names: ClassVar[Mapping[str, str]] = {"gate.weight": "gate_w", "gate.bias": "gate_b"}
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
@@ -43,6 +46,24 @@ class Gated(Gating):
             x_UC = once(at, (at.path, at.context.share), lambda: at.pool(around.x, around.part))
             return torch.sigmoid(F.linear(x_UC, p["gate_w"], p["gate_b"]))[:, 0]
         return once(at, (at.path, at.context.share), lambda: self._mean(p, seen(value, at), at))
+
+    def keys_values(self, p: Params, at: At) -> tuple[Tensor, Tensor] | None:
+        """Those of the inner method, each sequence's scaled by its gate, which reads the attention's input."""
+        found = self.inner.keys_values(p, at)
+        if found is None:
+            return None
+        part = next(part for part in at.context.layout(at.x).parts if part.owner == at.part.owner)
+        gates_U = once(at, (at.path, at.context.share), lambda: self._of_part(p, part, at))
+        gates_U11 = gates_U.to(at.dtype)[:, None, None]
+        return found[0] * gates_U11, found[1] * gates_U11
+
+    @property
+    def virtual_tokens(self) -> int:
+        return int(self.inner.virtual_tokens)
+
+    def _of_part(self, p: Params, part: Part, at: At) -> Tensor:
+        opened = torch.sigmoid(F.linear(part.take(at.x), p["gate_w"], p["gate_b"]))
+        return at.pool(opened, part)[:, 0]
 
     def _mean(self, p: Params, x: Tensor, at: At) -> Tensor:
         return at.pool(torch.sigmoid(F.linear(x, p["gate_w"], p["gate_b"])))[:, 0]

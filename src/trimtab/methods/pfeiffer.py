@@ -15,12 +15,12 @@ from typing import ClassVar, final
 from pydantic import Field
 
 from trimtab.adapt.contract import Init, Place, normal
-from trimtab.adapt.mlp import NORM, Activation, InsertedMLP
+from trimtab.adapt.mlp import NORM, Activation, BeforeNorm, InsertedMLP
 from trimtab.models.anatomy import Anatomy
 
 
 @final
-class Pfeiffer(InsertedMLP):
+class Pfeiffer(BeforeNorm, InsertedMLP):
     """``Pfeiffer(reduction=16)``: after the feed-forward of every block; ``targets`` names other layers."""
 
     kind: ClassVar[str] = "pfeiffer"
