@@ -1,4 +1,4 @@
-"""Compiled ≡ eager, for every method; without a break in the graph unless a hard gate skips computation."""
+"""Compiled ≡ eager, for every method, on a model of one block; without a break in the graph unless a hard gate skips computation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 import trimtab as tt
 from tests.laws.cells import Cell, attached, registered
-from tests.tiny import CASES, output
+from tests.tiny import CASES, llama, output
 
 BREAKS = {"spottune"}
 """A hard gate looks at its values to skip rows: the graph breaks there, and the result is the same."""
@@ -19,8 +19,7 @@ BREAKS = {"spottune"}
 @pytest.mark.parametrize("method", registered())
 def test_compiled_is_eager(method: str) -> None:
     torch._dynamo.reset()
-    case = CASES["llama"]
-    model, inputs = case.model(torch.float32), case.inputs()
+    model, inputs = llama(num_hidden_layers=1), CASES["llama"].inputs()
     attached(Cell(method, "llama"), model, "a")
     attached(Cell(method, "llama"), model, "b", seed=2)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=method not in BREAKS)
@@ -46,10 +45,10 @@ def test_compiled_is_eager(method: str) -> None:
 )
 def test_compiled_gradients_are_eager_gradients(method: str) -> None:
     torch._dynamo.reset()
-    case = CASES["llama"]
     found = []
     for compiled in (False, True):
-        model, inputs = case.model(torch.float32), {**case.inputs(), "use_cache": False}
+        model = llama(num_hidden_layers=1)
+        inputs = {**CASES["llama"].inputs(), "use_cache": False}
         adapter = attached(Cell(method, "llama"), model)
         run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
         output(run, inputs).tanh().sum().backward()
