@@ -1,4 +1,4 @@
-"""Compiled ≡ eager, for every method, on a model of one block; without a break in the graph unless a hard gate skips computation."""
+"""Compiled ≡ eager, for every method, on one block; without a break in the graph unless a hard gate skips rows."""
 
 from __future__ import annotations
 
