@@ -210,7 +210,7 @@ def _withdraw(
         site.edits.pop(name, None)
         slots.prune(site)
         if site.bare():
-            replace(model, site, site.base_layer)
+            replace(model, site, site.release())
     attention.remove(model, bank, name)
     front.remove(bank, name)
     bank.active = [other for other in bank.active if other != name]

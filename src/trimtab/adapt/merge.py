@@ -64,12 +64,12 @@ def fold(model: nn.Module, names: str | Sequence[str]) -> nn.Module:
     for site in sites_of(model).values():
         if isinstance(site, ExpertsSite):
             _merge_experts(site, owner)
-            replace(model, site, site.base_layer)
+            replace(model, site, site.release())
         elif isinstance(site, Site) and site.acting(owner):
             _untie(model, site)
             replace(model, site, merged_layer(site, owner))
         else:
-            replace(model, site, site.base_layer)
+            replace(model, site, site.release())
     from trimtab.adapt.attach import strip
 
     strip(model, bank)

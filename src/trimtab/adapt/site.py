@@ -49,6 +49,10 @@ class SiteBase(nn.Module):
     def bank(self) -> Bank:
         return self._bank[0]
 
+    def release(self) -> nn.Module:
+        """The wrapped layer, as it was; the site is of no more use then."""
+        return self.base_layer
+
     def bare(self) -> bool:
         """Whether no adapter has an edit here."""
         return not any(self.edits.values())
@@ -90,33 +94,74 @@ class SiteBase(nn.Module):
 
 
 class Site(SiteBase):
-    """A wrapped layer: ``y = leave( f( enter(x) ) + delta(x) )`` for whoever acts on each row."""
+    """A wrapped layer: ``y = leave( f( enter(x) ) + delta(x) )`` for whoever acts on each row.
+
+    The output of a sub-layer is edited by a hook on it, before the hooks of others: those by which transformers
+    records hidden states see what the model goes on with.
+    """
 
     def __init__(self, base_layer: nn.Module, path: str, bank: Bank, width: int) -> None:
         super().__init__(base_layer, path, bank)
         self.layer: Layer = view(base_layer) or SubLayer(base_layer, width)
+        self._entered: tuple[list[list[Bound]], Layout] | None = None
+        self._hook: Any = None
+        if self.layer.kind == "sublayer":
+            self._hook = base_layer.register_forward_hook(
+                self._edited, with_kwargs=True, prepend=True
+            )
+
+    def release(self) -> nn.Module:
+        if self._hook is not None:
+            self._hook.remove()
+        return self.base_layer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         bank = self.bank
         bank.fire(self.path)
-        context = bank.context(self.training)
         x, call = self._input(args, kwargs)
+        if self.layer.kind == "sublayer" and not self._enters():
+            return self.base_layer(*args, **kwargs)
+        stacks, split, x = self._stacks(x)
+        if not any(stacks):
+            return self.base_layer(*args, **kwargs)
+        pieces = [part.take(x) for part in split.parts]
+        entered = [enter(stack, piece) for stack, piece in zip(stacks, pieces, strict=True)]
+        changed = any(new is not old for new, old in zip(entered, pieces, strict=True))
+        self._entered = (stacks, split) if self._hook is not None else None
+        out = call(split.join(entered) if changed else x)
+        return out if self._hook is not None else self._after(stacks, split, out)
+
+    def _enters(self) -> bool:
+        return any(edit.enters for edits in self.edits.values() for edit in edits)
+
+    def _stacks(self, x: Tensor) -> tuple[list[list[Bound]], Layout, Tensor]:
+        """Whose edits act on which part of x; and x with rows as the batch has them."""
+        context = self.bank.context(self.training)
         if self.layer.kind == "embedding":
             x = context.for_each_row(x)
         split = context.layout(x)
         acting = [self.acting(part.owner, training=self.training) for part in split.parts]
         if not any(acting):
-            return self.base_layer(*args, **kwargs)
-        layer = self.layer
-        dtype = layer.compute_dtype(x)
+            return [], split, x
+        dtype = self.layer.compute_dtype(x)
         stacks = [
-            self.bind(edits, layer, context, part, dtype)
+            self.bind(edits, self.layer, context, part, dtype)
             for edits, part in zip(acting, split.parts, strict=True)
         ]
-        pieces = [part.take(x) for part in split.parts]
-        entered = [enter(stack, piece) for stack, piece in zip(stacks, pieces, strict=True)]
-        changed = any(new is not old for new, old in zip(entered, pieces, strict=True))
-        out = call(split.join(entered) if changed else x)
+        return stacks, split, x
+
+    def _edited(self, module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
+        """The hook: what a sub-layer gives, edited."""
+        if self._entered is not None:
+            (stacks, split), self._entered = self._entered, None
+            return self._after(stacks, split, out)
+        stacks, split, x = self._stacks(self._input(args, kwargs)[0])
+        for stack, part in zip(stacks, split.parts, strict=False):
+            for bound in stack:
+                bound.call.x = part.take(x)
+        return self._after(stacks, split, out) if stacks else out
+
+    def _after(self, stacks: Sequence[Sequence[Bound]], split: Layout, out: Any) -> Any:
         y, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
         y = self._leave(stacks, split, y)
         return y if rest is None else (y, *rest)

@@ -1,0 +1,50 @@
+"""What transformers records of a model with adapters is what the model goes on with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import trimtab as tt
+from tests import tiny
+from tests.laws.cells import shaken
+from tests.laws.test_laws import recompute_blocks
+
+IDS = {"input_ids": torch.arange(3, 11)[None]}
+ON_BLOCKS = ["adapterplus(size=6)", "pfeiffer(size=6)", "loreft(rank=3, first=2, last=1)"]
+
+
+@pytest.mark.parametrize("text", ON_BLOCKS)
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2], ids=["llama", "gpt2"])
+@torch.no_grad()
+def test_recorded_hidden_states_are_those_after_the_edit(text: str, make) -> None:
+    model = make()
+    model(**IDS, output_hidden_states=True)  # its recording hooks exist before ours
+    shaken(tt.attach(model, tt.method(text), "a"))
+    out = model(**IDS, output_hidden_states=True)
+    norm = model.get_submodule("model.norm" if make is tiny.llama else "transformer.ln_f")
+    seen = []
+    handle = norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model(**IDS)
+    handle.remove()
+    assert torch.equal(norm(seen[0]), out.hidden_states[-1])
+    with tt.using(model, None):
+        bare = model(**IDS, output_hidden_states=True)
+    for mine, theirs in zip(out.hidden_states[1:], bare.hidden_states[1:], strict=True):
+        assert not torch.allclose(mine, theirs)
+
+
+@pytest.mark.parametrize("text", ["adapterplus(size=6)", "parallel(size=6)"])
+def test_recomputed_blocks_are_edited_once(text: str) -> None:
+    found = []
+    for recompute in (False, True):
+        model = tiny.llama()
+        adapter = shaken(tt.attach(model, tt.method(text), "a"))
+        if recompute:
+            recompute_blocks(model)
+        model.train()
+        torch.manual_seed(0)
+        model(**IDS).logits.tanh().sum().backward()
+        found.append([p.grad.clone() for p in adapter.parameters()])
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(plain, again)
