@@ -287,6 +287,25 @@ def test_s12_the_base_is_never_written(method: str) -> None:
     assert same(state(model), before)
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
+def test_s12_a_start_from_the_base_is_kept_in_the_adapter(init: str) -> None:
+    """What PiSSA and its like would take out of the base stays in the adapter, through sums and other adapters."""
+    model = models.llama()
+    before, bare = state(model), logits(model)
+    first = tt.attach(model, f"lora(rank=2, init={init})", "a")
+    torch.testing.assert_close(logits(model, "a"), bare, atol=1e-5, rtol=1e-5)
+    shaken(first)
+    expected = logits(model, "a")
+    tt.attach(model, tt.add([first], weights=[1.0], name="b"))
+    tt.attach(model, tt.exported(first, name="c"))
+    assert torch.equal(logits(model, "a"), expected)
+    for name in "bc":
+        torch.testing.assert_close(logits(model, name), expected, atol=1e-5, rtol=1e-5)
+    for name in "cba":
+        tt.detach(model, name)
+    assert same(state(model), before)
+
+
 def test_s12_the_incumbent_writes_it() -> None:
     """What S12 says of PEFT."""
     model = kit.peft_model(
