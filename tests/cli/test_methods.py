@@ -160,7 +160,9 @@ def test_initial_values_in_words() -> None:
 def test_presets_are_listed_and_shown(run: Ran) -> None:
     code, out, _ = run("methods")
     for name, meaning in PRESETS.items():
-        assert code == 0 and f"{name} is {meaning}" in out
-        code, shown, _ = run("methods", "show", name, "--model", "model")
-        assert code == 0 and meaning in shown
-        assert "parameters" in shown
+        assert code == 0 and f"{name}is{meaning}".replace(" ", "") in "".join(out.split())
+        fits = name if name != "compacter++" else f"{name}(size=8)"  # of a model this narrow
+        code, shown, _ = run("methods", "show", fits, "--model", "model")
+        assert code == 0 and "parameters" in shown
+        code, shown, _ = run("methods", "show", name)
+        assert code == 0 and meaning.replace(" ", "") in "".join(shown.split())

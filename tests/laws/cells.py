@@ -214,7 +214,9 @@ def _anywhere(cell: Cell) -> bool:
 
 
 def _starts_as_identity(cell: Cell) -> bool:
-    return cell.method in IDENTITY_AT_FIRST
+    value = cell.value()
+    inside = dict(value).get("inner", value)  # a gated prefix is not, where a gated LoRA is
+    return cell.method in IDENTITY_AT_FIRST and not inside.overrides("keys_values")
 
 
 def _merges(cell: Cell) -> bool:

@@ -290,8 +290,7 @@ def test_the_head_is_trained_unless_the_method_says_otherwise(job: Path) -> None
     base = load(job / "bert", task="sequence-classification", labels=("a", "b"))
     anatomy = anatomy_of(base.model)
     assert with_head(tt.method("lora"), anatomy).train == ("head",)
-    assert with_head(tt.method("houlsby(size=4)"), anatomy).train == ("head",)
-    assert with_head(tt.method("lora(train=('pooler',), targets='attention')"), anatomy).train == (
-        "pooler",
-    )
+    assert with_head(tt.method("houlsby(size=4)"), anatomy).train == ("norms", "head")
+    chosen = tt.method("lora(train=('pooler', 'classifier'), targets='attention')")
+    assert with_head(chosen, anatomy) == chosen
     assert with_head(tt.method("full(targets=('classifier',))"), anatomy).train == ()

@@ -30,7 +30,7 @@ HOOKS = {
     "before_step": "schedule", "after_step": "schedule",
 }  # fmt: skip
 """What a method may override -> what its edit is called; a schedule works between optimiser steps."""
-GATE = "gate"
+GATE, OF_PARTS = "gate", "those of its parts"
 _SOURCE = re.compile(r"\(([^()]*(?:\b(?:19|20)\d\d\b|\bours\b|\bno paper\b)[^()]*)\)")
 
 
@@ -94,7 +94,7 @@ def about(name: str, *, first_values: bool = False) -> About:
         source=found[1] if found else "",
         formula=formula,
         example=_plain(cls.__doc__ or ""),
-        edits=tuple(dict.fromkeys([GATE, *edits] if cls.needs_prompt else edits)),
+        edits=tuple(dict.fromkeys([GATE, *edits] if cls.needs_prompt else edits or [OF_PARTS])),
         merges=cls.affine,
         why_not=cls.why_not_affine,
         lr=cls.lr,

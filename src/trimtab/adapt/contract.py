@@ -297,6 +297,11 @@ class Method(Config, ABC):
         """`plain`, where it depends on the tensors too (how many ranks are left); they are by path and slot."""
         return self.plain()
 
+    @property
+    def peft_reads(self) -> bool:
+        """Whether PEFT, where it has the method, reads it in this form; by default in its `plain` form only."""
+        return self.plain() == self
+
     def remade(self, members: Sequence[Method]) -> Method:
         """This method with others in the place of its `members`."""
         (only,) = members

@@ -320,9 +320,7 @@ def _peft_config(adapter: Adapter, bits: int | None) -> dict[str, Any]:
     method = adapter.method
     places = [place for number in range(len(method.members)) for place in adapter.places(number)]
     paths = method.wrapped(places)
-    plain = method.plain()
-    # Of the same kind and yet another method: PEFT knows the plain form only, and would read this one as it.
-    known = adapter.origin.in_peft and (plain == method or plain.kind != method.kind)
+    known = adapter.origin.in_peft and method.peft_reads
     own = f"{OWN_TYPE}{method.kind.upper()}" + (f"_INT{bits}" if bits else "")
     base = {
         "peft_type": method.peft_type if known and not bits else own,

@@ -134,6 +134,10 @@ class AdaLoRA(LowRank):
 
     # -- the form to share, arithmetic, PEFT -----------------------------------------------------------
 
+    @property
+    def peft_reads(self) -> bool:
+        return True  # as AdaLoRA; its plain form is a LoRA
+
     def plain(self) -> Method:
         rank = max(self.rank, 1)
         same = {k: v for k, v in self if k in ("targets", "exclude", "layers", "train", "bias")}

@@ -1,4 +1,4 @@
-"""A union (MAM, arXiv 2110.04366; UniPELT, arXiv 2110.07577): several methods trained together as one adapter.
+"""A union (He et al. 2022, arXiv 2110.04366; Mao et al. 2022, arXiv 2110.07577): several methods, one adapter.
 
     y = leave_n( … leave_1( f( enter_1( … enter_n(x)) ) + Δ_1 ) … + Δ_n )
 

@@ -50,12 +50,13 @@ def opened_base(recipe: Recipe) -> tuple[Recipe, Base, Adapter]:
 
 
 def with_head(method: Method, anatomy: Anatomy) -> Method:
-    """A method that trains the classification head too, in full, unless it acts there or trains modules of its own
-    choice already."""
+    """A method that trains the classification head too, in full, unless it acts there or trains it already."""
     places = {place.path for place in method.place(anatomy)}
-    if method.train or places.intersection(anatomy.head):
+    inside = tuple(f"{path}." for path in anatomy.select(method.train)) if method.train else ()
+    trained = [path for path in anatomy.head if f"{path}.".startswith(inside)] if inside else []
+    if trained or places.intersection(anatomy.head):
         return method
-    return method.replace(train=("head",))
+    return method.replace(train=(*method.train, "head"))
 
 
 def run_folder(recipe: Recipe, adapter: Adapter, *, resume: bool) -> Path:
@@ -184,7 +185,7 @@ def shown_method(method: Method) -> str:
             shown.append(f"{key}={shown_method(value)}")
         elif isinstance(value, Mapping) and len(value) > 3:
             shown.append(f"{key} of {len(value)} modules")
-        elif type(value) in (int, float) and (value or key in chosen):
+        elif type(value) in (int, float) and (value not in (0, 1) or key in chosen):
             shown.append(f"{key}={value:g}")
         elif key in chosen:
             shown.append(f"{key}={value!r}")
