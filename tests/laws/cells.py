@@ -244,6 +244,7 @@ LAWS: Mapping[str, Where] = {
     "test_a_row_in_a_mixed_batch_is_the_row_alone": _anywhere,
     "test_every_method_shares_a_batch_with_this_one": _anywhere,
     "test_trained_together_is_trained_alone": _anywhere,
+    "test_trained_beside_other_methods_is_trained_alone": _anywhere,
     "test_exactly_the_declared_parameters_learn_and_the_base_stays": _anywhere,
     "test_save_and_load_is_the_identity": _anywhere,
     "test_detach_leaves_no_trace": _anywhere,

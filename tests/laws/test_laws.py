@@ -208,6 +208,31 @@ def test_trained_together_is_trained_alone(cell: Cell) -> None:
             )
 
 
+@law
+def test_trained_beside_other_methods_is_trained_alone(cell: Cell) -> None:
+    case = CASES[cell.model]
+    model, inputs = case.model(), with_prompt(cell, case.inputs())
+    names = [m for m in registered() if (m, cell.model) not in REFUSED]
+    place = names.index(cell.method)
+    rows = [names[(place + k) % len(names)] for k in (0, 1, 2)] + [cell.method]
+    for number, name in enumerate(dict.fromkeys(rows)):
+        attached(Cell(name, cell.model), model, name, seed=number)
+    found = []
+    for route in ("mixed", "alone"):
+        for parameter in model.parameters():
+            parameter.grad = None
+        mine = list(range(4)) if route == "mixed" else [0, 3]
+        scope = tt.rows(model, rows) if route == "mixed" else tt.using(model, cell.method)
+        with scope:
+            loss_rows(model, pick(inputs, mine)).sum().backward()
+        found.append(gradients(bank_of(model).adapters[cell.method]))
+    for key, alone in found[1].items():
+        mixed = found[0][key]
+        assert (mixed is None) == (alone is None), key
+        if mixed is not None and alone is not None:
+            assert close(mixed, alone, 1e-6), key
+
+
 def loss_rows(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """One loss per row."""
     out = output(model, inputs).flatten(1)

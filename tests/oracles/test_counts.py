@@ -12,10 +12,14 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    DebertaV2Config,
+    DebertaV2Model,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
     T5Config,
@@ -37,6 +41,13 @@ _T0_3B = {
     "vocab_size": 32128, "d_model": 2048, "d_ff": 5120, "d_kv": 64, "num_heads": 32, "num_layers": 24,
     "feed_forward_proj": "gated-gelu",
 }  # fmt: skip
+_DEBERTA_XXL = {
+    "hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 48, "num_attention_heads": 24,
+}  # fmt: skip
+_GPT_175B = {
+    "hidden_size": 12288, "ffn_dim": 49152, "num_hidden_layers": 96, "num_attention_heads": 96,
+    "word_embed_proj_dim": 12288,
+}  # fmt: skip
 _ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
 SHAPES: dict[str, tuple[Any, Any]] = {
     "roberta-base": (RobertaForSequenceClassification, RobertaConfig(**_ROBERTA)),
@@ -47,6 +58,8 @@ SHAPES: dict[str, tuple[Any, Any]] = {
     "gpt2-medium": (GPT2LMHeadModel, GPT2Config(n_embd=1024, n_layer=24, n_head=16)),
     "llama-7b": (LlamaForCausalLM, LlamaConfig()),  # the defaults are its shapes
     "llama-3.2-3b": (LlamaForCausalLM, LlamaConfig(**_LLAMA_3B)),
+    "deberta-xxl": (DebertaV2Model, DebertaV2Config(**_DEBERTA_XXL)),
+    "gpt-175b": (OPTForCausalLM, OPTConfig(**_GPT_175B)),
     "t0-3b": (T5ForConditionalGeneration, T5Config(**_T0_3B)),
 }
 BASES = {
@@ -70,6 +83,10 @@ COUNTS: list[tuple[str, Method, int]] = [
     ("llama-3.2-3b", tt.LoRA(rank=32, targets=QUERY_VALUE), 9_175_040),
     # on GPT-2 the three are one fused layer, of (1024, 3072)
     ("gpt2-medium", tt.LoRA(rank=4, targets="fused_qkv"), 24 * 4 * (1024 + 3 * 1024)),
+    ("deberta-xxl", tt.LoRA(rank=16, targets=QUERY_VALUE), 4_718_592),
+    ("gpt-175b", tt.LoRA(rank=4, targets=QUERY_VALUE), 18_874_368),
+    ("gpt-175b", tt.LoRA(rank=1, targets=QUERY_VALUE), 4_718_592),
+    ("t0-3b", tt.LoRA(rank=4, train=("norms",)), 9_097_216),
     # rsLoRA, dropout and alpha train nothing more; biases and patterns do
     ("llama-7b", tt.LoRA(rank=8, alpha=4, rslora=True, dropout=0.1, targets=QUERY_VALUE), 4_194_304),
     ("roberta-base", tt.LoRA(rank=8, targets=QUERY_VALUE, bias="lora_only"), 294_912 + 12 * 2 * 768),
@@ -93,6 +110,8 @@ COUNTS: list[tuple[str, Method, int]] = [
     ("llama-7b", tt.IA3(), 614_400),
     ("llama-3.2-3b", tt.IA3(), 286_720),
     ("t0-3b", tt.IA3(), 540_672),
+    ("llama-3.2-3b", tt.IA3(targets=("q_proj", "k_proj", "v_proj", "o_proj"),
+                            feedforward=("gate_proj", "up_proj", "down_proj")), 630_784),
     ("gpt2-medium", tt.IA3(), 24 * (2 * 1024 + 4096)),
     # prefix tuning: layers · 2 · n · key heads · head width
     ("llama-3.2-3b", tt.Prefix(length=50), 2_867_200),
@@ -132,7 +151,9 @@ COUNTS: list[tuple[str, Method, int]] = [
     ("llama-7b", tt.LoReFT(rank=8), 32 * 2 * (2 * 8 * 4096 + 8)),
     ("llama-7b", tt.DiReFT(rank=8, tied=True), 32 * (2 * 8 * 4096 + 8)),
     ("t0-3b", tt.NoReFT(rank=1), 24 * 2 * (2 * 2048 + 1)),
+    ("t0-3b", tt.Bottleneck(size=None, reduction=32, targets="mlp_output", train=("norms",)), 12_934_144),
     # BitFit: every bias outside the head
+    ("t0-3b", tt.BitFit(targets=("q", "k", "v", "o", "wi_0", "wi_1"), train=("norms",)), 1_331_200),
     ("bert-base", tt.BitFit(), 102_912),
     ("bert-base-classifier", tt.BitFit(), 102_912),
     ("bert-base-classifier", tt.BitFit(train=("classifier",)), 102_912 + 768 * 2 + 2),
