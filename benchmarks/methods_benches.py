@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 FULL, HEAD_ONLY = "full fine-tuning", "head only"
-REPLACED = ("full",)
-"""Names of the registry that stand below under others."""
+REPLACED = ("full", "tokens", "union", "fusion")
+"""Names of the registry that stand below under others. AdapterFusion is left out: it begins from trained adapters."""
 VARIANTS = {
     FULL: "full(targets='all')",
     "lora r=2": "lora(rank=2, alpha=4)",
@@ -19,7 +19,14 @@ VARIANTS = {
     "lora-orthogonal": "lora(init='orthogonal')",
     "lora-gaussian": "lora(init='gaussian')",
     "lora-eva": "lora(init='eva')",
-    "lora-ga": "lora(init='lora_ga')",
+    "lora-ga": "lora(init='lora-ga')",
+    "lora+": "lora(plus=16)",
+    "lora-fa": "lora(frozen_a=true)",
+    "lora 8-bit": "lora(bits=8)",
+    "prefix mlp": "prefix(hidden=512)",
+    "ptuning lstm": "ptuning(encoder='lstm')",
+    "oft exact": "oft(series='exact')",
+    "piggyback ternary": "piggyback(ternary=true)",
 }
 """Name of a row -> method; added to those of the registry."""
 RATES = {HEAD_ONLY: 1e-2}
@@ -104,6 +111,7 @@ def methods_of(bench: Bench) -> dict[str, str]:
     found = {FULL: VARIANTS[FULL]}
     if bench.classifies:
         found[HEAD_ONLY] = "full(targets=('head',))"
+        found["tokens [CLS], [SEP]"] = "tokens(ids=(101, 102))"
     found |= {name: name for name in tt.methods() if name not in REPLACED}
     found |= {name: name for name in _presets()}
     found |= VARIANTS
