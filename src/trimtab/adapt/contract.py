@@ -17,9 +17,8 @@ the batch, or documents of a packed row).
 
 from __future__ import annotations
 
-import re
 from abc import ABC
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -30,16 +29,23 @@ from torch import Tensor
 from trimtab.adapt.at import At as At
 from trimtab.adapt.observed import Observation as Observation
 from trimtab.adapt.observed import Observed as Observed
+from trimtab.adapt.patterns import exactly as exactly
+from trimtab.adapt.patterns import pattern_value as pattern_value
 from trimtab.adapt.peft_config import read_options
+from trimtab.adapt.values import Init as Init
+from trimtab.adapt.values import constant as constant
+from trimtab.adapt.values import copy_of as copy_of
+from trimtab.adapt.values import kaiming_uniform as kaiming_uniform
+from trimtab.adapt.values import normal as normal
+from trimtab.adapt.values import ones as ones
+from trimtab.adapt.values import truncated_normal as truncated_normal
+from trimtab.adapt.values import zeros as zeros
 from trimtab.config import Config
-from trimtab.errors import ConfigError, UnsupportedError
+from trimtab.errors import UnsupportedError
 from trimtab.frozen import Layer as Layer
 
 if TYPE_CHECKING:
     from trimtab.models.anatomy import Anatomy
-
-Init = Callable[[tuple[int, ...], torch.Generator], Tensor]
-"""Makes the initial value (fp32, on CPU) of a tensor of that shape."""
 
 Params = Mapping[str, Tensor]
 """The tensors of one adapter at one site, by the short names that the method gave them."""
@@ -397,69 +403,5 @@ class Method(Config, ABC):
 
 def _mathematics(method: Method) -> dict[str, Any]:
     """All that a method says but where it acts."""
-    where = ("targets", "exclude", "layers", "train")
+    where = ("targets", "exclude", "layers", "layer_drop", "train")
     return {"kind": method.kind, **{name: value for name, value in method if name not in where}}
-
-
-def pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of ``path``, on whole segments."""
-    for pattern, value in patterns.items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", path):
-                return value
-        except re.error as error:
-            raise ConfigError(f"pattern {pattern!r} is not a regular expression: {error}") from None
-    return default
-
-
-def exactly(path: str, paths: Iterable[str]) -> str:
-    """A pattern for this path alone: patterns match the ends of paths, unless they begin with ^."""
-    return f"^{path}" if any(other.endswith(f".{path}") for other in paths) else path
-
-
-# -- initial values -----------------------------------------------------------------------------------
-
-
-def zeros(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """All zeros."""
-    return torch.zeros(shape)
-
-
-def ones(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """All ones."""
-    return torch.ones(shape)
-
-
-def constant(value: float) -> Init:
-    """All one value."""
-    return lambda shape, generator: torch.full(shape, value)
-
-
-def normal(std: float) -> Init:
-    """N(0, std²)."""
-    return lambda shape, generator: torch.randn(shape, generator=generator) * std
-
-
-def truncated_normal(std: float) -> Init:
-    """N(0, std²) cut at two standard deviations."""
-
-    def init(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return torch.nn.init.trunc_normal_(
-            torch.empty(shape), std=std, a=-2 * std, b=2 * std, generator=generator
-        )
-
-    return init
-
-
-def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """U(±1/√fan_in): what ``nn.Linear`` and LoRA's A start from."""
-    fan_in = 1
-    for size in shape[1:]:
-        fan_in *= size
-    bound = fan_in**-0.5
-    return (torch.rand(shape, generator=generator) * 2 - 1) * bound
-
-
-def copy_of(tensor: Tensor) -> Init:
-    """Starts as a copy (a frozen head that is to be trained)."""
-    return lambda shape, generator: tensor.detach().float().cpu().reshape(shape).clone()

@@ -36,7 +36,9 @@ class Intervention(Method):
     """Fields, places, positions and the change; a method says what B is."""
 
     affine: ClassVar[bool] = False
-    why_not_affine: ClassVar[str] = "it acts at chosen positions of the prompt, and a weight acts at every position"
+    why_not_affine: ClassVar[str] = (
+        "it acts at chosen positions of the prompt, and a weight acts at every position"
+    )
     needs_prompt: ClassVar[bool] = True
     lr: ClassVar[float] = 9e-4
     short_names: ClassVar[Mapping[str, str]] = {
