@@ -74,7 +74,8 @@ def test_a_layer_of_bert_is_the_papers_equations(method: str) -> None:
     with tt.using(model, None):
         expected = bert_layer(model, x, adapter, method)
     assert (found - expected).abs().max() < 1e-9
-    assert (found - seen[-1]).abs().max() > 1e-3 or method != "adapterplus"
+    if method == "adapterplus":  # it edits the block's output, before the hooks of others see it
+        assert torch.equal(found, seen[-1])
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if n != "mixed"])

@@ -105,7 +105,8 @@ class Site(SiteBase):
         self.layer: Layer = view(base_layer) or SubLayer(base_layer, width)
         self._entered: tuple[list[list[Bound]], Layout] | None = None
         self._hook: Any = None
-        if self.layer.kind == "sublayer":
+        self._hooked = self.layer.kind == "sublayer"
+        if self._hooked:
             self._hook = base_layer.register_forward_hook(
                 self._edited, with_kwargs=True, prepend=True
             )
@@ -119,7 +120,7 @@ class Site(SiteBase):
         bank = self.bank
         bank.fire(self.path)
         x, call = self._input(args, kwargs)
-        if self.layer.kind == "sublayer" and not self._enters():
+        if self._hooked and not self._enters():
             return self.base_layer(*args, **kwargs)
         stacks, split, x = self._stacks(x)
         if not any(stacks):
@@ -127,9 +128,11 @@ class Site(SiteBase):
         pieces = [part.take(x) for part in split.parts]
         entered = [enter(stack, piece) for stack, piece in zip(stacks, pieces, strict=True)]
         changed = any(new is not old for new, old in zip(entered, pieces, strict=True))
-        self._entered = (stacks, split) if self._hook is not None else None
-        out = call(split.join(entered) if changed else x)
-        return out if self._hook is not None else self._after(stacks, split, out)
+        if not self._hooked:
+            return self._after(stacks, split, call(split.join(entered) if changed else x))
+        if changed:  # the hook must know what was given before
+            self._entered = stacks, split
+        return call(split.join(entered) if changed else x)
 
     def _enters(self) -> bool:
         return any(edit.enters for edits in self.edits.values() for edit in edits)
