@@ -30,7 +30,7 @@ class Apart(SiteBase):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         context = self.bank.context(self.training)
         groups = self._groups(context, args, kwargs)
-        if len(groups) < 2:
+        if not groups:
             return self.base_layer(*args, **kwargs)
         count = sum(map(len, groups))
         outputs = []
@@ -49,7 +49,11 @@ class Apart(SiteBase):
     def _groups(
         self, context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[list[int]]:
-        """Rows that can be called together."""
+        """Rows that can be called together; none where one plain call does.
+
+        A row with a gate is called by itself even where it is the only one: what its gates carry from layer to layer
+        then begins anew after this module, as it does in a batch.
+        """
         route = context.route
         gated = {owner for owner in route.owners if self._gated(owner)}
         if route.single is not None and not gated:
