@@ -179,8 +179,9 @@ def test_methods_share_a_batch_on_families_without_laws_of_their_own(name: str) 
         assert (output(tt.merge(model, who), inputs) - expected).abs().max() < 1e-5, text
 
 
-@pytest.mark.parametrize("name", OWN_SOFTMAX)
-def test_a_prefix_is_refused_where_attention_asks_no_registry(name: str) -> None:
+@pytest.mark.parametrize("name", [*OWN_SOFTMAX, "siglip"])
+def test_a_prefix_is_refused_where_nothing_would_arrive(name: str) -> None:
+    """SigLIP asks the registry, but drops what is handed to its attention: a prefix there did nothing, silently."""
     with pytest.raises(UnsupportedError, match="does not use the attention registry"):
         tt.attach(MODELS[name](), "prefix", "a")
 

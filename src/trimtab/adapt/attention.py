@@ -8,6 +8,7 @@ attention function (see `trimtab.adapt.injected`). Prompts that were read before
 
 from __future__ import annotations
 
+import dis
 import inspect
 import sys
 from typing import TYPE_CHECKING, Any, cast
@@ -52,8 +53,8 @@ def check_reach(model: nn.Module, paths: list[str], anatomy: Anatomy, kind: str)
         )
     if not reachable(model, paths, anatomy):
         raise UnsupportedError(
-            f"{type(model).__name__} does not use the attention registry of transformers, so nothing can be put "
-            "inside its attention."
+            f"{type(model).__name__} does not use the attention registry of transformers, or hands nothing on to it, "
+            "so nothing can be put inside its attention."
         )
 
 
@@ -66,10 +67,17 @@ def reachable(model: PreTrainedModel, paths: list[str], anatomy: Anatomy) -> boo
 def _asks_registry(kind: type[nn.Module]) -> bool:
     """Whether a class is an attention that looks its function up (T5's does only in later releases of transformers).
 
-    Norms and MLPs live in the same modules, but hand no further keywords on.
+    Norms and MLPs live in the same modules, but hand no further keywords on; SigLIP's attention takes them and drops
+    them, so that nothing would arrive.
     """
-    keywords = inspect.signature(kind.forward).parameters.values()
-    hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in keywords)
+    forward = inspect.unwrap(kind.forward)
+    further = [
+        p.name for p in inspect.signature(forward).parameters.values() if p.kind is p.VAR_KEYWORD
+    ]
+    hands_on = any(
+        step.opname.startswith("LOAD_FAST") and further[0] in str(step.argval)
+        for step in (dis.get_instructions(forward) if further else ())
+    )
     return hands_on and "ALL_ATTENTION_FUNCTIONS" in sys.modules[kind.__module__].__dict__
 
 

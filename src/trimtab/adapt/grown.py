@@ -15,7 +15,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -148,7 +148,7 @@ class EncoderGrowth(Growth):
         count = getattr(type(embeddings), "create_position_ids_from_input_ids", None)
         if count is None or ids is None:
             return None
-        padding = int(getattr(embeddings, "padding_idx"))  # noqa: B009 (RoBERTa counts past its padding)
+        padding = int(cast(Any, embeddings).padding_idx)  # RoBERTa counts past its padding
         return count(ids, padding), padding
 
     def _refuse(

@@ -13,6 +13,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from trimtab.adapt.acting import using
 from trimtab.data import Datum
@@ -95,7 +96,7 @@ def labels_of(model: nn.Module) -> tuple[str, ...]:
 @torch.no_grad()
 def _pools(model: nn.Module) -> bool:
     """Whether the model gives one row of logits for a text: seen on a few tokens."""
-    if model.get_output_embeddings() is not None:  # type: ignore[operator]
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is not None:
         return False
     ids = torch.arange(4, device=next(model.parameters()).device)[None]
     training = model.training
