@@ -9,34 +9,31 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.methods_benches import BENCHES, RATES, Bench, Job
 from recipes import assets
+
+if TYPE_CHECKING:
+    from trimtab.train.recipe import Recipe
 
 
 def one(job: Job, rows: tuple[int, int, int], out: Path) -> dict[str, Any]:
     """Train once, in this process, and measure."""
     from rich.console import Console
 
-    from trimtab.adapt.parse import method_from
     from trimtab.engine import Engine
     from trimtab.errors import TrimtabError
     from trimtab.evals import evaluate
-    from trimtab.train.recipe_file import make_recipe
     from trimtab.train.run import Run
     from trimtab.train.screen import Screen
     from trimtab.train.setup import opened_base
     from trimtab.train.sources import read_examples_of
 
     bench = BENCHES[job.bench]
-    model, (train, choose, report) = _files(bench, rows)
+    model, (train, choose, report) = files(bench, rows)
     try:
-        lr = RATES.get(job.name, method_from(job.method).lr) * job.factor
-        given = make_recipe(
-            {**bench.recipe, "model": str(model), "method": job.method, "seed": job.seed, "out": str(out)},
-            {"data.path": str(train), "data.held_out": str(choose), "optim.lr": lr},
-        )  # fmt: skip
+        given = recipe_of(bench, job, out, model, train, {"data.held_out": str(choose)})
         recipe, base, adapter = opened_base(given)
         outcome = Run(recipe, base, adapter, Screen(Console(quiet=True)), resume=False).go()
         assert outcome.after is not None
@@ -50,7 +47,7 @@ def one(job: Job, rows: tuple[int, int, int], out: Path) -> dict[str, Any]:
         return {kind: f"{type(error).__name__}: {error}"}
     assert found.held_out is not None
     return {
-        "lr": lr,
+        "lr": given.optim.lr,
         **_facts(out),
         "choosing_loss": outcome.after.held_out.loss.value,
         "loss": asdict(found.held_out.loss),
@@ -58,6 +55,20 @@ def one(job: Job, rows: tuple[int, int, int], out: Path) -> dict[str, Any]:
         "bytes": sum(file.stat().st_size for file in (out / "adapter").iterdir()),
         **({"drift": drift(base, adapter.name)} if bench.classifies else {}),
     }
+
+
+def recipe_of(
+    bench: Bench, job: Job, out: Path, model: Path, train: Path, options: dict[str, Any]
+) -> Recipe:
+    """The recipe of a run: the bench's, with the job's method and rate."""
+    from trimtab.adapt.parse import method_from
+    from trimtab.train.recipe_file import make_recipe
+
+    lr = RATES.get(job.name, method_from(job.method).lr) * job.factor
+    return make_recipe(
+        {**bench.recipe, "model": str(model), "method": job.method, "seed": job.seed, "out": str(out)},
+        {"data.path": str(train), "optim.lr": lr, **options},
+    )  # fmt: skip
 
 
 def _facts(out: Path) -> dict[str, Any]:
@@ -72,7 +83,6 @@ def _facts(out: Path) -> dict[str, Any]:
         "trained": start["parameters"],
         "share": start["parameters"] / start["model_parameters"],
         "peak_bytes": events[-1]["peak_bytes"],
-        "tokens_per_second": steps[-1]["tokens"] / sum(step["seconds"] for step in steps),
         "training_loss": sum(step["loss"] for step in tail) / len(tail),
         "forgetting": {
             event["of"]: event["loss"]["value"]
@@ -105,7 +115,7 @@ def drift(base: Any, adapter: str) -> float:
     return float(torch.cosine_similarity(*found).mean())
 
 
-def _files(bench: Bench, rows: tuple[int, int, int]) -> tuple[Path, list[Path]]:
+def files(bench: Bench, rows: tuple[int, int, int]) -> tuple[Path, list[Path]]:
     """The model's folder; and files to learn from, to choose by, to report on."""
     folder = assets.cache() / "methods" / f"{bench.name}-{'-'.join(map(str, rows))}"
     if bench.classifies:

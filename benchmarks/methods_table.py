@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+from benchmarks.methods_benches import FULL
 from benchmarks.scatter import Mark, scatter
 from trimtab.evals.intervals import Interval, wilson
 
@@ -42,8 +44,18 @@ def rows_of(found: Entry) -> list[Entry]:
         factor = best_rate(own)
         chosen = [run for run in own if run["factor"] == factor and "accuracy" in run]
         if factor is not None and chosen:
-            rows.append(_row(name, factor, chosen, found["settings"]["factors"]))
+            row = _row(name, factor, chosen, found["settings"]["factors"])
+            rows.append({**row, "speed": speed_of(found, name)})
     return sorted(rows, key=lambda row: (-row["accuracy"].value, row["trained"]))
+
+
+def speed_of(found: Entry, name: str) -> tuple[float, float] | None:
+    """Median training tokens per second, and their ratio to those of full fine-tuning."""
+    rates = found.get("speed", {})
+    if name not in rates or FULL not in rates:
+        return None
+    ratios = [own / full for own, full in zip(rates[name], rates[FULL], strict=True)]
+    return median(rates[name]), median(ratios)
 
 
 def _row(name: str, factor: float, runs: Sequence[Entry], factors: Sequence[float]) -> Entry:
@@ -63,7 +75,6 @@ def _row(name: str, factor: float, runs: Sequence[Entry], factors: Sequence[floa
         "apart": max(shares) - min(shares),
         "loss": mean([run["loss"]["value"] for run in runs]),
         "gap": mean([run["loss"]["value"] - run["training_loss"] for run in runs]),
-        "speed": mean([run["tokens_per_second"] for run in runs]),
         "peak": max(run["peak_bytes"] for run in runs),
         "drift": mean([run["drift"] for run in runs]) if "drift" in runs[0] else None,
         "forgetting": {
@@ -100,7 +111,8 @@ def section(found: Entry) -> list[str]:
         f"on; {settings['recipe']['dtype']} base, {found['machine']['cpu']}, {found['machine']['cores']} cores; "
         f"commits {', '.join(commits)}. Learning rates: each method's default × {factors}, the same number for all; a "
         "best one at an end of these is marked. Accuracy: mean of the seeds, with the 95 % interval over the rows; "
-        "gap: loss on the reported rows less training loss at the end. " + unrelated,
+        "gap: loss on the reported rows less training loss at the end; tokens/s: in training, in brackets beside full "
+        "fine-tuning. " + unrelated,
         "",
         f"![accuracy by trained parameters](methods-{settings['name']}.svg)",
         "",
@@ -119,9 +131,10 @@ def _line(row: Entry) -> str:
     accuracy: Interval = row["accuracy"]
     known = f"{accuracy.value:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}]"
     apart = f"{row['apart']:.3f}" if row["seeds"] > 1 else "–"
+    speed = "{:,.0f} (×{:.2f})".format(*row["speed"]) if row["speed"] else "–"
     return (
         f"| {row['name']} | {known} | {apart} | {row['loss']:.4f} | {row['gap']:+.4f} | {row['trained']:,} "
-        f"| {row['share']:.3%} | {row['bytes'] / 2**20:.2f} MiB | {row['speed']:,.0f} | {row['peak'] / 2**30:.2f} GiB "
+        f"| {row['share']:.3%} | {row['bytes'] / 2**20:.2f} MiB | {speed} | {row['peak'] / 2**30:.2f} GiB "
         f"| {_unrelated(row)} | {row['rate']} |"
     )
 

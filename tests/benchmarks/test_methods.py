@@ -26,7 +26,7 @@ from benchmarks.methods_benches import (
 from benchmarks.scatter import Mark, scatter
 from trimtab.evals.intervals import wilson
 
-LOSSES = {1.0: 0.6, 3.0: 0.4, 10.0: 0.5}
+LOSSES = {1.0: 0.6, 3.0: 0.4, 10.0: 0.5, 30.0: 0.55}
 ONLY = ("head only", "lora", "spottune")
 
 
@@ -50,7 +50,6 @@ class Made:
             "share": 0.01,
             "bytes": 2**20,
             "peak_bytes": 2**30,
-            "tokens_per_second": 100.0,
             "training_loss": 0.3,
             "choosing_loss": LOSSES[job.factor],
             "loss": {"value": 0.5, "low": 0.4, "high": 0.6, "count": 200},
@@ -63,26 +62,27 @@ class Made:
 def test_each_rate_then_the_best_with_another_seed(tmp_path: Path) -> None:
     made = Made()
     methods.run(tmp_path / "methods.json", MINILM, made, only=ONLY[:1])
-    assert [(job.factor, job.seed) for job in made.jobs] == [(1, 0), (3, 0), (10, 0), (3, 1)]
+    tried = [(1, 0), (3, 0), (10, 0), (30, 0), (3, 1)]
+    assert [(job.factor, job.seed) for job in made.jobs] == tried
     assert {job.method for job in made.jobs} == {"full(targets=('head',))"}
 
 
 def test_it_resumes_after_any_run(tmp_path: Path) -> None:
     path = tmp_path / "methods.json"
     with pytest.raises(KeyboardInterrupt):
-        methods.run(path, MINILM, Made(stops=5), only=ONLY)
-    assert len(json.loads(path.read_text())["minilm"]["runs"]) == 5
+        methods.run(path, MINILM, Made(stops=6), only=ONLY)
+    assert len(json.loads(path.read_text())["minilm"]["runs"]) == 6
     made = Made(refused=("spottune",))
     methods.run(path, MINILM, made, only=ONLY)
     assert [(job.name, job.factor, job.seed) for job in made.jobs] == [
-        ("lora", 3, 0), ("lora", 10, 0), ("lora", 3, 1), ("spottune", 1, 0),
+        ("lora", 3, 0), ("lora", 10, 0), ("lora", 30, 0), ("lora", 3, 1), ("spottune", 1, 0),
     ]  # fmt: skip
     again = Made()
     methods.run(path, MINILM, again, only=ONLY)
     assert again.jobs == []
     methods.run(path, MINILM, again, only=ONLY, retry=True)
     assert {job.name for job in again.jobs} == {"spottune"}
-    assert len(again.jobs) == 4
+    assert len(again.jobs) == 5
     assert not path.with_suffix(".partial").exists()
 
 
@@ -94,9 +94,39 @@ def test_a_rate_that_fails_is_not_chosen(tmp_path: Path) -> None:
 
     made = Diverges()
     found = methods.run(tmp_path / "m.json", MINILM, made, only=("lora",))
-    assert [(job.factor, job.seed) for job in made.jobs] == [(1, 0), (3, 0), (10, 0), (10, 1)]
+    tried = [(1, 0), (3, 0), (10, 0), (30, 0), (10, 1)]
+    assert [(job.factor, job.seed) for job in made.jobs] == tried
     (row,) = methods_table.rows_of(found["minilm"])
-    assert row["rate"] == "0.01 (×10, highest)"
+    assert row["rate"] == "0.01 (×10)"
+
+
+def test_rates_that_are_added_are_run_alone(tmp_path: Path) -> None:
+    path = tmp_path / "m.json"
+    fewer = Bench(**{**vars(MINILM), "factors": (10.0, 30.0)})
+    found = methods.run(path, fewer, Made(), only=("lora",))
+    (row,) = methods_table.rows_of(found["minilm"])
+    assert row["rate"] == "0.01 (×10, lowest)"
+    more = Made()
+    methods.run(path, MINILM, more, only=("lora",))
+    assert [(job.factor, job.seed) for job in more.jobs] == [(1, 0), (3, 0), (3, 1)]
+
+
+def test_runs_at_a_time_are_the_same_runs(tmp_path: Path) -> None:
+    one = methods.run(tmp_path / "one.json", MINILM, Made(), only=ONLY)["minilm"]["runs"]
+    two = methods.run(tmp_path / "two.json", MINILM, Made(), only=ONLY, workers=2)["minilm"]["runs"]
+
+    def key(run: dict[str, Any]) -> tuple[Any, ...]:
+        return run["name"], run["seed"], run["factor"]
+
+    assert sorted(one, key=key) == sorted(two, key=key)
+    assert json.loads((tmp_path / "two.json").read_text())["minilm"]["runs"] == two
+
+
+def test_speed_stands_beside_that_of_full_fine_tuning(tmp_path: Path) -> None:
+    found = methods.run(tmp_path / "m.json", MINILM, Made(), only=("full fine-tuning", "lora"))
+    assert "| – | 1.00 GiB |" in "\n".join(methods_table.section(found["minilm"]))
+    found["minilm"]["speed"] = {"full fine-tuning": [10.0, 20.0, 40.0], "lora": [15.0, 30.0, 80.0]}
+    assert "| 30 (×1.50) | 1.00 GiB |" in "\n".join(methods_table.section(found["minilm"]))
 
 
 def test_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
@@ -130,9 +160,9 @@ def test_the_table_and_the_picture(tmp_path: Path) -> None:
     assert (
         f"| lora | 0.810 [{known.low:.3f}, {known.high:.3f}] | 0.020 | 0.5000 | +0.2000 |" in text
     )
-    assert "| 1.00 MiB | 100 | 1.00 GiB | 0.970 | 0.003 (×3) |" in text
+    assert "| 1.00 MiB | – | 1.00 GiB | 0.970 | 0.003 (×3) |" in text
     assert "- spottune: UnsupportedError: a \\| b does not work here." in text
-    assert "× 1, 3, 10" in text
+    assert "× 1, 3, 10, 30" in text
     picture = ElementTree.fromstring((tmp_path / "methods-minilm.svg").read_text())
     words = [node.text for node in picture.iter("{http://www.w3.org/2000/svg}text")]
     assert {"head only", "lora"} <= set(words)
