@@ -93,8 +93,11 @@ def steps_of(folder: Path) -> list[tuple[int, float, float]]:
     ]
 
 
-def killed_after(seconds: float, work: Callable[[], Any]) -> bool:
-    """Do the work in a forked process and kill -9 it; whether it was still at work."""
+def killed_after(
+    seconds: float, work: Callable[[], Any], *, grown: tuple[Path, int] | None = None
+) -> bool:
+    """Do the work in a forked process and kill -9 it; whether it was still at work. With ``grown``, the
+    seconds count from when it has added so many lines to that file, however slow the machine is."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # from 3.12: forking beside threads
         child = os.fork()
@@ -103,7 +106,23 @@ def killed_after(seconds: float, work: Callable[[], Any]) -> bool:
             work()
         finally:
             os._exit(0)
-    time.sleep(seconds)
-    os.kill(child, signal.SIGKILL)
+    ended = grown is not None and not _grows(*grown, child)
+    if not ended:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     return os.WIFSIGNALED(status)
+
+
+def _grows(path: Path, lines: int, child: int) -> bool:
+    """Wait until a child has added so many lines; whether it did before it ended."""
+
+    def count() -> int:
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    least = count() + lines
+    while count() < least:
+        time.sleep(1e-3)
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return False
+    return True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +39,17 @@ def assert_same(one: Path, other: Path) -> None:
         assert files[0].read_bytes() == files[1].read_bytes(), name
 
 
-def kill_and_resume(recipe: Recipe, kills: int, seconds: float, seed: int) -> int:
-    """Kill the run at random moments, then let it finish; how often it was killed at work."""
+def kill_and_resume(recipe: Recipe, kills: int, lines: int, seed: int) -> int:
+    """Kill the run at random moments (up to ``lines`` events and a moment after it is taken up), then let
+    it finish; how often it was killed at work."""
     draw = random.Random(seed)
+    events = Path(recipe.out or "") / "events.jsonl"
     count = 0
-    for _ in range(3 * kills):  # a process that ended before it was killed does not count
+    for _ in range(2 * kills):  # a process that ended before it was killed does not count
         if count < kills:
-            count += killed_after(draw.uniform(0.1, 1.0) * seconds, lambda: go(recipe, resume=True))
+            grown = (events, draw.randrange(lines))
+            moment = draw.uniform(0, 0.03)
+            count += killed_after(moment, lambda: go(recipe, resume=True), grown=grown)
     go(recipe, resume=True)
     return count
 
@@ -64,11 +67,9 @@ def test_killed_twenty_times_it_ends_bitwise_where_an_undisturbed_run_does(home:
         "checkpoint__every": 2, "steps": 160, "eval__every": 12, "optim__ema": 0.9,
         "data__duplicates": "drop", "optim__schedule": "wsd",
     }  # fmt: skip
-    began = time.perf_counter()
     whole = go(kit.recipe(home, "whole", **options))
-    seconds = time.perf_counter() - began
     recipe = kit.recipe(home, "killed", **options)
-    assert kill_and_resume(recipe, KILLS, seconds / 16, seed=1) == KILLS
+    assert kill_and_resume(recipe, KILLS, 10, seed=1) == KILLS
     assert len(resumed_at(home / "killed")) >= 4
     assert_same(whole.folder, home / "killed")
     assert [step for step, *_ in steps_of(home / "killed")] == list(range(1, 161))
@@ -78,10 +79,8 @@ def test_killed_twenty_times_it_ends_bitwise_where_an_undisturbed_run_does(home:
 @pytest.mark.parametrize("kind", sorted(tt.methods()))
 def test_every_method_resumes_bitwise(home: Path, kind: str) -> None:
     options = {"method": method_of(kind), "checkpoint__every": 1, "steps": 16, "eval__every": None}
-    began = time.perf_counter()
     whole = go(kit.recipe(home, "whole", **options))
-    seconds = time.perf_counter() - began
-    assert kill_and_resume(kit.recipe(home, "killed", **options), 2, 0.6 * seconds, seed=7) >= 1
+    assert kill_and_resume(kit.recipe(home, "killed", **options), 2, 12, seed=7) >= 1
     assert_same(whole.folder, home / "killed")
 
 
@@ -101,8 +100,6 @@ def test_every_way_of_feeding_resumes_bitwise(home: Path, options: dict[str, Any
     options = {"checkpoint__every": 1, "eval__every": 4, **options}
     if options.get("data__held_out", "") is None and "data__fraction" not in options:
         options["eval__every"] = None
-    began = time.perf_counter()
     whole = go(kit.recipe(home, "whole", **options))
-    seconds = time.perf_counter() - began
-    assert kill_and_resume(kit.recipe(home, "killed", **options), 3, 0.6 * seconds, seed=5) >= 1
+    assert kill_and_resume(kit.recipe(home, "killed", **options), 3, 8, seed=5) >= 1
     assert_same(whole.folder, home / "killed")
