@@ -13,6 +13,7 @@ on working. A message says what is wrong, where, and what to do.
     ├── RouteError (ValueError)           it cannot be told who acts on which row
     ├── UnsupportedError (NotImplementedError)   a (method, feature) that mathematics forbids
     │   └── NotMergeableError             the edit is not an affine map of the layer's input
+    ├── MergeError (ValueError)           a merge that would leave weights nobody can use
     ├── FileFormatError (ValueError)      a file that is torn, foreign, incomplete or has extra keys
     ├── DataError (ValueError)            a record or an example that cannot be used
     ├── ModelError (ValueError)           a model folder or tokenizer that cannot be used
@@ -66,6 +67,10 @@ class UnsupportedError(TrimtabError, NotImplementedError):
 
 class NotMergeableError(UnsupportedError):
     """The edit is not an affine map of the layer's input, so no weight equals it."""
+
+
+class MergeError(TrimtabError, ValueError):
+    """A merge that would leave weights nobody can use; nothing was changed."""
 
 
 class FileFormatError(TrimtabError, ValueError):

@@ -10,7 +10,7 @@ from torch import nn
 
 from trimtab.adapt.bank import bank_of
 from trimtab.adapt.route import Route
-from trimtab.adapt.tree import anatomy_of
+from trimtab.adapt.tree import anatomy_of, uncover
 from trimtab.errors import (
     ConfigError,
     RouteError,
@@ -53,7 +53,8 @@ def disable(model: nn.Module, name: str) -> None:
 
 
 def scale(model: nn.Module, name: str, factor: float) -> None:
-    """Set how far an adapter's edits go: 0 is the base, 1 the adapter as trained."""
+    """Set how far an adapter's edits go: 0 is the base, 1 the adapter as trained. Weights merged in place with
+    another scale are dropped."""
     bank = bank_of(model)
     adapter = bank.require(name)
     if not isinstance(factor, int | float) or not math.isfinite(factor):
@@ -62,6 +63,8 @@ def scale(model: nn.Module, name: str, factor: float) -> None:
         raise TargetError(
             f"adapter {name!r} puts virtual tokens before the text; there is no scaled form of that."
         )
+    if name in bank.merged:
+        uncover(model, bank)
     bank.scales[name] = float(factor)
 
 
@@ -79,6 +82,8 @@ def drop_layers(model: nn.Module, name: str, count: int) -> None:
         raise TargetError(
             f"adapter {name!r} stands before the text, in no block, so it cannot be left out by block."
         )
+    if name in bank.merged:
+        uncover(model, bank)
     bank.dropped[name] = count
 
 

@@ -20,7 +20,7 @@ from trimtab.adapt.parse import method_from
 from trimtab.adapt.plan import check_whole, checked, layer_at, placed, planned
 from trimtab.adapt.site import ExpertsSite, Site, SiteBase
 from trimtab.adapt.tensors import initial_tensors, specs_of
-from trimtab.adapt.tree import anatomy_of, replace, sites_of
+from trimtab.adapt.tree import anatomy_of, replace, sites_of, uncover
 from trimtab.errors import (
     AttachError,
     DuplicateNameError,
@@ -202,6 +202,8 @@ def _withdraw(
     model: nn.Module, bank: Bank, name: str, placed: Mapping[TensorName, nn.Module]
 ) -> None:
     """Take an adapter's edits and tensors out again; with the last adapter, every trace."""
+    if name in bank.merged:
+        uncover(model, bank)
     bank.adapters.pop(name, None)
     for tensor_name, holder in placed.items():
         slots.remove(holder, tensor_name.slot, name)

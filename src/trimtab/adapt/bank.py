@@ -48,6 +48,8 @@ class Bank(nn.Module):
         self.active: list[str] = []
         self.scales: dict[str, float] = {}
         self.disabled: set[str] = set()
+        self.merged: Owner = ()
+        """The adapters whose merged weights stand in the place of the base's; see `trimtab.adapt.merge`."""
         self.dropped: dict[str, int] = {}
         """Adapter -> how many of the first blocks its edits are left out of."""
         self.frozen_before: dict[str, bool] = {}

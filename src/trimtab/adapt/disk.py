@@ -84,6 +84,39 @@ def replacing(folder: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def placing(folder: Path) -> Iterator[Path]:
+    """A temporary folder whose files take their places in ``folder``, beside what else lies there.
+
+    Each file is whole or the old one. A crash between two of them leaves files whose checksums do not fit.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    if folder.is_file():
+        raise StorageError(f"{folder} is a file; name a folder to write into.")
+    temporary: Path | None = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".new.", dir=folder))
+        yield temporary
+        mode = 0o666 & ~_umask()
+        for file in sorted(temporary.iterdir(), reverse=True):  # trimtab.json first
+            file.chmod(mode)
+            _flush(file)
+            os.replace(file, folder / file.name)
+        _flush(folder)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(
+            f"could not write into {folder}: {error}. Free space or choose another folder, and save again."
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _swap(temporary: Path, folder: Path) -> None:
     """Rename into place. An old folder steps aside first and comes back if the rename fails."""
     if not folder.exists():

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trimtab.adapt.adapter import Adapter, Origin, SiteSpec, TensorName
 from trimtab.adapt.contract import Method
-from trimtab.adapt.disk import checksum, read_json, read_tensors, replacing, write_json
+from trimtab.adapt.disk import checksum, placing, read_json, read_tensors, replacing, write_json
 from trimtab.adapt.fingerprint import Fingerprint
 from trimtab.adapt.lowbit import Packing, pack, unpack
 from trimtab.adapt.parse import method_from, methods
@@ -70,8 +70,10 @@ class Description(Config):
         return value
 
 
-def save(adapter: Adapter, folder: Path, bits: int | None = None) -> Path:
+def save(adapter: Adapter, folder: Path, bits: int | None = None, *, beside: bool = False) -> Path:
     """Write the adapter; an adapter that was in ``folder`` before is replaced whole or not at all.
+
+    With ``beside``, what else lies in the folder stays.
 
     ``bits`` (8 or 4) rounds its matrices; how far off they are then is noted in the provenance.
 
@@ -118,7 +120,7 @@ def save(adapter: Adapter, folder: Path, bits: int | None = None) -> Path:
         packing=packing,
         drawn=adapter.drawn,
     )
-    with replacing(folder) as temporary:
+    with (placing if beside else replacing)(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         write_json(temporary / CONFIG, _peft_config(adapter, bits))
         write_json(temporary / OURS, ours.model_dump(mode="json", by_alias=True))

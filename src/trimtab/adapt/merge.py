@@ -20,8 +20,8 @@ from trimtab.adapt.context import Context
 from trimtab.adapt.edit import Bound, Edit, around, enter, leave
 from trimtab.adapt.route import Owner, Part, Route
 from trimtab.adapt.site import ExpertsSite, Site, SiteBase
-from trimtab.adapt.tree import replace, sites_of
-from trimtab.errors import NotMergeableError, RouteError, TargetError
+from trimtab.adapt.tree import replace, sites_of, uncover
+from trimtab.errors import MergeError, NotMergeableError, RouteError, TargetError
 from trimtab.frozen import Layer, view
 from trimtab.frozen.experts import ExpertLayer
 
@@ -53,27 +53,69 @@ def merge(model: nn.Module, names: str | Sequence[str]) -> nn.Module:
 
 
 @torch.no_grad()
-def fold(model: nn.Module, names: str | Sequence[str]) -> nn.Module:
+def fold(model: nn.Module, names: str | Sequence[str], *, finite: bool = False) -> nn.Module:
     """As `merge`, but uses the model up: each layer is replaced as it is merged, so the peak is one layer.
 
-    For a model that nobody else holds (a command that loads, merges and saves).
+    For a model that nobody else holds (a command that loads, merges and saves). With ``finite``, raises a
+    `MergeError` for a merged weight that is not.
     """
     bank = bank_of(model)
     owner = bank.owner(names)
     check_mergeable(bank, owner)
+    unmerge(model)
     for site in sites_of(model).values():
-        if isinstance(site, ExpertsSite):
-            _merge_experts(site, owner)
-            replace(model, site, site.release())
-        elif isinstance(site, Site) and site.acting(owner):
+        if site.acting(owner):
             _untie(model, site)
-            replace(model, site, merged_layer(site, owner))
+            replace(model, site, _merged(site, owner, finite))
         else:
             replace(model, site, site.release())
     from trimtab.adapt.attach import strip
 
     strip(model, bank)
     return model
+
+
+@torch.no_grad()
+def merge_in_place(model: nn.Module, names: str | Sequence[str], *, finite: bool = False) -> None:
+    """Put merged layers in the place of the frozen ones, which are kept aside untouched.
+
+    What the model computes stays the same (but for dropout), for whomever: where the route asks for these adapters,
+    in this order, the merged layers compute it without edits; where it asks for anything else, the frozen ones and
+    the edits do. `unmerge` ends it. All layers are merged, or none.
+    """
+    bank = bank_of(model)
+    owner = bank.owner(names)
+    check_mergeable(bank, owner)
+    unmerge(model)
+    layers = {
+        site: _merged(site, owner, finite)
+        for site in sites_of(model).values()
+        if site.acting(owner)
+    }
+    for site, layer in layers.items():
+        site.cover(layer)
+    bank.merged = owner
+
+
+def unmerge(model: nn.Module) -> None:
+    """The frozen layers, bit for bit, in the place of merged ones."""
+    uncover(model, bank_of(model))
+
+
+def _merged(site: SiteBase, owner: Owner, finite: bool) -> nn.Module:
+    """A new module equal to what a site wraps, with these adapters."""
+    if isinstance(site, ExpertsSite):
+        new = merged_experts(site, owner)
+    elif isinstance(site, Site):
+        new = merged_layer(site, owner)
+    else:
+        raise AssertionError("there are two kinds of sites")
+    if finite and not all(bool(p.isfinite().all()) for p in new.parameters()):
+        raise MergeError(
+            f"{site.path}: the merged weight is not finite. Look for NaN or infinity in {list(owner)}; nothing was "
+            "merged."
+        )
+    return new
 
 
 def check_mergeable(bank: Bank, owner: Owner) -> None:
@@ -151,9 +193,10 @@ def _stack(site: SiteBase, edits: Sequence[Edit], layer: Layer, context: Context
     return stack
 
 
-def _merge_experts(site: ExpertsSite, owner: Owner) -> None:
-    """New 3-D parameters in place of the module's (the old tensors are not written)."""
-    module = site.base_layer
+def merged_experts(site: ExpertsSite, owner: Owner) -> nn.Module:
+    """The experts with new 3-D parameters where these adapters edit them; the others are shared."""
+    module = copy.copy(site.base_layer)
+    module._parameters = dict(module._parameters)
     edits = site.acting(owner)
     for path in dict.fromkeys(edit.path for edit in edits):
         name = path.rpartition(".")[2]
@@ -173,6 +216,7 @@ def _merge_experts(site: ExpertsSite, owner: Owner) -> None:
             torch.stack(slices).to(old.dtype), requires_grad=False
         )
         _write_expert_bias(module, name, biases, old.dtype)
+    return module
 
 
 def _write_expert_bias(
@@ -197,7 +241,7 @@ def _bias(layer: Layer, bias: Tensor | None, dtype: torch.dtype) -> Tensor | Non
     return bias.to(dtype).clone()
 
 
-def _untie(model: nn.Module, site: Site) -> None:
+def _untie(model: nn.Module, site: SiteBase) -> None:
     """A merged layer no longer shares its weight: the model's config must say so, or saving would tie it again."""
     weight = site.base_layer._parameters.get("weight")
     sharing = [

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from trimtab.adapt.at import Around, At
 from trimtab.adapt.context import Context
 from trimtab.adapt.edit import Bound, Edit, enter, leave
+from trimtab.adapt.looks import Looks
 from trimtab.adapt.route import Layout, Owner, Part
 from trimtab.adapt.slots import Slot, stored
 from trimtab.errors import TargetError
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 BASE = "base_layer"
 
 
-class SiteBase(nn.Module):
+class SiteBase(Looks, nn.Module):
     """What both kinds share: edits by adapter, names, and looking like the wrapped layer."""
 
     def __init__(self, base_layer: nn.Module, path: str, bank: Bank) -> None:
@@ -40,6 +41,7 @@ class SiteBase(nn.Module):
         self.path = path
         # In a tuple, so that torch does not register the bank as a child of every site.
         self._bank = (bank,)
+        self._covered: tuple[nn.Module, ...] = ()
         self.edits: dict[str, list[Edit]] = {}
         self.train(base_layer.training)
         self.register_state_dict_post_hook(_hide_base)  # type: ignore[no-untyped-call]
@@ -49,8 +51,29 @@ class SiteBase(nn.Module):
     def bank(self) -> Bank:
         return self._bank[0]
 
+    @property
+    def frozen(self) -> nn.Module:
+        """The wrapped layer; ``base_layer`` is another while merged weights stand in its place."""
+        return self._covered[0] if self._covered else self.base_layer
+
+    def cover(self, layer: nn.Module) -> None:
+        """Let a merged layer stand in the place of the frozen one."""
+        self._covered = (self.base_layer,)
+        self.base_layer = layer
+
+    def uncover(self) -> None:
+        """The frozen layer again, on the device that the model is on by now."""
+        if self._covered:
+            here = next(self.base_layer.parameters()).device
+            self.base_layer, self._covered = self._covered[0].to(here), ()
+
+    def covers(self, parts: Sequence[Part]) -> bool:
+        """Whether the merged layer computes what all these owners ask for."""
+        return bool(self._covered) and all(part.owner == self.bank.merged for part in parts)
+
     def release(self) -> nn.Module:
         """The wrapped layer, as it was; the site is of no more use then."""
+        self.uncover()
         return self.base_layer
 
     def bare(self) -> bool:
@@ -114,7 +137,7 @@ class Site(SiteBase):
     def release(self) -> nn.Module:
         if self._hook is not None:
             self._hook.remove()
-        return self.base_layer
+        return super().release()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         bank = self.bank
@@ -123,8 +146,10 @@ class Site(SiteBase):
         if self._hooked and not self._enters():
             return self.base_layer(*args, **kwargs)
         stacks, split, x = self._stacks(x)
-        if not any(stacks):
+        if self.covers(split.parts):
             return self.base_layer(*args, **kwargs)
+        if not any(stacks):
+            return self.frozen(*args, **kwargs)
         pieces = [part.take(x) for part in split.parts]
         entered = [enter(stack, piece) for stack, piece in zip(stacks, pieces, strict=True)]
         changed = any(new is not old for new, old in zip(entered, pieces, strict=True))
@@ -143,6 +168,8 @@ class Site(SiteBase):
         if self.layer.kind == "embedding":
             x = context.for_each_row(x)
         split = context.layout(x)
+        if self.covers(split.parts):
+            return [], split, x
         acting = [self.acting(part.owner, training=self.training) for part in split.parts]
         if not any(acting):
             return [], split, x
@@ -178,10 +205,10 @@ class Site(SiteBase):
     def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
         """The tensor that edits see, and a function that calls the layer with another in its place."""
         if args:
-            return args[0], lambda x: self.base_layer(x, *args[1:], **kwargs)
+            return args[0], lambda x: self.frozen(x, *args[1:], **kwargs)
         for key, value in kwargs.items():
             if isinstance(value, Tensor):
-                return value, lambda x, key=key: self.base_layer(**{**kwargs, key: x})
+                return value, lambda x, key=key: self.frozen(**{**kwargs, key: x})
         raise TargetError(f"{self.path} was called without a tensor; it cannot hold an adapter.")
 
 
@@ -192,6 +219,9 @@ class ExpertsSite(SiteBase):
         bank = self.bank
         context = bank.context(self.training)
         split = context.layout(hidden_NH)
+        if self.covers(split.parts):
+            y: Tensor = self.base_layer(hidden_NH, index_NK, weights_NK)
+            return y
         for name in {edit.path for edits in self.edits.values() for edit in edits}:
             bank.fire(name)
         pieces = []
@@ -202,8 +232,7 @@ class ExpertsSite(SiteBase):
                 whole = _whole(part, part.take(places), context)
                 pieces.append(self._edited(whole, context, *inputs))
             else:
-                y: Tensor = self.base_layer(*inputs)
-                pieces.append(y)
+                pieces.append(self.frozen(*inputs))
         return split.join(pieces)
 
     def _edited(
@@ -222,7 +251,7 @@ class ExpertsSite(SiteBase):
                 bound.call.around = given
             return leave(stack, layer.call(enter(stack, x)))
 
-        return run(self.base_layer, hidden, index, weights, around)
+        return run(self.frozen, hidden, index, weights, around)
 
     def holder(self, parameter: str) -> nn.Module:
         """The module that holds the adapter tensors of one expert parameter."""

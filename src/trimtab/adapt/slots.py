@@ -8,6 +8,8 @@ site; a slot without a dot, ``ia3_l``, is ``ia3_l.support``. Slots are plain mod
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,7 +17,36 @@ from trimtab.errors import AttachError
 
 
 class Slot(nn.Module):
-    """A node of the slot tree. Its forward is never called."""
+    """A node of the slot tree. Its forward is never called.
+
+    It is read like a ``ModuleDict`` or ``ParameterDict``: ``site.lora_A["default"].weight``, ``site.ia3_l["default"]``.
+    """
+
+    def __getitem__(self, name: str) -> nn.Module | Tensor:
+        return self._held[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._held
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def keys(self) -> Iterable[str]:
+        return self._held.keys()
+
+    def values(self) -> Iterable[nn.Module | Tensor]:
+        return self._held.values()
+
+    def items(self) -> Iterable[tuple[str, nn.Module | Tensor]]:
+        return self._held.items()
+
+    @property
+    def _held(self) -> dict[str, nn.Module | Tensor]:
+        parts: tuple[dict[str, Any], ...] = (self._modules, self._parameters, self._buffers)
+        return {name: part for held in parts for name, part in held.items() if part is not None}
 
 
 _VALID = re.compile(r"[A-Za-z0-9_\-]+")

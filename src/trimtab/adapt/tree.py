@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
 
 from trimtab.adapt.site import BASE, SiteBase
 from trimtab.adapt.slots import Slot
 from trimtab.models.anatomy import Anatomy
+
+if TYPE_CHECKING:
+    from trimtab.adapt.bank import Bank
 
 
 def bare_modules(root: nn.Module) -> dict[str, nn.Module]:
@@ -26,7 +31,7 @@ def _walked(root: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
         if isinstance(module, Bank | Slot):
             return
         if isinstance(module, SiteBase):
-            module = module.base_layer
+            module = module.frozen
         if id(module) in first:
             again[path] = first[id(module)]
             return
@@ -59,6 +64,14 @@ def canonical(path: str) -> str:
 def sites_of(root: nn.Module) -> dict[str, SiteBase]:
     """Canonical path -> wrapper, for all wrappers in the tree."""
     return {m.path: m for m in root.modules() if isinstance(m, SiteBase)}
+
+
+def uncover(root: nn.Module, bank: Bank) -> None:
+    """Put the frozen layers back where merged ones stand in their place."""
+    if bank.merged:
+        for site in sites_of(root).values():
+            site.uncover()
+        bank.merged = ()
 
 
 def replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:

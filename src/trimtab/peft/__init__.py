@@ -1,0 +1,40 @@
+"""The drop-in face: the names and behaviour of Hugging Face PEFT, on Trimtab's core.
+
+    from trimtab.peft import LoraConfig, get_peft_model
+
+Names are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_PLACES = {
+    "LoraConfig": "configs.lora",
+    **dict.fromkeys(("PeftConfig", "get_peft_config"), "config"),
+    **dict.fromkeys(("PeftType", "TaskType"), "types"),
+    **dict.fromkeys(
+        (
+            "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftMixedModel", "PeftModel", "PeftModelForCausalLM",
+            "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM",
+            "PeftModelForSequenceClassification", "PeftModelForTokenClassification", "get_peft_model",
+            "inject_adapter_in_model",
+        ),
+        "model",
+    ),
+}  # fmt: skip
+
+__all__ = sorted(_PLACES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

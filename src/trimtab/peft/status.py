@@ -1,0 +1,1 @@
+"""What is attached to a model, layer by layer and in all."""

@@ -1,0 +1,305 @@
+"""What stands between a `PeftModel` and its model: adapters by name, which of them act, and which are trained.
+
+It is the ``base_model`` of a `PeftModel`, and by itself what PEFT calls a tuner: ``base_model.model`` is the user's
+model, changed in place. Parameters have PEFT's names, in state dicts too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.adapt.acting import rows, stack
+from trimtab.adapt.adapter import Adapter
+from trimtab.adapt.attach import attach, detach
+from trimtab.adapt.bank import Bank, find_bank
+from trimtab.adapt.merge import fold, merge_in_place, unmerge
+from trimtab.adapt.site import BASE, SiteBase
+from trimtab.adapt.tree import sites_of
+from trimtab.errors import AttachError, DuplicateNameError, UnknownNameError, suggest
+from trimtab.peft.config import PeftConfig
+from trimtab.peft.kin import register
+
+
+class Tuner(nn.Module):
+    """Adapters of one model. ``peft_config`` maps names to configurations, as PEFT's tuners take them."""
+
+    prefix = ""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: Mapping[str, PeftConfig] | PeftConfig,
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
+        *,
+        adapter: Adapter | None = None,
+    ) -> None:
+        super().__init__()
+        if find_bank(model) is not None:
+            raise AttachError(
+                f"{type(model).__name__} has adapters already. Add another with model.add_adapter(name, config), or "
+                "take them out first with model.unload()."
+            )
+        self.model = model
+        self.peft_config: dict[str, PeftConfig] = {}
+        self.active_adapters: list[str] = []
+        self.off = False
+        self._inference: set[str] = set()
+        self.register_state_dict_post_hook(_show_base)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_take_base)  # type: ignore[no-untyped-call]
+        config = peft_config if isinstance(peft_config, PeftConfig) else peft_config[adapter_name]
+        self.add(adapter_name, config, adapter)
+
+    # -- adapters --------------------------------------------------------------------------------------
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True, **_: Any
+    ) -> None:
+        """Attach the adapter that ``peft_config`` has under this name."""
+        config = self.peft_config.pop(adapter_name)  # PEFT's models put it there first
+        self.add(adapter_name, config)
+        self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
+    def add(self, name: str, config: PeftConfig, adapter: Adapter | None = None) -> Adapter:
+        """Attach an adapter of a configuration, or a loaded one. The first becomes the active one."""
+        trainable = not config.inference_mode
+        if adapter is None:
+            # PEFT draws from torch's own generator, so that a script's seed decides
+            seed = int(torch.randint(2**31, ()))
+            method = config.method(self.model)
+            adapter = attach(self.model, method, name, seed=seed, trainable=trainable)
+        else:
+            adapter = attach(self.model, adapter, name, trainable=trainable)
+        self.peft_config[name] = config
+        if not trainable:
+            self._inference.add(name)
+        self.active_adapters = self.active_adapters or [name]
+        self._refresh()
+        for other in self.adapters.values():
+            if other.name not in self.active_adapters:
+                self._train(other, False)
+        return adapter
+
+    def replace(self, name: str, config: PeftConfig, adapter: Adapter) -> None:
+        """Put a loaded adapter in the place of the one of that name."""
+        old = detach(self.model, name)
+        try:
+            self.add(name, config, adapter)
+        except BaseException:
+            self.add(name, self.peft_config[name], old)
+            raise
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter out; if it was the only active one, the first of the others becomes active."""
+        self.require(adapter_name)
+        self.unmerge_adapter()
+        detach(self.model, adapter_name)
+        del self.peft_config[adapter_name]
+        self._inference.discard(adapter_name)
+        left = [name for name in self.active_adapters if name != adapter_name]
+        self.active_adapters = left or list(self.peft_config)[:1]
+        if self.peft_config:
+            self.set_adapter(self.active_adapters)
+
+    @property
+    def bank(self) -> Bank | None:
+        return find_bank(self.model)
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """The attached adapters by name."""
+        return {} if self.bank is None else self.bank.adapters
+
+    def require(self, name: str) -> Adapter:
+        """The adapter of that name."""
+        if name not in self.adapters:
+            known = list(self.adapters)
+            raise UnknownNameError(
+                f"there is no adapter {name!r}.{suggest(name, known) or f' There are: {known}.'}"
+            )
+        return self.adapters[name]
+
+    # -- who acts, who learns --------------------------------------------------------------------------
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self.active_adapters[0] if len(self.active_adapters) == 1 else self.active_adapters
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Which adapters act; they are trained, unless they were loaded for inference, and the others are not."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        for name in names:
+            self.require(name)
+        if len(set(names)) != len(names):
+            raise DuplicateNameError(f"{names} names an adapter twice.")
+        if self.merged and set(names) != set(self.merged):
+            self.unmerge_adapter()
+        self.active_adapters = names
+        self._refresh()
+        for name, adapter in self.adapters.items():
+            learns = name in names and not inference_mode and name not in self._inference
+            self._train(adapter, learns)
+
+    def set_requires_grad(
+        self, adapter_names: str | Sequence[str], requires_grad: bool = True
+    ) -> None:
+        """Whether adapters are trained, whichever act."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self._train(self.require(name), requires_grad)
+            self._inference.discard(name)
+
+    def _train(self, adapter: Adapter, learns: bool) -> None:
+        fixed = adapter.fixed
+        for name, tensor in adapter.named().items():
+            if isinstance(tensor, nn.Parameter) and name not in fixed:
+                tensor.requires_grad_(learns)
+
+    def _refresh(self) -> None:
+        if self.bank is not None:
+            stack(self.model, [] if self.off else self.active_adapters)
+
+    def disable_adapter_layers(self) -> None:
+        """The model is the bare base, until `enable_adapter_layers`."""
+        self.off = True
+        self._refresh()
+
+    def enable_adapter_layers(self) -> None:
+        self.off = False
+        self._refresh()
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Rows with adapters of their own inside the ``with``; PEFT's models call it by this name."""
+        with self.routed(kwargs.pop("adapter_names", None)):
+            yield
+
+    @contextmanager
+    def routed(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
+        """One adapter a row, ``"__base__"`` being none; without names, whoever is active."""
+        if adapter_names is None or self.bank is None:
+            yield
+            return
+        with rows(self.model, [None if n == "__base__" else n for n in adapter_names]):
+            yield
+
+    # -- merging ---------------------------------------------------------------------------------------
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """The adapters whose merged weights stand in the place of the base's."""
+        return () if self.bank is None else self.bank.merged
+
+    def merge_adapter(
+        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Put merged weights in the place of the base's, which are kept beside them, bit for bit."""
+        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        for name in names:
+            self.require(name)
+        merge_in_place(self.model, names, finite=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """The base's own weights again."""
+        if self.bank is not None:
+            unmerge(self.model)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+    ) -> nn.Module:
+        """The model with the adapters in its weights, and nothing of them beside."""
+        self.unmerge_adapter()
+        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        for name in names:
+            self.require(name)
+        fold(self.model, names, finite=safe_merge)
+        self._forget()
+        return self.model
+
+    def unload(self) -> nn.Module:
+        """The model as it was, without adapters."""
+        self.unmerge_adapter()
+        for name in list(self.adapters):
+            detach(self.model, name)
+        self._forget()
+        return self.model
+
+    def _forget(self) -> None:
+        self.peft_config.clear()
+        self.active_adapters = []
+        self._inference.clear()
+
+    # -- being a model ---------------------------------------------------------------------------------
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Adapters are kept in fp32; without ``autocast_adapter_dtype``, in the dtype of the layer they edit."""
+        if autocast_adapter_dtype:
+            return
+        sites = sites_of(self.model)
+        for name, holder in self.require(adapter_name).held.items():
+            site = sites.get(name.path)
+            dtype = getattr(getattr(site, "weight", None), "dtype", None)
+            if dtype is not None and dtype.is_floating_point:
+                holder.to(dtype)
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """The model's configuration as a mapping; PEFT's models ask for it."""
+        config = getattr(model, "config", {"model_type": "custom"})
+        return dict(config.to_dict() if hasattr(config, "to_dict") else config)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":  # not made yet
+                raise
+            return getattr(self.model, name)
+
+
+register(Tuner, "BaseTuner")
+register(SiteBase, "BaseTunerLayer")
+
+
+def _names(tuner: nn.Module) -> dict[str, str]:
+    """Names in the model's own state dict, which hides ``base_layer`` -> those that PEFT's has."""
+    model = tuner.get_submodule("model")
+    wrapped = {path for path, module in model.named_modules() if isinstance(module, SiteBase)}
+    names = {}
+    tensors = (model.named_parameters, model.named_buffers)
+    for name in [n for each in tensors for n, _ in each(remove_duplicate=False)]:
+        parts = name.split(".")
+        kept = [
+            part
+            for number, part in enumerate(parts)
+            if part != BASE or ".".join(parts[:number]) not in wrapped
+        ]
+        if len(kept) != len(parts):
+            names[".".join(kept)] = name
+    return names
+
+
+def _show_base(tuner: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    names = {
+        f"{prefix}model.{own}": f"{prefix}model.{pefts}" for own, pefts in _names(tuner).items()
+    }
+    whole = {names.get(key, key): value for key, value in state.items()}
+    state.clear()
+    state.update(whole)
+
+
+def _take_base(tuner: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    for own, pefts in _names(tuner).items():
+        if f"{prefix}model.{pefts}" in state:
+            state[f"{prefix}model.{own}"] = state.pop(f"{prefix}model.{pefts}")
