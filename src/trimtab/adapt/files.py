@@ -23,7 +23,7 @@ from trimtab.adapt.contract import Method
 from trimtab.adapt.disk import checksum, placing, read_json, read_tensors, replacing, write_json
 from trimtab.adapt.fingerprint import Fingerprint
 from trimtab.adapt.lowbit import Packing, pack, unpack
-from trimtab.adapt.parse import method_from, methods
+from trimtab.adapt.parse import method_from, methods, of_peft_type
 from trimtab.adapt.slots import check_name
 from trimtab.config import Config
 from trimtab.errors import ConfigError, FileFormatError, suggest
@@ -221,20 +221,15 @@ def _from_peft(
     folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor], name: str | None
 ) -> Adapter:
     kind = _peft_type(folder, config)
-    known = {cls.peft_type for _, cls in methods.items() if cls.peft_type}
-    if kind not in known:
-        hint = (
-            suggest(kind, [k for k in known if k])
-            or f" Known: {', '.join(sorted(k for k in known if k))}."
-        )
+    if next(of_peft_type(kind), None) is None:
+        known = sorted({cls.peft_type for _, cls in methods.items() if cls.peft_type})
+        hint = suggest(kind, known) or f" Known: {', '.join(known)}."
         raise FileFormatError(
             f"{folder / CONFIG}: peft_type {kind!r} is not a method that Trimtab reads.{hint}"
         )
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     method = next(
-        found
-        for _, cls in methods.items()
-        if cls.peft_type == kind and (found := cls.from_peft(config, shapes)) is not None
+        found for cls in of_peft_type(kind) if (found := cls.from_peft(config, shapes)) is not None
     )
     full = tuple(config.get("modules_to_save") or ())
     return _parsed(folder, method.replace(train=full) if full else method, tensors, name, config)

@@ -15,7 +15,7 @@ from torch import nn
 from trimtab.adapt.contract import Method
 from trimtab.adapt.disk import read_json, write_json
 from trimtab.adapt.files import CONFIG
-from trimtab.adapt.parse import methods
+from trimtab.adapt.parse import of_peft_type
 from trimtab.errors import ConfigError, UnknownNameError, suggest
 from trimtab.peft.defaults import default_targets
 from trimtab.peft.hub import local_file
@@ -100,9 +100,7 @@ class PeftConfig:
         full = tuple(options.pop("modules_to_save", None) or ())
         name = on_disk(self.peft_type)
         found = next(
-            made
-            for _, cls in methods.items()
-            if cls.peft_type == name and (made := cls.from_peft(options, {})) is not None
+            made for cls in of_peft_type(name) if (made := cls.from_peft(options, {})) is not None
         )
         return self.begun(found.replace(train=full) if full else found)
 

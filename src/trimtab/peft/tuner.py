@@ -81,9 +81,8 @@ class Tuner(nn.Module):
             self._inference.add(name)
         self.active_adapters = self.active_adapters or [name]
         self._refresh()
-        for other in self.adapters.values():
-            if other.name not in self.active_adapters:
-                self._train(other, False)
+        if name not in self.active_adapters:
+            self._train(adapter, False)
         return adapter
 
     def replace(self, name: str, config: PeftConfig, adapter: Adapter) -> None:
