@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests import tiny
 from tests.laws.cells import SMALL, registered
 from trimtab.adapt import tree
 from trimtab.adapt.tree import sites_of
+from trimtab.errors import AttachError
 
 
 def lines_run(action: Callable[[], Any]) -> int:
@@ -98,3 +100,12 @@ def test_it_attaches_to_a_model_without_weights(method: str) -> None:
     assert all(p.is_meta for p in bare.parameters())
     tt.detach(bare, "default")
     assert sites_of(bare) == {}
+
+
+def test_an_adapter_without_values_is_not_saved(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = llama()
+    adapter = tt.attach(model, "lora(rank=2)")
+    with pytest.raises(AttachError, match="'default' lies on the meta device and has no values"):
+        adapter.save(tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())

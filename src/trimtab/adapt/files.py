@@ -26,7 +26,7 @@ from trimtab.adapt.lowbit import Packing, pack, unpack
 from trimtab.adapt.parse import method_from, methods, of_peft_type
 from trimtab.adapt.slots import check_name
 from trimtab.config import Config
-from trimtab.errors import ConfigError, FileFormatError, suggest
+from trimtab.errors import AttachError, ConfigError, FileFormatError, suggest
 
 SCHEMA: Literal[1] = 1
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "trimtab.json"
@@ -91,6 +91,11 @@ def save(adapter: Adapter, folder: Path, bits: int | None = None, *, beside: boo
     index: dict[str, Entry] = {}
     for name, tensor in adapter.named().items():
         key = disk_key(adapter, name)
+        if tensor.is_meta:
+            raise AttachError(
+                f"adapter {adapter.name!r} lies on the meta device and has no values to save; give its model weights, "
+                "and the adapter values, first."
+            )
         if key in tensors:
             raise FileFormatError(
                 f"two tensors of adapter {adapter.name!r} would share the key {key!r} on disk."
