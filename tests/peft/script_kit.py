@@ -50,9 +50,15 @@ def filled(model: nn.Module, adapter: str | None = None, scale: float = 0.1) -> 
     for name, parameter in model.named_parameters():
         mine = parameter.requires_grad if adapter is None else f".{adapter}" in name
         if mine:
-            parameter.copy_(parameter * 0 + draw(name, parameter, scale))
-            names.append(name)
+            plain = plain_name(name)
+            parameter.copy_(draw(plain, parameter, scale))
+            names.append(plain)
     return sorted(names)
+
+
+def plain_name(name: str) -> str:
+    """The name without the wrappers that PEFT puts around one another; see docs/from-peft.md."""
+    return name.replace(".base_layer", "").replace(".token_adapter", "")
 
 
 @torch.no_grad()
