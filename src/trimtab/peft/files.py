@@ -7,14 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.files import save
-from trimtab.adapt.slots import memory_name
-from trimtab.errors import FileFormatError
 from trimtab.peft.config import PeftConfig
 from trimtab.peft.hub import local_adapter
+from trimtab.peft.state import gathered
 
 if TYPE_CHECKING:
     from trimtab.peft.tuner import Tuner
@@ -47,27 +46,15 @@ def write_folder(
         task_type=config.task_type or adapter.origin.task_type,
     )
     if state is not None:
-        adapter = _from_state(adapter, state)
+        adapter = _from_state(adapter, tuner.model, state)
     save(adapter, folder, beside=True)
 
 
-def _from_state(adapter: Adapter, state: Mapping[str, Tensor]) -> Adapter:
-    """An adapter with the tensors of a state dict of its model, by their names there."""
+def _from_state(adapter: Adapter, root: nn.Module, state: Mapping[str, Tensor]) -> Adapter:
+    """An adapter with the tensors of a state dict of its model."""
+    found = gathered(adapter, root, state)
     copy = Adapter(
-        adapter.name, adapter.method, adapter.sites, {}, base=adapter.base, origin=adapter.origin
+        adapter.name, adapter.method, adapter.sites, found, base=adapter.base, origin=adapter.origin
     )
-    found = {}
-    for name in adapter.named():
-        slot = memory_name(name.slot, adapter.name)
-        key = f"{name.path}.{slot}" if name.path else f"trimtab.{slot}"
-        for prefix in ("base_model.model.", "model.", ""):
-            if prefix + key in state:
-                found[name] = state[prefix + key].detach()
-                break
-        else:
-            raise FileFormatError(
-                f"state_dict has no {key!r}, which adapter {adapter.name!r} needs."
-            )
-    copy._tensors = found
     copy.drawn = dict(adapter.drawn)
     return copy
