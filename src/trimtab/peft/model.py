@@ -19,7 +19,7 @@ from trimtab.peft.card import write_card
 from trimtab.peft.config import PeftConfig
 from trimtab.peft.files import read_folder, write_folder
 from trimtab.peft.kin import related
-from trimtab.peft.state import LoadResult, replace_tensors
+from trimtab.peft.state import LoadResult, check_embeddings, replace_tensors
 from trimtab.peft.tuner import Tuner
 from trimtab.peft.types import PeftType, TaskType
 
@@ -188,11 +188,7 @@ class PeftModel(PushToHubMixin, nn.Module):  # type: ignore[misc]
         """
         if not safe_serialization:
             raise ConfigError("adapters are written as safetensors only; nothing is ever pickled.")
-        if save_embedding_layers not in ("auto", False):
-            raise ConfigError(
-                "save_embedding_layers: embeddings are not copied into adapters; to train them, name them in "
-                "modules_to_save."
-            )
+        check_embeddings(save_embedding_layers)
         if path_initial_model_for_weight_conversion is not None:
             raise ConfigError(
                 "path_initial_model_for_weight_conversion is not needed: the base was never changed. "
@@ -207,7 +203,8 @@ class PeftModel(PushToHubMixin, nn.Module):  # type: ignore[misc]
         for name in names:
             where = folder if name == "default" else folder / name
             write_folder(self.base_model, name, where, state_dict)
-        write_card(folder, self)
+        if names:
+            write_card(folder, self.base_model, names)
         if push_to_hub:
             self.push_to_hub(**{"repo_id": folder.name, **hub})
         elif hub:
@@ -235,7 +232,7 @@ class PeftModel(PushToHubMixin, nn.Module):  # type: ignore[misc]
 
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
         """Write or complete the README of a folder of adapters."""
-        write_card(Path(output_dir), self)
+        write_card(Path(output_dir), self.base_model)
 
     # -- facts -----------------------------------------------------------------------------------------
 
