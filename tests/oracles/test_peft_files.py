@@ -218,9 +218,15 @@ def test_an_option_at_its_default_is_read(folder: Path) -> None:
     assert tt.Adapter.load(folder).method == tt.LoRA(rank=2, alpha=8, targets=("q_proj",))
 
 
+@pytest.mark.filterwarnings("ignore:.*not to use rslora")  # PEFT, of its conversion
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 @pytest.mark.parametrize(
-    "options", [{}, {"use_rslora": True, "rank_pattern": {"layers.0": 3}}, {"use_dora": True}]
+    "options",
+    [
+        {},
+        {"use_rslora": True, "rank_pattern": {"layers.0.self_attn.q_proj": 3}},
+        {"use_dora": True},
+    ],
 )
 def test_a_file_whose_base_was_changed_acts_on_the_base_as_it_is(
     init: str, options: dict[str, Any], tmp_path: Path

@@ -57,7 +57,7 @@ class Origin:
     suffixes: tuple[str, ...] | None = None
     transposed: bool = False
     in_peft: bool = True
-    remade: frozenset[str] = frozenset()
+    rebuilt: frozenset[str] = frozenset()
     """Slots that the file left out, because its base makes them again when the adapter is attached."""
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -170,7 +170,7 @@ class Adapter:
 
     def check_whole(self, deed: str) -> None:
         """Raise where tensors are left to be made from the base, so that this cannot be done without it."""
-        if self.origin.remade:
+        if self.origin.rebuilt:
             raise UnsupportedError(
                 f"adapter {self.name!r} keeps first factors that PEFT left out of its file, because its base makes them "
                 f"again; attach it to that base before you {deed} it."

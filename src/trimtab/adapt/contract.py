@@ -200,7 +200,7 @@ class Method(Config, ABC):
         return {}
 
     @property
-    def remade(self) -> frozenset[str]:
+    def rebuilt(self) -> frozenset[str]:
         """Slots that PEFT leaves out of its file and makes from the base when it loads; the base makes them here too."""
         return frozenset()
 

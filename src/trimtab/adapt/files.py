@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -31,6 +32,8 @@ from trimtab.errors import ConfigError, FileFormatError, suggest
 
 SCHEMA: Literal[1] = 1
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "trimtab.json"
+TRAINING = frozenset({"total_step"})
+"""Options of PEFT's that only training needs."""
 OWN_TYPE = "TRIMTAB_"
 """What ``peft_type`` begins with where PEFT lacks the method: it then refuses the folder, as it should."""
 
@@ -71,10 +74,18 @@ class Description(Config):
         return value
 
 
-def save(adapter: Adapter, folder: Path, bits: int | None = None, *, beside: bool = False) -> Path:
+def save(
+    adapter: Adapter,
+    folder: Path,
+    bits: int | None = None,
+    *,
+    beside: bool = False,
+    said: Mapping[str, Any] = MappingProxyType({}),
+) -> Path:
     """Write the adapter; an adapter that was in ``folder`` before is replaced whole or not at all.
 
-    With ``beside``, what else lies in the folder stays.
+    With ``beside``, what else lies in the folder stays. ``said`` are options of ``adapter_config.json`` that change
+    nothing of the function, such as a revision.
 
     ``bits`` (8 or 4) rounds its matrices; how far off they are then is noted in the provenance.
 
@@ -124,7 +135,7 @@ def save(adapter: Adapter, folder: Path, bits: int | None = None, *, beside: boo
     )
     with (placing if beside else replacing)(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-        write_json(temporary / CONFIG, _peft_config(adapter, bits))
+        write_json(temporary / CONFIG, {**_peft_config(adapter, bits), **said})
         write_json(temporary / OURS, ours.model_dump(mode="json", by_alias=True))
     return folder
 
@@ -219,7 +230,7 @@ def _same_options(folder: Path, adapter: Adapter, config: Mapping[str, Any]) -> 
     """Refuse a folder whose two descriptions of the method differ: one of them was changed by hand."""
     said = json.loads(json.dumps(adapter.method.to_peft(_places(adapter))))
     for key, value in said.items():
-        if key in config and config[key] != value:
+        if key in config and config[key] != value and key not in TRAINING:
             raise FileFormatError(
                 f"{folder / CONFIG} says {key}={config[key]!r}, and {OURS} says {value!r}. If the former was changed "
                 f"on purpose, remove {OURS}: the folder is then read as PEFT reads it."
@@ -288,7 +299,7 @@ def _parsed(
         base_name=config.get("base_model_name_or_path"),
         task_type=config.get("task_type"),
         transposed=bool(config.get("fan_in_fan_out")),
-        remade=method.remade,
+        rebuilt=method.rebuilt,
     )
     adapter = Adapter(own_name, method, sites, named, origin=origin)
     adapter.drawn = drawn

@@ -119,7 +119,7 @@ class LowRank(Method):
         return frozenset(KEPT) if self._away else frozenset()
 
     @property
-    def remade(self) -> frozenset[str]:
+    def rebuilt(self) -> frozenset[str]:
         # PEFT begins embeddings as usual, whatever it is told
         return frozenset(FACTORS[2:]) if self._away else frozenset()
 

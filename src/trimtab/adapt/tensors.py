@@ -77,8 +77,8 @@ def initial_tensors(
     devices = [layer.device for layer in layers.values()]
     default = devices[0] if devices else torch.device("cpu")
     given = adapter.named()
-    remade = {n for n in expected if n.slot in adapter.origin.remade} - set(given)
-    wanted = {n: s for n, s in expected.items() if s.stored and n not in remade}
+    rebuilt = {n for n in expected if n.slot in adapter.origin.rebuilt} - set(given)
+    wanted = {n: s for n, s in expected.items() if s.stored and n not in rebuilt}
     if not new:
         _same_tensors(adapter, wanted, given)
     made: dict[TensorName, Tensor] = {}
@@ -97,7 +97,7 @@ def initial_tensors(
                 _same_draw(adapter, tensor_name.key, value)
         moved = value.to(device)
         made[tensor_name] = moved.clone() if spec.stored else moved  # a draw may be shared
-    adapter.origin = replace(adapter.origin, remade=frozenset())
+    adapter.origin = replace(adapter.origin, rebuilt=frozenset())
     return made
 
 

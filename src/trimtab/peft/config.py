@@ -136,7 +136,9 @@ class PeftConfig:
         for name in self.sizes:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{kind}: {name} must be a whole number from 1 on, not {value!r}.")
+                raise ConfigError(
+                    f"{kind}: {name} must be a whole number from 1 on, not {value!r}."
+                )
         for name in self.shares:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < 1:
@@ -243,6 +245,7 @@ class PeftConfig:
         """A configuration of the class that ``peft_type`` names (of this class, without it)."""
         values = dict(kwargs)
         given = values.pop("peft_type", None)
+        given = getattr(given, "value", given)  # an enum, PEFT's or ours
         values.pop("runtime_config", None)  # settings of PEFT's process, not of the adapter
         if given is None:
             return cls(**values)

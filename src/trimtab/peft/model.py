@@ -14,10 +14,10 @@ from transformers.utils.hub import PushToHubMixin
 
 from trimtab.adapt.acting import using
 from trimtab.adapt.adapter import Adapter
-from trimtab.errors import AttachError, ConfigError, DuplicateNameError
+from trimtab.errors import AttachError, ConfigError, DuplicateNameError, UnknownNameError
 from trimtab.peft.card import write_card
 from trimtab.peft.config import PeftConfig
-from trimtab.peft.files import read_folder, write_folder
+from trimtab.peft.files import compare_names, read_folder, write_folder
 from trimtab.peft.kin import related
 from trimtab.peft.state import LoadResult, check_embeddings, replace_tensors
 from trimtab.peft.tuner import Tuner
@@ -130,19 +130,20 @@ class PeftModel(PushToHubMixin, nn.Module):  # type: ignore[misc]
         """
         _refuse(key_mapping=key_mapping, ephemeral_gpu_offload=ephemeral_gpu_offload)
         config, adapter = read_folder(model_id, adapter_name, is_trainable, **hub)
+        compare_names(adapter, self.get_base_model())
         present = self.base_model.adapters.get(adapter_name)
         if present is not None and replace_tensors(present, adapter):
             self.peft_config[adapter_name] = config
             return LoadResult([], [])
         if present is not None:
             active = list(self.active_adapters)
+            self.base_model.replace(adapter_name, config, adapter)
+            self.base_model.set_adapter(active)
             warnings.warn(
                 f"adapter {adapter_name!r} was of another configuration; it is now the one in {model_id}. An "
                 "optimizer made before does not know its parameters.",
                 stacklevel=2,
             )
-            self.base_model.replace(adapter_name, config, adapter)
-            self.base_model.set_adapter(active)
         else:
             self.base_model.add(adapter_name, config, adapter)
         self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -194,6 +195,10 @@ class PeftModel(PushToHubMixin, nn.Module):  # type: ignore[misc]
                 "path_initial_model_for_weight_conversion is not needed: the base was never changed. "
                 "trimtab.peft.save_as_lora writes the plain LoRA of twice the rank."
             )
+        if hub and not push_to_hub:
+            raise UnknownNameError(
+                f"save_pretrained has no option {next(iter(hub))!r}; those of push_to_hub need push_to_hub=True."
+            )
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         folder = Path(save_directory)
         for name in names:
@@ -207,8 +212,6 @@ class PeftModel(PushToHubMixin, nn.Module):  # type: ignore[misc]
             write_card(folder, self.base_model, names)
         if push_to_hub:
             self.push_to_hub(**{"repo_id": folder.name, **hub})
-        elif hub:
-            raise ConfigError(f"save_pretrained has no option {next(iter(hub))!r}.")
 
     @classmethod
     def from_pretrained(
@@ -227,6 +230,7 @@ class PeftModel(PushToHubMixin, nn.Module):  # type: ignore[misc]
         """A model with the adapter of a folder or a repository, in the class of its task."""
         _refuse(key_mapping=key_mapping, ephemeral_gpu_offload=ephemeral_gpu_offload)
         found, adapter = read_folder(model_id, adapter_name, is_trainable, config=config, **hub)
+        compare_names(adapter, model)
         made = class_of(found.task_type) if cls is PeftModel else cls
         return made(model, found, adapter_name, autocast_adapter_dtype, adapter=adapter)
 
