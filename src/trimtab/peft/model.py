@@ -387,5 +387,5 @@ def inject_adapter_in_model(
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """The model itself with a new adapter in it, and nothing around it."""
-    Tuner(model, {adapter_name: peft_config}, adapter_name)
+    Tuner(model, peft_config.copied(), adapter_name)
     return model
