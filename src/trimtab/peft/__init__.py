@@ -12,6 +12,14 @@ from typing import Any
 
 _PLACES = {
     "LoraConfig": "configs.lora",
+    **dict.fromkeys(
+        (
+            "AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction",
+            "AutoPeftModelForQuestionAnswering", "AutoPeftModelForSeq2SeqLM",
+            "AutoPeftModelForSequenceClassification", "AutoPeftModelForTokenClassification",
+        ),
+        "auto",
+    ),
     **dict.fromkeys(("PeftConfig", "get_peft_config"), "config"),
     **dict.fromkeys(("PeftType", "TaskType"), "types"),
     **dict.fromkeys(

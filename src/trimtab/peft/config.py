@@ -18,7 +18,7 @@ from trimtab.adapt.files import CONFIG
 from trimtab.adapt.parse import methods
 from trimtab.errors import ConfigError, UnknownNameError, suggest
 from trimtab.peft.defaults import default_targets
-from trimtab.peft.hub import local_file
+from trimtab.peft.hub import local_file, push
 from trimtab.peft.kin import related
 from trimtab.peft.types import PeftType, TaskType, from_disk, on_disk
 
@@ -128,6 +128,19 @@ class PeftConfig:
             raise UnknownNameError(f"save_pretrained has no option {next(iter(kwargs))!r}.")
         fields = {name: _plain(value) for name, value in self.to_dict().items()}
         write_json(folder / CONFIG, fields | ({"auto_mapping": mapping} if mapping else {}))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        max_shard_size: int | str | None = None,
+        **options: Any,
+    ) -> Any:
+        """Write ``adapter_config.json`` into a repository on the hub; ``options`` are `trimtab.peft.hub.push`'s."""
+        return push(
+            self.save_pretrained, repo_id, commit_message=commit_message or "Upload config", **options
+        )
 
     @classmethod
     def from_pretrained(
