@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Any
 
 _PLACES = {
+    "AdaLoraConfig": "configs.adalora",
     "LoraConfig": "configs.lora",
     **dict.fromkeys(
         (
@@ -19,6 +20,33 @@ _PLACES = {
             "AutoPeftModelForSequenceClassification", "AutoPeftModelForTokenClassification",
         ),
         "auto",
+    ),
+    **dict.fromkeys(
+        ("EvaConfig", "LoftQConfig", "LoraGAConfig", "LoraRuntimeConfig"), "configs.lora_parts"
+    ),
+    **dict.fromkeys(
+        (
+            "FourierFTConfig", "HiraConfig", "LoHaConfig", "LoKrConfig", "MissConfig", "RandLoraConfig", "ShiraConfig",
+            "VeraConfig",
+        ),
+        "configs.weights",
+    ),
+    **dict.fromkeys(("BOFTConfig", "HRAConfig", "OFTConfig"), "configs.rotations"),
+    **dict.fromkeys(("IA3Config", "LNTuningConfig", "TrainableTokensConfig"), "configs.scales"),
+    **dict.fromkeys(
+        (
+            "AdaptionPromptConfig", "PrefixTuningConfig", "PromptEncoderConfig",
+            "PromptEncoderReparameterizationType", "PromptLearningConfig", "PromptTuningConfig", "PromptTuningInit",
+        ),
+        "configs.prompts",
+    ),
+    **dict.fromkeys(
+        (
+            "AdaFitConfig", "AdapterPlusConfig", "BitFitConfig", "BottleneckConfig", "CompacterConfig",
+            "DiReftConfig", "DiffPruningConfig", "FullConfig", "GatedConfig", "LoReftConfig", "MoraConfig",
+            "NoReftConfig", "ParallelConfig", "PfeifferConfig", "PiggybackConfig", "SpotTuneConfig", "UnionConfig",
+        ),
+        "configs.ours",
     ),
     **dict.fromkeys(("PeftConfig", "get_peft_config"), "config"),
     **dict.fromkeys(("PeftType", "TaskType"), "types"),

@@ -28,7 +28,9 @@ from trimtab.peft.model import PeftModel, class_of
 from trimtab.peft.types import TaskType
 
 _TOKENIZER = "tokenizer_config.json"
-_OF_ADAPTER = ("autocast_adapter_dtype", "ephemeral_gpu_offload", "low_cpu_mem_usage", "key_mapping", "subfolder")  # fmt: skip
+_OF_ADAPTER = (
+    "autocast_adapter_dtype", "ephemeral_gpu_offload", "low_cpu_mem_usage", "key_mapping", "subfolder",
+)  # fmt: skip
 _ALLOWED = ("transformers", "diffusers", "sentence_transformers", "timm")
 
 
@@ -147,24 +149,36 @@ class AutoPeftModel(AutoBase):
 
 
 class AutoPeftModelForCausalLM(AutoBase):
+    """For ``task_type="CAUSAL_LM"``."""
+
     task, loads = TaskType.CAUSAL_LM, AutoModelForCausalLM
 
 
 class AutoPeftModelForSeq2SeqLM(AutoBase):
+    """For ``task_type="SEQ_2_SEQ_LM"``."""
+
     task, loads = TaskType.SEQ_2_SEQ_LM, AutoModelForSeq2SeqLM
 
 
 class AutoPeftModelForSequenceClassification(AutoBase):
+    """For ``task_type="SEQ_CLS"``."""
+
     task, loads = TaskType.SEQ_CLS, AutoModelForSequenceClassification
 
 
 class AutoPeftModelForTokenClassification(AutoBase):
+    """For ``task_type="TOKEN_CLS"``."""
+
     task, loads = TaskType.TOKEN_CLS, AutoModelForTokenClassification
 
 
 class AutoPeftModelForQuestionAnswering(AutoBase):
+    """For ``task_type="QUESTION_ANS"``."""
+
     task, loads = TaskType.QUESTION_ANS, AutoModelForQuestionAnswering
 
 
 class AutoPeftModelForFeatureExtraction(AutoBase):
+    """For ``task_type="FEATURE_EXTRACTION"``."""
+
     task, loads = TaskType.FEATURE_EXTRACTION, AutoModel

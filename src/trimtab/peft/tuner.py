@@ -81,6 +81,7 @@ class Tuner(nn.Module):
             seed = int(torch.randint(2**31, ()))
             method = config.method(self.model)
             adapter = attach(self.model, method, name, seed=seed, trainable=trainable)
+            config.begin(adapter, seed)
         else:
             adapter = attach(self.model, adapter, name, trainable=trainable)
         self.peft_config[name] = config
