@@ -13,7 +13,17 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 import trimtab.peft as ours
 from tests import tiny
 from tests.peft.ecosystem_kit import (
-    STEPS, Rows, arguments, close, files, filled, learned, lora, losses, same, train,
+    STEPS,
+    Rows,
+    arguments,
+    close,
+    files,
+    filled,
+    learned,
+    lora,
+    losses,
+    same,
+    train,
 )  # fmt: skip
 from trimtab.errors import UnsupportedError
 
@@ -86,9 +96,7 @@ def test_a_checkpoint_is_the_adapter_alone(tmp_path: Path) -> None:
 def prompted(kind: str, **options: Any) -> Any:
     model = tiny.llama(num_hidden_layers=2)
     cls = getattr(ours, kind)
-    return ours.get_peft_model(
-        model, cls(task_type="CAUSAL_LM", num_virtual_tokens=3, **options)
-    )
+    return ours.get_peft_model(model, cls(task_type="CAUSAL_LM", num_virtual_tokens=3, **options))
 
 
 MADE = {
@@ -122,9 +130,7 @@ def test_the_best_checkpoint_is_the_model_at_the_end(kind: str, tmp_path: Path) 
         made(kind), tmp_path, eval_dataset=Rows(), eval_strategy="steps", eval_steps=1, save_strategy="steps",
         save_steps=1, learning_rate=0.5, load_best_model_at_end=True,
     )  # fmt: skip
-    evals = {
-        e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e
-    }
+    evals = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
     best = min(evals, key=lambda step: evals[step])
     assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
     assert trainer.evaluate()["eval_loss"] == pytest.approx(evals[best], abs=1e-6)
@@ -133,9 +139,7 @@ def test_the_best_checkpoint_is_the_model_at_the_end(kind: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("kind", ["lora", "prefix", "prompt"])
-def test_gradient_checkpointing_changes_nothing(
-    kind: str, reentrant: bool, tmp_path: Path
-) -> None:
+def test_gradient_checkpointing_changes_nothing(kind: str, reentrant: bool, tmp_path: Path) -> None:
     """PEFT refuses it for prefixes; the older, reentrant kind needs blocks that share nothing."""
     if reentrant and kind != "lora":
         with pytest.raises(UnsupportedError, match="use_reentrant=False"):
@@ -203,7 +207,10 @@ def test_only_the_adapter_is_optimised_and_the_base_is_as_it_was(tmp_path: Path)
     base = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     trainer = train(model, tmp_path, weight_decay=0.1)
     groups = trainer.optimizer.param_groups
-    assert sum(p.numel() for g in groups for p in g["params"]) == model.get_nb_trainable_parameters()[0]
+    assert (
+        sum(p.numel() for g in groups for p in g["params"])
+        == model.get_nb_trainable_parameters()[0]
+    )
     assert all(torch.equal(dict(model.named_parameters())[n], p) for n, p in base.items())
     assert len(losses(trainer)) == STEPS
 

@@ -166,7 +166,9 @@ def logits(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["sft", "reward"])
 def test_what_a_trainer_saves_is_read_by_both(kind: str, tmp_path: Path) -> None:
-    trainer = run(kind, ours, tmp_path, by_config=True, options={"save_strategy": "steps", "save_steps": 2})
+    trainer = run(
+        kind, ours, tmp_path, by_config=True, options={"save_strategy": "steps", "save_steps": 2}
+    )
     assert "model.safetensors" not in files(tmp_path / "checkpoint-2")
     trainer.save_model(str(tmp_path / "saved"))
     config = peft.PeftConfig.from_pretrained(str(tmp_path / "saved"))

@@ -86,9 +86,7 @@ class Looks:
     def _get_available_adapters(self) -> set[str]:
         return set(self.edits)
 
-    def set_adapter(
-        self, adapter_names: str | Sequence[str], inference_mode: bool = False
-    ) -> None:
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Which adapters act, and learn: in the whole model, for all its layers share one bank.
 
         Libraries that put adapters into a bare model call this of each layer in turn.

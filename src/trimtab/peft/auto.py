@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,9 +20,9 @@ from transformers import (
     AutoTokenizer,
 )
 
-from trimtab.errors import ConfigError, FileFormatError
+from trimtab.errors import ConfigError
 from trimtab.peft.config import PeftConfig
-from trimtab.peft.hub import OPTIONS, local_adapter, local_file
+from trimtab.peft.hub import OPTIONS, local_adapter, optional_file
 from trimtab.peft.model import PeftModel, class_of
 from trimtab.peft.types import TaskType
 
@@ -127,9 +126,7 @@ def _fit_vocabulary(
     base: nn.Module, place: str, subfolder: str | None, hub: dict[str, Any], given: dict[str, Any]
 ) -> None:
     """Grow the base's embeddings where a tokenizer beside the adapter has more tokens."""
-    found = None
-    with suppress(FileFormatError):  # it has none
-        found = local_file(place, _TOKENIZER, subfolder, **hub)
+    found = optional_file(place, _TOKENIZER, subfolder, **hub)
     embeddings = getattr(base, "get_input_embeddings", None)
     if found is None or embeddings is None:
         return

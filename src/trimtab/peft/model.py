@@ -247,7 +247,10 @@ class PeftModel(PushToHubMixin, nn.Module):  # type: ignore[misc]
         Adapters are one file each, whatever ``max_shard_size``. ``options`` are those of `trimtab.peft.hub.push`.
         """
         return push(
-            self.save_pretrained, repo_id, commit_message=commit_message or "Upload model", **options
+            self.save_pretrained,
+            repo_id,
+            commit_message=commit_message or "Upload model",
+            **options,
         )
 
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
