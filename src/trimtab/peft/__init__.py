@@ -14,6 +14,14 @@ _PLACES = {
     "AdaLoraConfig": "configs.adalora",
     "LoraConfig": "configs.lora",
     **dict.fromkeys(
+        (
+            "AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction",
+            "AutoPeftModelForQuestionAnswering", "AutoPeftModelForSeq2SeqLM",
+            "AutoPeftModelForSequenceClassification", "AutoPeftModelForTokenClassification",
+        ),
+        "auto",
+    ),
+    **dict.fromkeys(
         ("EvaConfig", "LoftQConfig", "LoraGAConfig", "LoraRuntimeConfig"), "configs.lora_parts"
     ),
     **dict.fromkeys(

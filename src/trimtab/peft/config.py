@@ -21,7 +21,7 @@ from trimtab.adapt.files import CONFIG
 from trimtab.adapt.files import OURS as DESCRIPTION
 from trimtab.adapt.parse import methods
 from trimtab.errors import ConfigError, UnknownNameError, UnsupportedError, suggest
-from trimtab.peft.hub import local_file
+from trimtab.peft.hub import local_file, push
 from trimtab.peft.kin import related
 from trimtab.peft.types import OURS, PeftType, TaskType, from_disk, on_disk
 
@@ -90,6 +90,8 @@ class PeftConfig:
     prefix: ClassVar[str] = ""
     """What the names of its parameters begin with."""
     is_prompt_learning: ClassVar[bool] = False
+    """Whether a `PeftModel` is to keep a prompt of its own beside its tuner: never here, where prompts are adapters
+    like others. ``isinstance(config, PromptLearningConfig)`` tells which methods are prompts."""
     is_adaption_prompt: ClassVar[bool] = False
     lacks: ClassVar[Mapping[str, str]] = {}
     """Options that Trimtab has only at their defaults -> what there is instead."""
@@ -222,6 +224,22 @@ class PeftConfig:
             raise UnknownNameError(f"save_pretrained has no option {next(iter(kwargs))!r}.")
         fields = {name: _plain(value) for name, value in self.to_dict().items()}
         write_json(folder / CONFIG, fields | ({"auto_mapping": mapping} if mapping else {}))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        max_shard_size: int | str | None = None,
+        **options: Any,
+    ) -> Any:
+        """Write ``adapter_config.json`` into a repository on the hub; ``options`` are `trimtab.peft.hub.push`'s."""
+        return push(
+            self.save_pretrained,
+            repo_id,
+            commit_message=commit_message or "Upload config",
+            **options,
+        )
 
     @classmethod
     def from_pretrained(

@@ -18,6 +18,7 @@ from trimtab.errors import AttachError, ConfigError, DuplicateNameError, Unknown
 from trimtab.peft.card import write_card
 from trimtab.peft.config import PeftConfig
 from trimtab.peft.files import compare_names, read_folder, write_folder
+from trimtab.peft.hub import push
 from trimtab.peft.kin import related
 from trimtab.peft.state import LoadResult, check_embeddings, replace_tensors
 from trimtab.peft.tuner import Tuner
@@ -234,6 +235,25 @@ class PeftModel(PushToHubMixin, nn.Module):  # type: ignore[misc]
         made = class_of(found.task_type) if cls is PeftModel else cls
         return made(model, found, adapter_name, autocast_adapter_dtype, adapter=adapter)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        max_shard_size: int | str | None = None,
+        **options: Any,
+    ) -> Any:
+        """Write the adapters, as `save_pretrained` does, into a repository on the hub.
+
+        Adapters are one file each, whatever ``max_shard_size``. ``options`` are those of `trimtab.peft.hub.push`.
+        """
+        return push(
+            self.save_pretrained,
+            repo_id,
+            commit_message=commit_message or "Upload model",
+            **options,
+        )
+
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
         """Write or complete the README of a folder of adapters."""
         write_card(Path(output_dir), self.base_model)
@@ -388,5 +408,5 @@ def inject_adapter_in_model(
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """The model itself with a new adapter in it, and nothing around it."""
-    Tuner(model, {adapter_name: peft_config}, adapter_name)
+    Tuner(model, peft_config.copied(), adapter_name)
     return model
