@@ -107,7 +107,8 @@ class Method(Config, ABC):
     ``scales`` is the short name of a tensor in which the edit is linear, ``adds`` whether edits of equal methods
     add when that tensor does. ``peft_options`` maps PEFT's options to (our field, PEFT's default), ``peft_lacks``
     are those that we lack with their defaults, ``peft_kinds`` the layer kinds on which PEFT has the same
-    function, and ``peft_drawn`` the names of tensors that PEFT may write and we draw again.
+    function, and ``peft_drawn`` the names of tensors that PEFT may write and we draw again. ``instead_of`` are a
+    layer's own tensors in whose place the method's stand: another value of them makes no other base.
     """
 
     kind: ClassVar[str]
@@ -123,6 +124,7 @@ class Method(Config, ABC):
     peft_lacks: ClassVar[Mapping[str, Any]] = {}
     peft_kinds: ClassVar[tuple[str, ...]] = ()
     peft_drawn: ClassVar[tuple[str, ...]] = ()
+    instead_of: ClassVar[tuple[str, ...]] = ()
     short_names: ClassVar[Mapping[str, str]] = {}
     scales: ClassVar[str] = ""
     adds: ClassVar[bool] = False
@@ -198,6 +200,11 @@ class Method(Config, ABC):
     def shared(self, anatomy: Anatomy, places: Sequence[Place]) -> dict[str, Spec]:
         """Tensors of the whole adapter, kept beside the model's root."""
         return {}
+
+    @property
+    def rebuilt(self) -> frozenset[str]:
+        """Slots that PEFT leaves out of its file and makes from the base when it loads; the base makes them here too."""
+        return frozenset()
 
     @property
     def fixed(self) -> frozenset[str]:

@@ -5,10 +5,13 @@ They tell of all adapters at the place; ``scaling`` and ``r`` are mappings from 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+from trimtab.adapt.slots import Slot
+from trimtab.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from trimtab.adapt.bank import Bank
@@ -16,11 +19,12 @@ if TYPE_CHECKING:
 
 
 class Looks:
-    """Read-only views of a site; `trimtab.adapt.site.SiteBase` has what they tell of."""
+    """Views of a site, and switches of the model's adapters; `trimtab.adapt.site.SiteBase` has what they tell of."""
 
     base_layer: nn.Module
     path: str
     edits: dict[str, list[Edit]]
+    _modules: dict[str, nn.Module | None]
 
     @property
     def bank(self) -> Bank:
@@ -33,7 +37,8 @@ class Looks:
     @property
     def active_adapters(self) -> list[str]:
         """The adapters of this place that act where no scope says otherwise."""
-        return [name for name in self.bank.active if name in self.edits]
+        bank = self.bank
+        return [n for n in bank.active if n in self.edits and n not in bank.disabled]
 
     @property
     def active_adapter(self) -> str | list[str]:
@@ -42,8 +47,8 @@ class Looks:
 
     @property
     def disable_adapters(self) -> bool:
-        """Whether none of them acts."""
-        return all(name in self.bank.disabled for name in self.active_adapters)
+        """Whether the bare base is asked for, whoever is active."""
+        return self.bank.off
 
     @property
     def merged_adapters(self) -> list[str]:
@@ -68,6 +73,50 @@ class Looks:
     @property
     def lora_alpha(self) -> Mapping[str, float]:
         return self._field("alpha")
+
+    @property
+    def adapter_layer_names(self) -> tuple[str, ...]:
+        """The children that hold adapters' tensors."""
+        return tuple(name for name, child in self._modules.items() if isinstance(child, Slot))
+
+    @property
+    def other_param_names(self) -> tuple[str, ...]:
+        return ()
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.edits)
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Which adapters act, and learn: in the whole model, for all its layers share one bank.
+
+        Libraries that put adapters into a bare model call this of each layer in turn.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.bank.stack(names)
+        self.set_requires_grad([name for name in self.bank.adapters if name not in names], False)
+        self.set_requires_grad(names, not inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Let the adapters of the whole model act, or none of them."""
+        self.bank.off = not enabled
+
+    def set_requires_grad(
+        self, adapter_names: str | Sequence[str], requires_grad: bool = True
+    ) -> None:
+        """Whether adapters learn, in the whole model."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            adapter = self.bank.require(name)
+            fixed = adapter.fixed
+            for key, tensor in adapter.named().items():
+                if key not in fixed and isinstance(tensor, nn.Parameter):
+                    tensor.requires_grad_(requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Refused: an adapter is taken out of a model, not of one layer."""
+        raise UnsupportedError(
+            f"adapter {adapter_name!r} cannot be taken out layer by layer; take it out of the model with "
+            "trimtab.detach(model, name), or use trimtab.peft.get_peft_model, whose models have delete_adapter."
+        )
 
     def _field(self, name: str) -> dict[str, Any]:
         """A fact of each adapter's method here, of those that have it."""

@@ -101,9 +101,14 @@ def _suffixes(paths: Sequence[str], anatomy: Anatomy) -> tuple[str, ...] | None:
 
 
 def checked(adapter: Adapter, name: str | None, base: Any, any_base: bool) -> Adapter:
-    """A saved adapter, copied and checked against this base."""
+    """A saved adapter, copied and checked against this base, but for what it has its own values of."""
     if adapter.base is not None:
-        reason = adapter.base.mismatch(base)
+        own = {
+            f"{site.path}.{name}"
+            for site in adapter.sites
+            for name in adapter.methods[site.method].at(site.path).instead_of
+        }
+        reason = adapter.base.mismatch(base, own)
         same_shape = adapter.base.architecture == base.architecture
         if reason and not (any_base and same_shape):
             advice = " Pass any_base=True to attach it all the same." if same_shape else ""

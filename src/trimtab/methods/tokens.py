@@ -32,6 +32,7 @@ class Tokens(Method):
     peft_options: ClassVar[Mapping[str, tuple[str, Any]]] = {"token_indices": ("ids", ())}
     disk: ClassVar[Mapping[str, str]] = {"trainable_tokens_delta": "trainable_tokens_delta"}
     short_names: ClassVar[Mapping[str, str]] = {"trainable_tokens_delta": "rows"}
+    instead_of: ClassVar[tuple[str, ...]] = ("weight",)
 
     targets: str | tuple[str, ...] = "input_embedding"
     ids: tuple[int, ...] = Field(default=(0,), min_length=1)

@@ -14,6 +14,14 @@ _PLACES = {
     "AdaLoraConfig": "configs.adalora",
     "LoraConfig": "configs.lora",
     **dict.fromkeys(
+        (
+            "AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction",
+            "AutoPeftModelForQuestionAnswering", "AutoPeftModelForSeq2SeqLM",
+            "AutoPeftModelForSequenceClassification", "AutoPeftModelForTokenClassification",
+        ),
+        "auto",
+    ),
+    **dict.fromkeys(
         ("EvaConfig", "LoftQConfig", "LoraGAConfig", "LoraRuntimeConfig"), "configs.lora_parts"
     ),
     **dict.fromkeys(
@@ -50,6 +58,13 @@ _PLACES = {
             "inject_adapter_in_model",
         ),
         "model",
+    ),
+    **dict.fromkeys(
+        (
+            "get_base_model_state_dict", "get_peft_model_state_dict", "load_peft_weights", "set_base_model_state_dict",
+            "set_peft_model_state_dict",
+        ),
+        "state",
     ),
 }  # fmt: skip
 

@@ -21,7 +21,7 @@ from trimtab.adapt.files import CONFIG
 from trimtab.adapt.files import OURS as DESCRIPTION
 from trimtab.adapt.parse import of_peft_type
 from trimtab.errors import ConfigError, UnknownNameError, UnsupportedError, suggest
-from trimtab.peft.hub import local_file
+from trimtab.peft.hub import local_file, push
 from trimtab.peft.kin import related
 from trimtab.peft.types import OURS, PeftType, TaskType, from_disk, on_disk
 
@@ -90,6 +90,8 @@ class PeftConfig:
     prefix: ClassVar[str] = ""
     """What the names of its parameters begin with."""
     is_prompt_learning: ClassVar[bool] = False
+    """Whether a `PeftModel` is to keep a prompt of its own beside its tuner: never here, where prompts are adapters
+    like others. ``isinstance(config, PromptLearningConfig)`` tells which methods are prompts."""
     is_adaption_prompt: ClassVar[bool] = False
     lacks: ClassVar[Mapping[str, str]] = {}
     """Options that Trimtab has only at their defaults -> what there is instead."""
@@ -136,7 +138,9 @@ class PeftConfig:
         for name in self.sizes:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{kind}: {name} must be a whole number from 1 on, not {value!r}.")
+                raise ConfigError(
+                    f"{kind}: {name} must be a whole number from 1 on, not {value!r}."
+                )
         for name in self.shares:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < 1:
@@ -221,6 +225,22 @@ class PeftConfig:
         fields = {name: _plain(value) for name, value in self.to_dict().items()}
         write_json(folder / CONFIG, fields | ({"auto_mapping": mapping} if mapping else {}))
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        max_shard_size: int | str | None = None,
+        **options: Any,
+    ) -> Any:
+        """Write ``adapter_config.json`` into a repository on the hub; ``options`` are `trimtab.peft.hub.push`'s."""
+        return push(
+            self.save_pretrained,
+            repo_id,
+            commit_message=commit_message or "Upload config",
+            **options,
+        )
+
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **kwargs: Any
@@ -243,6 +263,7 @@ class PeftConfig:
         """A configuration of the class that ``peft_type`` names (of this class, without it)."""
         values = dict(kwargs)
         given = values.pop("peft_type", None)
+        given = getattr(given, "value", given)  # an enum, PEFT's or ours
         values.pop("runtime_config", None)  # settings of PEFT's process, not of the adapter
         if given is None:
             return cls(**values)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from trimtab.adapt.acting import rows, stack
 from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.attach import attach, detach
-from trimtab.adapt.bank import Bank, find_bank
+from trimtab.adapt.bank import Bank, bank_of, find_bank
 from trimtab.adapt.merge import fold, merge_in_place, unmerge
 from trimtab.adapt.site import BASE, SiteBase
 from trimtab.adapt.tree import sites_of
@@ -26,7 +26,11 @@ from trimtab.peft.kin import register
 
 
 class Tuner(nn.Module):
-    """Adapters of one model. ``peft_config`` maps names to configurations, as PEFT's tuners take them."""
+    """Adapters of one model. ``peft_config`` maps names to configurations, as PEFT's tuners take them.
+
+    With one configuration instead, the adapter is put into the model, beside any that were put there so, and the tuner
+    is of no more use: the model's attribute ``peft_config`` then says what is in it.
+    """
 
     prefix = ""
 
@@ -40,21 +44,24 @@ class Tuner(nn.Module):
         *,
         adapter: Adapter | None = None,
     ) -> None:
-        super().__init__()
-        if find_bank(model) is not None:
+        injected = isinstance(peft_config, PeftConfig)
+        present = model.__dict__.get("peft_config") if injected else None
+        if (find_bank(model) is None) != (not present):
             raise AttachError(
                 f"{type(model).__name__} has adapters already. Add another with model.add_adapter(name, config), or "
                 "take them out first with model.unload()."
             )
+        super().__init__()
         self.model = model
-        self.peft_config: dict[str, PeftConfig] = {}
-        self.active_adapters: list[str] = []
-        self.off = False
+        self.peft_config: dict[str, PeftConfig] = present or {}
+        self.active_adapters: list[str] = list(bank_of(model).chosen) if present else []
         self._inference: set[str] = set()
         self.register_state_dict_post_hook(_show_base)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_take_base)  # type: ignore[no-untyped-call]
         config = peft_config if isinstance(peft_config, PeftConfig) else peft_config[adapter_name]
         self.add(adapter_name, config, adapter)
+        if injected:  # nothing is around the model: by this name others find the configurations
+            model.__dict__["peft_config"] = self.peft_config
 
     # -- adapters --------------------------------------------------------------------------------------
 
@@ -162,16 +169,21 @@ class Tuner(nn.Module):
 
     def _refresh(self) -> None:
         if self.bank is not None:
-            stack(self.model, [] if self.off else self.active_adapters)
+            stack(self.model, self.active_adapters)
+
+    @property
+    def off(self) -> bool:
+        """Whether the model is the bare base, whoever is active."""
+        return self.bank is not None and self.bank.off
 
     def disable_adapter_layers(self) -> None:
         """The model is the bare base, until `enable_adapter_layers`."""
-        self.off = True
-        self._refresh()
+        if self.bank is not None:
+            self.bank.off = True
 
     def enable_adapter_layers(self) -> None:
-        self.off = False
-        self._refresh()
+        if self.bank is not None:
+            self.bank.off = False
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -249,6 +261,38 @@ class Tuner(nn.Module):
             dtype = getattr(getattr(site, "weight", None), "dtype", None)
             if dtype is not None and dtype.is_floating_point:
                 holder.to(dtype)
+
+    # What ``peft``'s own functions ask of a tuner's class, with a model of ours; accelerate calls them. -----
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: Mapping[str, Tensor],
+        unwanted_adapter_names: Sequence[str],
+    ) -> dict[str, Tensor]:
+        from trimtab.peft.state import get_peft_model_state_dict
+
+        return get_peft_model_state_dict(model, state_dict, adapter_name)
+
+    @staticmethod
+    def _remove_adapter_name_from_key(key: str, adapter_name: str) -> str:
+        return key
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        from trimtab.peft.state import set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, state_dict, adapter_name)
+        return {}  # nothing is left to load
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:

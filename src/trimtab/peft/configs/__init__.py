@@ -8,9 +8,9 @@ from trimtab.peft.configs import prompts as prompts
 from trimtab.peft.configs import rotations as rotations
 from trimtab.peft.configs import scales as scales
 from trimtab.peft.configs import weights as weights
+from trimtab.peft.guest import Guest
 from trimtab.peft.kin import enter
-from trimtab.peft.tuner import Tuner
 from trimtab.peft.types import on_disk
 
 for _type, _config in CONFIGS.items():
-    enter(_type, _config, Tuner, _config.prefix or f"{on_disk(_type).lower()}_")
+    enter(_type, _config, Guest, _config.prefix or f"{on_disk(_type).lower()}_")

@@ -38,7 +38,6 @@ class PromptEncoderReparameterizationType(StrEnum):
 class PromptLearningConfig(PeftConfig):
     """What the configurations of prompts share. Sizes of the model are read from the model itself."""
 
-    is_prompt_learning: ClassVar[bool] = True
     kind: ClassVar[str] = ""
     """The method of the same kind."""
 
@@ -229,7 +228,6 @@ class PrefixTuningConfig(PromptLearningConfig):
 class AdaptionPromptConfig(PeftConfig):
     """LLaMA-Adapter: prompts beside the attention of the upper layers, behind a gate that starts shut."""
 
-    is_adaption_prompt: ClassVar[bool] = True
     prefix: ClassVar[str] = "adaption_prompt_"
 
     target_modules: str | None = option(
