@@ -49,6 +49,7 @@ _PLACES = {
         "configs.ours",
     ),
     **dict.fromkeys(("PeftConfig", "get_peft_config"), "config"),
+    "PEFT_TYPE_TO_CONFIG_MAPPING": "mapping",
     **dict.fromkeys(("PeftType", "TaskType"), "types"),
     **dict.fromkeys(
         (

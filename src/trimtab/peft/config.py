@@ -175,9 +175,7 @@ class PeftConfig:
         name, values = on_disk(self.peft_type), {**options}
         values.pop("modules_to_save", None)
         return next(
-            made
-            for cls in of_peft_type(name)
-            if (made := cls.from_peft(values, {})) is not None
+            made for cls in of_peft_type(name) if (made := cls.from_peft(values, {})) is not None
         )
 
     def begun(self, method: Method, model: nn.Module) -> Method:

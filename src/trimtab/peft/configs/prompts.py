@@ -55,7 +55,9 @@ class PromptLearningConfig(PeftConfig):
     def check(self) -> None:
         super().check()
         count = self.num_virtual_tokens
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        if count is not None and (
+            isinstance(count, bool) or not isinstance(count, int) or count < 1
+        ):
             raise ConfigError(
                 f"{type(self).__name__}: num_virtual_tokens must be a whole number from 1 on, not {count!r}."
             )
@@ -105,14 +107,18 @@ class PromptTuningConfig(PromptLearningConfig):
 
     def check(self) -> None:
         super().check()
-        self.prompt_tuning_init = _member(PromptTuningInit, self.prompt_tuning_init, "prompt_tuning_init")
+        self.prompt_tuning_init = _member(
+            PromptTuningInit, self.prompt_tuning_init, "prompt_tuning_init"
+        )
         text = self.prompt_tuning_init == PromptTuningInit.TEXT
         if text and not (self.tokenizer_name_or_path and self.prompt_tuning_init_text):
             raise ConfigError(
                 "PromptTuningConfig: prompt_tuning_init='TEXT' needs prompt_tuning_init_text and tokenizer_name_or_path."
             )
         if self.tokenizer_kwargs and not text:
-            raise ConfigError("PromptTuningConfig: tokenizer_kwargs are for prompt_tuning_init='TEXT'.")
+            raise ConfigError(
+                "PromptTuningConfig: tokenizer_kwargs are for prompt_tuning_init='TEXT'."
+            )
 
     def begun(self, method: Method, model: nn.Module) -> Method:
         if self.inference_mode:
@@ -153,7 +159,9 @@ class PromptEncoderConfig(PromptLearningConfig):
     def check(self) -> None:
         super().check()
         name, kinds = "encoder_reparameterization_type", PromptEncoderReparameterizationType
-        self.encoder_reparameterization_type = _member(kinds, self.encoder_reparameterization_type, name)
+        self.encoder_reparameterization_type = _member(
+            kinds, self.encoder_reparameterization_type, name
+        )
         if (self.encoder_num_layers, self.encoder_dropout) != (2, 0.0):
             if self.encoder_reparameterization_type == kinds.LSTM:
                 raise UnsupportedError(
