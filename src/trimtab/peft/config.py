@@ -267,6 +267,8 @@ class PeftConfig:
             return cls(**values)
         import_module("trimtab.peft.configs")
         known = from_disk(str(given))
+        if known not in CONFIGS:
+            import_module("trimtab.peft.configs.ours")
         if known is None or known not in CONFIGS:
             names = sorted(on_disk(name) for name in CONFIGS)
             hint = suggest(str(given), names) or f" Known: {', '.join(names)}."

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from trimtab.peft import configs as configs
 from trimtab.peft.config import CONFIGS, PeftConfig, get_peft_config
+from trimtab.peft.configs import ours as ours
 from trimtab.peft.model import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
     get_peft_model,

@@ -13,6 +13,7 @@ from trimtab.adapt.contract import Method
 from trimtab.adapt.parse import method_from, methods
 from trimtab.errors import ConfigError
 from trimtab.peft.config import CONFIGS, PeftConfig, config, option
+from trimtab.peft.configs import make_known
 from trimtab.peft.configs.common import Excluding, Layered
 from trimtab.peft.types import PeftType, from_disk
 
@@ -105,6 +106,7 @@ ParallelConfig = _made(PeftType.PARALLEL, "parallel", "ParallelConfig")
 PfeifferConfig = _made(PeftType.PFEIFFER, "pfeiffer", "PfeifferConfig")
 PiggybackConfig = _made(PeftType.PIGGYBACK, "piggyback", "PiggybackConfig")
 SpotTuneConfig = _made(PeftType.SPOTTUNE, "spottune", "SpotTuneConfig")
+make_known()
 
 
 def config_of(said: Mapping[str, Any], options: Mapping[str, Any]) -> PeftConfig:
