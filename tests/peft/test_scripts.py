@@ -62,6 +62,7 @@ def _listed(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_a_script_finds_the_same_with_one_import_changed(script: Path, tmp_path: Path) -> None:
     text = script.read_text(encoding="utf-8")
