@@ -1,15 +1,23 @@
-"""Where users look for configurations and layers: ``from trimtab.peft.tuners.lora import LoraLayer``."""
+"""PEFT's import paths below ``peft.tuners``: configurations, tuners and layer classes.
+
+Every tuner is `trimtab.peft.tuner.Tuner`, whatever the method; PEFT has a class for each.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-import trimtab.peft as face
-from trimtab.peft.tuners.lora import LoraLayer as LoraLayer
-from trimtab.peft.tuners.lora import LoraModel as LoraModel
+from trimtab.peft import layers
+from trimtab.peft.tuner import Tuner
 
 
 def __getattr__(name: str) -> Any:
-    if name.endswith("Config") or name.startswith("Prompt"):
-        return getattr(face, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import trimtab.peft as face
+
+    if name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name.endswith("Model") and f"{name.removesuffix('Model')}Config" in face.__all__:
+        return Tuner
+    if name in vars(layers):
+        return getattr(layers, name)
+    return getattr(face, name)

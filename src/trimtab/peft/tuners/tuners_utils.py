@@ -1,4 +1,4 @@
-"""What code asks models and layers about: ``isinstance(module, BaseTunerLayer)``."""
+"""``peft.tuners.tuners_utils``: what every tuner and every adapted layer is."""
 
 from trimtab.adapt.site import SiteBase as BaseTunerLayer
 from trimtab.peft.tuner import Tuner as BaseTuner
