@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +70,7 @@ def _targets(anatomy: Anatomy, where: Where) -> str | tuple[str, ...]:
         return (*found, *parameters) if parameters or len(found) > 1 else found[0]
     names = sorted(given or ())
     if where.lenient:
-        names = [name for name in names if _matched(anatomy, name)]
+        names = [name for name in names if _matched(anatomy, name) or _role(anatomy, name)]
     return (*(_name(anatomy, name) for name in names), *parameters)
 
 
@@ -83,6 +84,11 @@ def _name(anatomy: Anatomy, name: str) -> str:
     if name in ROLES and any(anatomy.weighted(path) for path in _matched(anatomy, name)):
         return rf"re:(?:.*\.)?{re.escape(name)}"
     return name
+
+
+def _role(anatomy: Anatomy, name: str) -> bool:
+    """Whether a name is a role that some module has."""
+    return name in ROLES and bool(anatomy.role(name))
 
 
 def _matched(anatomy: Anatomy, name: str) -> list[str]:
@@ -155,6 +161,15 @@ def _exclude(anatomy: Anatomy, where: Where, chosen: Sequence[str]) -> tuple[str
     full = [rf"(?:.*\.)?{re.escape(name)}(?:\..*)?" for name in where.full]
     inside = [path for path in chosen if any(re.fullmatch(rule, path) for rule in full)]
     return (*needed, *inside)
+
+
+def matching(anatomy: Anatomy, selectors: str | Sequence[str]) -> list[str]:
+    """Paths that selectors match; those that match nothing are passed over."""
+    found: list[str] = []
+    for selector in [selectors] if isinstance(selectors, str) else selectors:
+        with suppress(TargetError):
+            found += anatomy.select(selector)
+    return anatomy.ordered(set(found))
 
 
 def says(value: Any, name: str, kind: str) -> None:

@@ -256,10 +256,8 @@ class AdaptionPromptConfig(PeftConfig):
             raise ConfigError(
                 f"AdaptionPromptConfig: adapter_layers={self.adapter_layers}, but the model has {len(there)} attentions."
             )
-        if anatomy.model_type == "gpt2" and options["target_modules"] is None:
-            options["target_modules"] = "attn"
+        named = options.pop("target_modules")
         found = super().read(options, model)
-        named = options["target_modules"]
         return found.replace(targets=named) if named else found
 
 
