@@ -30,7 +30,10 @@ LAYERWISE: list[tuple[str, dict[str, Any]]] = [
     ("LoraConfig", {"init_lora_weights": "pissa", "r": 4}),
     ("LoraConfig", {"init_lora_weights": False}),
     ("LoraConfig", {"target_modules": "all-linear"}),
-    ("LoraConfig", {"target_modules": "ALL-linear", "exclude_modules": ".*(classifier|lm_head|wo)"}),
+    (
+        "LoraConfig",
+        {"target_modules": "ALL-linear", "exclude_modules": ".*(classifier|lm_head|wo)"},
+    ),
     ("AdaLoraConfig", {"total_step": 10}),
     ("IA3Config", {}),
     ("IA3Config", {"feedforward_modules": []}),
@@ -55,7 +58,8 @@ LAYERWISE: list[tuple[str, dict[str, Any]]] = [
 TARGETS = {"vit": {"IA3Config": ["k_proj", "v_proj"], "LNTuningConfig": ["layernorm_before"]}}
 """Where PEFT has no default for a model, targets are named."""
 NOT_IN_PEFT = (
-    "not supported", "is not implemented", "Please specify `target_modules`", "Unsupported layer", "Please specify `feedforward",
+    "not supported", "is not implemented", "Please specify `target_modules`", "Unsupported layer",
+    "Please specify `feedforward",
 )  # fmt: skip
 """What PEFT says where it lacks a method for a model: Trimtab does more there."""
 KINDS = ["task", "none"]
@@ -137,8 +141,14 @@ def test_llama_adapters_count_alike_and_lie_in_the_bank() -> None:
     for make in (tiny.llama, tiny.mistral, tiny.gpt2):
         mine, theirs = both("AdaptionPromptConfig", make, adapter_len=4, adapter_layers=2)
         assert mine.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
-        ends = [{name.partition("h.")[2] or name.partition("layers.")[2] for name in trained(m)} for m in (mine, theirs)]  # fmt: skip
-        assert [{e.removesuffix(".default") for e in each} for each in ends][0] == ends[1]
+        assert {_block(n).removesuffix(".default") for n in trained(mine)} == {
+            _block(n) for n in trained(theirs)
+        }
+
+
+def _block(name: str) -> str:
+    """A name from the number of its block on."""
+    return name.partition(".h.")[2] or name.partition("layers.")[2]
 
 
 def test_biases_count_alike_and_are_the_adapters_own() -> None:
@@ -147,7 +157,9 @@ def test_biases_count_alike_and_are_the_adapters_own() -> None:
         for model, (make, task) in MODELS.items():
             if model != "vit":
                 mine, theirs = both("LoraConfig", make, bias=bias, task_type=task)
-                assert mine.get_nb_trainable_parameters()[0] == theirs.get_nb_trainable_parameters()[0]
+                assert (
+                    mine.get_nb_trainable_parameters()[0] == theirs.get_nb_trainable_parameters()[0]
+                )
 
 
 SNIPPETS: list[dict[str, Any]] = [
@@ -194,9 +206,16 @@ def test_layers_are_counted_as_peft_counts_them() -> None:
 def test_targets_by_regular_expression_exclusion_and_whole_path() -> None:
     for options in (
         {"target_modules": r".*\.(0|2)\..*(q|k)_proj"},
-        {"target_modules": ["q_proj", "mlp.down_proj"], "exclude_modules": ["layers.1.mlp.down_proj"]},
+        {
+            "target_modules": ["q_proj", "mlp.down_proj"],
+            "exclude_modules": ["layers.1.mlp.down_proj"],
+        },
         {"target_modules": ["model.layers.0.self_attn.o_proj"]},
-        {"target_modules": "all-linear", "exclude_modules": r".*mlp.*", "modules_to_save": ["lm_head"]},
+        {
+            "target_modules": "all-linear",
+            "exclude_modules": r".*mlp.*",
+            "modules_to_save": ["lm_head"],
+        },
         {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["layers.0"]},
         {"target_modules": {"embed_tokens", "v_proj"}},
     ):

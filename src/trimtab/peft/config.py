@@ -136,7 +136,9 @@ class PeftConfig:
         for name in self.sizes:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{kind}: {name} must be a whole number from 1 on, not {value!r}.")
+                raise ConfigError(
+                    f"{kind}: {name} must be a whole number from 1 on, not {value!r}."
+                )
         for name in self.shares:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < 1:

@@ -99,7 +99,8 @@ NORMS = _table(
     ln_1 ln_f: gptj
     input_layernorm post_attention_layernorm ln_f: bloom falcon
     input_layernorm post_attention_layernorm norm: llama mistral gemma
-    input_layernorm post_attention_layernorm pre_feedforward_layernorm post_feedforward_layernorm norm: gemma2 gemma3_text
+    input_layernorm post_attention_layernorm pre_feedforward_layernorm post_feedforward_layernorm norm: gemma2
+    input_layernorm post_attention_layernorm pre_feedforward_layernorm post_feedforward_layernorm norm: gemma3_text
     input_layernorm final_layernorm: phi
     post_attention_layernorm: qwen2 qwen3
     layernorm LayerNorm final_layer_norm self_attn_layer_norm: blip-2

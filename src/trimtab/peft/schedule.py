@@ -37,7 +37,9 @@ class Schedule:
             ConfigError: no AdaLoRA is active.
             TrainingError: the gradients are gone.
         """
-        names = [n for n in tuner.active_adapters if tuner.peft_config[n].peft_type == PeftType.ADALORA]
+        names = [
+            n for n in tuner.active_adapters if tuner.peft_config[n].peft_type == PeftType.ADALORA
+        ]
         if not names:
             raise ConfigError(
                 f"update_and_allocate is for AdaLoRA, and the active adapters are others: {tuner.active_adapters}."

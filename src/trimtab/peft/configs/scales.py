@@ -34,9 +34,10 @@ class IA3Config(Excluding, Transposed):
         inner, outer = self.feedforward_modules, self.target_modules
         says(inner, "feedforward_modules", "IA3Config")
         both = not isinstance(inner, str) and not isinstance(outer, str)
-        if both and outer and set(inner or ()) - set(outer):
+        lacking = sorted(set(inner or ()) - set(outer)) if both and outer else []
+        if lacking:
             raise ConfigError(
-                f"IA3Config: feedforward_modules are a part of target_modules, which lack {sorted(set(inner or ()) - set(outer))}."
+                f"IA3Config: feedforward_modules are a part of target_modules, which lack {lacking}."
             )
 
     def read(self, options: dict[str, Any], model: nn.Module) -> Method:
