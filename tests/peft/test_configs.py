@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import json
+import pickle
 import subprocess
 import sys
 import warnings
@@ -113,6 +115,28 @@ def test_a_misspelt_alpha_is_suggested() -> None:
         ours.LoraConfig(lora_alpa=3)
     with pytest.raises(UnknownNameError, match="Did you mean 'target_modules'"):
         ours.BottleneckConfig(target_module=["mlp"])
+
+
+def test_the_type_may_be_said_as_in_the_documentation_of_peft() -> None:
+    said = {"peft_type": "PREFIX_TUNING", "task_type": "SEQ_2_SEQ_LM", "num_virtual_tokens": 20, "token_dim": 32,
+            "num_transformer_submodules": 1, "num_attention_heads": 4, "num_layers": 2,
+            "encoder_hidden_size": 12}  # fmt: skip
+    config = ours.get_peft_config(said)
+    assert config == ours.PrefixTuningConfig(**said)
+    assert ours.get_peft_model(tiny.t5(), config).get_nb_trainable_parameters()[0] > 0
+    assert ours.LoraConfig(peft_type=peft.PeftType.LORA.value) == ours.LoraConfig()
+    with pytest.raises(ConfigError, match="LoraConfig is of type LORA, not 'IA3'"):
+        ours.LoraConfig(peft_type="IA3")
+    with pytest.raises(ConfigError, match="num_layers=24, but the model has 2"):
+        ours.get_peft_model(tiny.t5(), ours.get_peft_config({**said, "num_layers": 24}))
+
+
+@pytest.mark.parametrize("name", sorted({cls.__name__ for cls in CONFIGS.values()}))
+def test_they_are_values(name: str) -> None:
+    """Equal, copied, pickled and changed as dataclasses are."""
+    config = made(name, task_type="CAUSAL_LM")
+    assert config == copy.deepcopy(config) == pickle.loads(pickle.dumps(config))
+    assert dataclasses.replace(config, revision="main") != config
 
 
 # -- values that do not fit ---------------------------------------------------------------------------

@@ -223,3 +223,20 @@ def test_targets_by_regular_expression_exclusion_and_whole_path() -> None:
         left, right = trained(mine), trained(theirs)
         saved = "modules_to_save"
         assert {n for n in left if saved not in n} == {n for n in right if saved not in n}, options
+
+
+def test_the_feedforwards_of_ia3_are_those_of_peft() -> None:
+    """Of the model's default where none are given, and only where they are targets."""
+    for options in (
+        {"target_modules": ["k_proj", "down_proj"]},
+        {"target_modules": ["k_proj", "v_proj"]},
+        {"target_modules": r".*\.(v|up)_proj", "feedforward_modules": r".*up_proj"},
+        {"target_modules": ["k_proj", "up_proj"], "feedforward_modules": ["up_proj"],
+         "exclude_modules": ["layers.0.mlp.up_proj"]},
+    ):  # fmt: skip
+        mine, theirs = both("IA3Config", tiny.llama, **options)
+        shapes = [
+            {name: p.shape for name, p in one.named_parameters() if p.requires_grad}
+            for one in (mine, theirs)
+        ]
+        assert shapes[0] == shapes[1], options

@@ -64,8 +64,8 @@ class AdaLoraConfig(LoraConfig):
             )
         if not isinstance(self.init_lora_weights, bool):
             raise ConfigError(
-                f"AdaLoraConfig: init_lora_weights={self.init_lora_weights!r}: AdaLoRA begins in its own way; give True "
-                "or False."
+                f"AdaLoraConfig: init_lora_weights={self.init_lora_weights!r}: AdaLoRA begins in its own way; give "
+                "True or False."
             )
         if self.orth_reg_weight < 0:
             raise ConfigError("AdaLoraConfig: orth_reg_weight must not be below 0.")

@@ -71,14 +71,19 @@ class PromptLearningConfig(PeftConfig):
 
     def _compare(self, model: nn.Module) -> None:
         """Refuse sizes that are given and are not the model's."""
-        anatomy = anatomy_of(model)
-        heads, size = anatomy.key_heads
-        widths = (anatomy.width, heads * size)
-        if self.token_dim is not None and self.token_dim not in widths:
-            raise ConfigError(
-                f"{type(self).__name__}: token_dim={self.token_dim}, but the model's width is {widths[0]}; leave it "
-                "out."
-            )
+        get = getattr(getattr(model, "config", None), "get_text_config", None)
+        own = None if get is None else get()
+        known = {
+            "token_dim": getattr(own, "hidden_size", None),
+            "num_attention_heads": getattr(own, "num_attention_heads", None),
+            "num_layers": getattr(own, "num_hidden_layers", None),
+        }
+        for name, size in known.items():
+            given = getattr(self, name)
+            if given is not None and size is not None and given != size:
+                raise ConfigError(
+                    f"{type(self).__name__}: {name}={given}, but the model has {size}; leave it out."
+                )
 
     @classmethod
     def told(cls, method: Method, options: Mapping[str, Any]) -> PeftConfig:
