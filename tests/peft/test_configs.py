@@ -401,8 +401,12 @@ def test_lora_options_mean_these_methods() -> None:
     for init in ("gaussian", "orthogonal", "pissa", "olora", "pissa_niter_4"):
         assert method(ours.LoraConfig(init_lora_weights=init)).init == init
     eva = ours.LoraConfig(init_lora_weights="eva", eva_config={"rho": 1.0})
+    with pytest.warns(UserWarning, match="call initialize_lora_eva_weights"):
+        assert method(eva).init == "default"
+    eva.batches = []
     assert method(eva).init == "eva(rho=1.0, tau=0.99)"
-    assert "scale='peft'" in method(ours.LoraConfig(init_lora_weights="lora_ga")).init
+    with pytest.raises(ConfigError, match="call preprocess_loraga"):
+        method(ours.LoraConfig(init_lora_weights="lora_ga"))
 
 
 def test_experts_are_targets_by_the_names_of_their_parameters() -> None:
@@ -436,6 +440,69 @@ def test_tokens_beside_a_lora_are_a_union() -> None:
     assert len(method(named).members) == 3
     with pytest.warns(UserWarning, match="the head stays as it is"):
         method(config, tiny.llama(tie_word_embeddings=True))
+
+
+def batches() -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(3, tiny.VOCABULARY, (2, 6, 12), generator=generator)
+    return [
+        {"input_ids": each, "attention_mask": torch.ones_like(each), "labels": each} for each in ids
+    ]
+
+
+def test_eva_begins_as_in_peft() -> None:
+    """One batch, seen again, and as many components as could be, so that both are exact."""
+    data = batches()[:1]
+    options = {"r": 8, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": "eva"}
+    with pytest.warns(UserWarning, match="begins without data"):
+        mine = ours.get_peft_model(tiny.llama(), ours.LoraConfig(**options))
+    ours.initialize_lora_eva_weights(mine, data)
+    theirs = their_model(tiny.llama(), peft.LoraConfig(**options, eva_config=peft.EvaConfig()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft.initialize_lora_eva_weights(theirs, data, show_progress_bar=False)
+    left, right = dict(mine.named_parameters()), dict(theirs.named_parameters())
+    found = [name for name, p in right.items() if p.requires_grad]
+    assert [name for name, p in left.items() if p.requires_grad] == found
+    for name in found:
+        torch.testing.assert_close(
+            left[name].abs(), right[name].abs(), atol=1e-3, rtol=1e-2, msg=name
+        )
+    config = mine.peft_config["default"]
+    assert config.rank_pattern and config.batches is None
+    with pytest.raises(ConfigError, match="is not of init_lora_weights='eva'"):
+        ours.initialize_lora_eva_weights(
+            ours.get_peft_model(tiny.llama(), ours.LoraConfig()), batches()
+        )
+
+
+def test_lora_ga_begins_as_in_peft() -> None:
+    """The same product of factors at first: the directions of the gradient, at PEFT's scale."""
+    from peft.tuners.lora import preprocess_loraga
+
+    options = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": "lora_ga"}
+    models, configs = [], []
+    for package, before in ((ours, ours.preprocess_loraga), (peft, preprocess_loraga)):
+        model = tiny.llama()
+
+        def train_step(model: Any = model) -> None:
+            for batch in batches():
+                model(**batch).loss.backward()
+
+        config = package.LoraConfig(**options, lora_ga_config=package.LoraGAConfig())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            before(model, config, train_step)
+            models.append(package.get_peft_model(model, config))
+        configs.append(config)
+    products = []
+    for model in models:
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        firsts = [name for name in named if "lora_A" in name]
+        products.append([named[n.replace("lora_A", "lora_B")] @ named[n] for n in firsts])
+    for one, other in zip(*products, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=2e-2)
+    assert all(p.grad is None for p in models[0].get_base_model().parameters())
 
 
 AT_RANDOM: list[tuple[str, dict[str, Any]]] = [

@@ -9,7 +9,7 @@ from copy import deepcopy
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
+from typing import Any, ClassVar, Self, TypeVar, cast, dataclass_transform
 
 import torch
 from torch import nn
@@ -102,6 +102,9 @@ class PeftConfig:
     """Options that lie from 0 to below 1."""
     sizes: ClassVar[tuple[str, ...]] = ()
     """Options that are whole numbers from 1 on."""
+
+    batches = cast("Any", None)  # no field
+    """What the model is called with where an adapter begins from data; for the next new adapter alone."""
 
     task_type: TaskType | str | None = option(
         "What the model is for; decides the class of the model around it.", default=None

@@ -75,7 +75,9 @@ class Tuner(nn.Module):
             # PEFT draws from torch's own generator, so that a script's seed decides
             seed = int(torch.randint(2**31, ()))
             method = config.method(self.model)
-            adapter = attach(self.model, method, name, seed=seed, trainable=trainable)
+            adapter = attach(
+                self.model, method, name, seed=seed, trainable=trainable, batches=config.batches
+            )
             config.begin(adapter, seed)
         else:
             adapter = attach(self.model, adapter, name, trainable=trainable)

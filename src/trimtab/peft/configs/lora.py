@@ -162,7 +162,19 @@ class LoraConfig(Excluding, Layered, Transposed):
         return text
 
     def begun(self, method: Method, model: nn.Module) -> Method:
-        return self._with_tokens(method.replace(init=self._init), model)
+        init = self._init
+        if self.batches is None and init.startswith("eva"):
+            init = "default"
+            warnings.warn(
+                "init_lora_weights='eva': the adapter begins without data; call initialize_lora_eva_weights(model, "
+                "dataloader) before training.",
+                stacklevel=2,
+            )
+        if self.batches is None and init.startswith("lora-ga"):
+            raise ConfigError(
+                "init_lora_weights='lora_ga' begins from data: call preprocess_loraga(model, config, train_step) first."
+            )
+        return self._with_tokens(method.replace(init=init), model)
 
     def first_values(self) -> Mapping[str, Init]:
         if self.init_lora_weights is not False:
