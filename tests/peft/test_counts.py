@@ -38,7 +38,9 @@ LAYERWISE: list[tuple[str, dict[str, Any]]] = [
     ("IA3Config", {}),
     ("IA3Config", {"feedforward_modules": []}),
     ("LoHaConfig", {}),
+    ("LoHaConfig", {"rank_pattern": {r".*\.0\..*": 2}, "alpha_pattern": {r".*\.1\..*": 4}}),
     ("LoKrConfig", {}),
+    ("LoKrConfig", {"rank_pattern": {r".*\.0\..*": 2}}),
     ("LoKrConfig", {"decompose_both": True, "r": 2}),
     ("OFTConfig", {"oft_block_size": 8}),
     ("OFTConfig", {"oft_block_size": 0, "r": 4, "block_share": True}),
@@ -52,6 +54,7 @@ LAYERWISE: list[tuple[str, dict[str, Any]]] = [
     ("MissConfig", {"r": 8, "mini_r": 2, "init_weights": "mini"}),
     ("RandLoraConfig", {"r": 4}),
     ("ShiraConfig", {"r": 4}),
+    ("FourierFTConfig", {"n_frequency": 50, "n_frequency_pattern": {r".*\.0\..*": 20}}),
     ("HiraConfig", {"r": 4}),
     ("TrainableTokensConfig", {"token_indices": [3, 4]}),
 ]

@@ -8,13 +8,16 @@ A convolution's ΔW may be given as the matrix (out, in · kernel).
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Self
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from trimtab.adapt.contract import At, Method, Params
+from trimtab.adapt.contract import At, Method, Params, Place, check_patterns, pattern_value
 from trimtab.frozen import Layer
+from trimtab.models.anatomy import Anatomy
 
 
 class WeightDelta(Method):
@@ -45,9 +48,26 @@ class Lycoris(WeightDelta):
     module_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """How often all of ΔW is left out, in training."""
 
+    rank_pattern: Mapping[str, int] = Field(default_factory=dict)
+    """End of a path -> its rank."""
+    alpha_pattern: Mapping[str, float] = Field(default_factory=dict)
+    """End of a path -> its alpha."""
+
     @property
     def scaling(self) -> float:
         return self.alpha / self.rank
+
+    def place(self, anatomy: Anatomy) -> Sequence[Place]:
+        places = super().place(anatomy)
+        check_patterns([place.path for place in places], self.rank_pattern, self.alpha_pattern)
+        return places
+
+    def at(self, path: str) -> Self:
+        if not self.rank_pattern and not self.alpha_pattern:
+            return self
+        rank = pattern_value(self.rank_pattern, path, self.rank)
+        alpha = pattern_value(self.alpha_pattern, path, self.alpha)
+        return self.replace(rank=rank, alpha=alpha, rank_pattern={}, alpha_pattern={})
 
     def delta(self, p: Params, x: Tensor, at: At) -> Tensor | None:
         if not at.training or not (self.rank_dropout or self.module_dropout):

@@ -13,4 +13,4 @@ from trimtab.peft.tuner import Tuner
 from trimtab.peft.types import on_disk
 
 for _type, _config in CONFIGS.items():
-    enter(_type, _config, Tuner, _config.prefix or f"{on_disk(_type).lower()}_")
+    enter(_type, Tuner, _config.prefix or f"{on_disk(_type).lower()}_")
