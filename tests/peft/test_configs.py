@@ -430,7 +430,7 @@ def test_experts_are_targets_by_the_names_of_their_parameters() -> None:
     )  # as PEFT's, which has no layers there
 
 
-def test_tokens_beside_a_lora_are_a_union() -> None:
+def test_tokens_beside_a_lora_are_a_union(tmp_path: Path) -> None:
     model = tiny.llama()
     config = ours.LoraConfig(r=2, trainable_token_indices=[5, 7])
     mine = ours.get_peft_model(model, config)
@@ -439,6 +439,11 @@ def test_tokens_beside_a_lora_are_a_union() -> None:
     assert mine.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
     named = ours.LoraConfig(r=2, trainable_token_indices={"embed_tokens": [5], "lm_head": [5, 6]})
     assert len(method(named).members) == 3
+    mine.save_pretrained(tmp_path)
+    again = ours.PeftConfig.from_pretrained(tmp_path)
+    assert type(again) is ours.LoraConfig and again.r == 2
+    assert again.trainable_token_indices == {"model.embed_tokens": [5, 7]}
+    assert again.method(tiny.llama()) == config.method(tiny.llama())
     with pytest.warns(UserWarning, match="the head stays as it is"):
         method(config, tiny.llama(tie_word_embeddings=True))
 

@@ -127,3 +127,8 @@ class Unbiased(Targeted):
     lacks: ClassVar[dict[str, str]] = {"bias": "Use LoraConfig's bias, or BitFitConfig."}
 
     bias: str = option("Biases that are trained too: only 'none'.", default="none")
+
+
+def listed(selectors: Any) -> list[Any]:
+    """A method's selectors as a list, in which a regular expression keeps its ``re:``."""
+    return [selectors] if isinstance(selectors, str) else list(selectors or ())

@@ -15,7 +15,7 @@ from trimtab.adapt.parse import methods
 from trimtab.adapt.tree import anatomy_of
 from trimtab.errors import ConfigError, UnknownNameError, UnsupportedError, suggest
 from trimtab.peft.config import PeftConfig, config, option
-from trimtab.peft.configs.common import Excluding, Layered, Transposed
+from trimtab.peft.configs.common import Excluding, Layered, Transposed, listed
 from trimtab.peft.configs.lora_parts import EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig
 from trimtab.peft.types import PeftType
 
@@ -206,8 +206,16 @@ class LoraConfig(Excluding, Layered, Transposed):
 
     @classmethod
     def told(cls, method: Method, options: Mapping[str, Any]) -> PeftConfig:
+        lora, *tokens = method.members
+        if tokens:
+            named = {str(t.targets[0]): list(dict(t)["ids"]) for t in tokens}
+            where = {
+                "target_modules": listed(lora.targets),
+                "exclude_modules": listed(lora.exclude),
+            }
+            options = {**options, **lora.to_peft(()), **where, "trainable_token_indices": named}
         made = super().told(method, options)
-        init = str(dict(method).get("init", "default"))
+        init = str(dict(lora).get("init", "default"))
         if isinstance(made, LoraConfig) and init != "default":
             name, _, rest = init.replace("lora-ga", "lora_ga").partition("(")
             made.init_lora_weights = (

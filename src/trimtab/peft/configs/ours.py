@@ -14,7 +14,7 @@ from trimtab.adapt.contract import Method
 from trimtab.adapt.parse import method_from, methods
 from trimtab.errors import ConfigError
 from trimtab.peft.config import CONFIGS, PeftConfig, config, option
-from trimtab.peft.configs.common import Excluding, Layered
+from trimtab.peft.configs.common import Excluding, Layered, listed
 from trimtab.peft.types import PeftType, from_disk
 
 _WHERE = {
@@ -47,7 +47,7 @@ class Ours(Excluding, Layered):
     def told(cls, method: Method, options: Mapping[str, Any]) -> PeftConfig:
         said = method.to_dict()
         where = {
-            theirs: [said[ours]] if isinstance(said[ours], str) else list(said[ours] or ())
+            theirs: listed(said[ours])
             for ours, theirs in _WHERE.items()
             if dict(method)[ours] != type(method).model_fields[ours].default
         }
@@ -124,6 +124,11 @@ SpotTuneConfig = _made(PeftType.SPOTTUNE, "spottune", "SpotTuneConfig")
 def config_of(said: Mapping[str, Any], options: Mapping[str, Any]) -> PeftConfig:
     """The configuration of a method as ``trimtab.json`` says it, with the common options of ``adapter_config.json``."""
     method = method_from(said)
+    first, *others = method.members
+    if first.peft_type and others and all(part.kind == "tokens" for part in others):
+        method_type = from_disk(first.peft_type)  # trainable_token_indices beside a LoRA
+        if method_type is not None:
+            return CONFIGS[method_type].told(method, options)
     own = {cls.kind: cls for cls in CONFIGS.values() if issubclass(cls, Ours)}
     theirs = from_disk(method.peft_type) if method.peft_type else None
     cls = own.get(method.kind) or CONFIGS[theirs or PeftType.UNION]
