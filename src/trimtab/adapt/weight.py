@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from pydantic import Field
@@ -21,9 +21,29 @@ from trimtab.models.anatomy import Anatomy
 
 
 class WeightDelta(Method):
-    """A subclass says `change`; where ΔW need not be built, it overrides ``delta`` too."""
+    """A subclass says `change`; where ΔW need not be built, it overrides ``delta`` too.
+
+    ``patterns`` names fields that map ends of paths to values -> the field whose value that is.
+    """
+
+    patterns: ClassVar[Mapping[str, str]] = {}
 
     targets: str | tuple[str, ...] = "all-linear"
+
+    def place(self, anatomy: Anatomy) -> Sequence[Place]:
+        places, fields = super().place(anatomy), dict(self)
+        paths = [place.path for place in places]
+        check_patterns(paths, *(fields[pattern] for pattern in self.patterns))
+        return places
+
+    def at(self, path: str) -> Self:
+        fields = dict(self)
+        if not any(fields[pattern] for pattern in self.patterns):
+            return self
+        own = {
+            name: pattern_value(fields[p], path, fields[name]) for p, name in self.patterns.items()
+        }
+        return self.replace(**own, **{pattern: {} for pattern in self.patterns})
 
     @abstractmethod
     def change(self, p: Params, layer: Layer) -> Tensor:
@@ -39,6 +59,8 @@ class WeightDelta(Method):
 class Lycoris(WeightDelta):
     """What LoHa and LoKr share."""
 
+    patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "rank", "alpha_pattern": "alpha"}
+
     rank: int = Field(default=8, ge=1)
     """Rank of the factors."""
     alpha: float = 8.0
@@ -47,7 +69,6 @@ class Lycoris(WeightDelta):
     """Share of the rows of ΔW that are left out, in training."""
     module_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """How often all of ΔW is left out, in training."""
-
     rank_pattern: Mapping[str, int] = Field(default_factory=dict)
     """End of a path -> its rank."""
     alpha_pattern: Mapping[str, float] = Field(default_factory=dict)
@@ -56,18 +77,6 @@ class Lycoris(WeightDelta):
     @property
     def scaling(self) -> float:
         return self.alpha / self.rank
-
-    def place(self, anatomy: Anatomy) -> Sequence[Place]:
-        places = super().place(anatomy)
-        check_patterns([place.path for place in places], self.rank_pattern, self.alpha_pattern)
-        return places
-
-    def at(self, path: str) -> Self:
-        if not self.rank_pattern and not self.alpha_pattern:
-            return self
-        rank = pattern_value(self.rank_pattern, path, self.rank)
-        alpha = pattern_value(self.alpha_pattern, path, self.alpha)
-        return self.replace(rank=rank, alpha=alpha, rank_pattern={}, alpha_pattern={})
 
     def delta(self, p: Params, x: Tensor, at: At) -> Tensor | None:
         if not at.training or not (self.rank_dropout or self.module_dropout):

@@ -7,26 +7,16 @@ Its entries start from N(0, 1), as in the paper, so it is not the identity at fi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self, final
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from trimtab.adapt.contract import (
-    Layer,
-    Params,
-    Place,
-    Spec,
-    check_patterns,
-    normal,
-    pattern_value,
-    zeros,
-)
+from trimtab.adapt.contract import Layer, Params, Spec, normal, zeros
 from trimtab.adapt.weight import WeightDelta, columns
 from trimtab.errors import ConfigError
-from trimtab.models.anatomy import Anatomy
 
 
 @final
@@ -41,6 +31,7 @@ class FourierFT(WeightDelta):
         "n_frequency": ("entries", 1000), "scaling": ("alpha", 150.0), "random_loc_seed": ("seed", 777),
         "n_frequency_pattern": ("entries_pattern", {}),
     }  # fmt: skip
+    patterns: ClassVar[Mapping[str, str]] = {"entries_pattern": "entries"}
     disk: ClassVar[Mapping[str, str]] = {"fourierft_spectrum": "fourierft_spectrum"}
     short_names: ClassVar[Mapping[str, str]] = {"fourierft_spectrum": "spectrum"}
     scales: ClassVar[str] = "spectrum"
@@ -56,15 +47,6 @@ class FourierFT(WeightDelta):
     """What the places of the entries are drawn from."""
     init: Literal["normal", "zeros"] = "normal"
     """Where entries start: N(0, 1) as in the paper, or zero."""
-
-    def place(self, anatomy: Anatomy) -> Sequence[Place]:
-        places = super().place(anatomy)
-        check_patterns([place.path for place in places], self.entries_pattern)
-        return places
-
-    def at(self, path: str) -> Self:
-        entries = pattern_value(self.entries_pattern, path, self.entries)
-        return self.replace(entries=entries, entries_pattern={}) if self.entries_pattern else self
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         size = layer.shape[0] * columns(layer)
