@@ -364,6 +364,25 @@ def test_our_own_methods_train_save_and_load(
     assert fresh.base_model.adapters["default"].named().keys() == wanted.named().keys()
 
 
+def test_our_own_methods_act_where_they_know_to_and_less() -> None:
+    def paths(config: Any) -> list[str]:
+        model = ours.get_peft_model(tiny.llama(), config)
+        return [site.path for site in model.base_model.adapters["default"].sites]
+
+    whole = paths(ours.MoraConfig(rank=2))
+    assert len(whole) == 21
+    narrow = paths(ours.MoraConfig(rank=2, exclude_modules=r".*mlp.*", layers_to_transform=[1, 2]))
+    assert narrow == [path for path in whole if "mlp" not in path and "layers.0" not in path]
+    assert paths(ours.MoraConfig(rank=2, exclude_modules=["mlp.up_proj"])) == [
+        p for p in whole if "up_proj" not in p
+    ]
+    assert paths(ours.AdapterPlusConfig(reduction=8, layers_to_transform=2)) == ["model.layers.2"]
+    assert len(paths(ours.BitFitConfig(layers_to_transform=[0]))) == 7
+    assert paths(ours.BottleneckConfig(target_modules=["mlp_output"], layers_to_transform=[0])) == [
+        "model.layers.0.mlp"
+    ]
+
+
 def test_forms_that_peft_does_not_read_come_back_as_their_configuration(tmp_path: Path) -> None:
     for number, config in enumerate((
         ours.LoraConfig(r=2, init_lora_weights="pissa"),

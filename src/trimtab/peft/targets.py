@@ -53,7 +53,7 @@ def aimed(method: Method, where: Where, model: nn.Module) -> Method:
     targets = _targets(anatomy, where)
     chosen = anatomy.select(targets)
     if where.layers is not None and where.layers != []:
-        chosen = _in_layers(chosen, where)
+        chosen = _in_layers(anatomy, chosen, where)
         targets = tuple(chosen)
     exclude = _exclude(anatomy, where, chosen)
     return method.replace(targets=targets, exclude=exclude, layers=None)
@@ -127,7 +127,7 @@ def _parameters(anatomy: Anatomy, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _in_layers(chosen: Sequence[str], where: Where) -> list[str]:
+def _in_layers(anatomy: Anatomy, chosen: Sequence[str], where: Where) -> list[str]:
     """Those in layers of these numbers: of the first number in a path, or of the one behind ``layers_pattern``.
 
     A module that is named by its whole path is not asked for its layer.
@@ -136,7 +136,8 @@ def _in_layers(chosen: Sequence[str], where: Where) -> list[str]:
     wanted = {given} if isinstance(given, int) else set(given or ())
     patterns = [where.pattern] if isinstance(where.pattern, str) else list(where.pattern or ())
     whole = set() if isinstance(where.targets, str) else set(where.targets or ())
-    numbers = {path: _layer(path, patterns) for path in chosen}
+    ends = {path: f"{path}." if path in anatomy.blocks else path for path in chosen}
+    numbers = {path: _layer(end, patterns) for path, end in ends.items()}
     missing = wanted - set(numbers.values())
     if missing:
         there = sorted({number for number in numbers.values() if number is not None})
