@@ -29,6 +29,7 @@ from torch import Tensor
 from trimtab.adapt.at import At as At
 from trimtab.adapt.observed import Observation as Observation
 from trimtab.adapt.observed import Observed as Observed
+from trimtab.adapt.patterns import check_patterns as check_patterns
 from trimtab.adapt.patterns import exactly as exactly
 from trimtab.adapt.patterns import pattern_value as pattern_value
 from trimtab.adapt.peft_config import read_options

@@ -26,6 +26,7 @@ from trimtab.adapt.contract import (
     Params,
     Place,
     Spec,
+    check_patterns,
     copy_of,
     exactly,
     pattern_value,
@@ -146,12 +147,7 @@ class LowRank(Method):
 
     def place(self, anatomy: Anatomy) -> Sequence[Place]:
         paths = anatomy.select(self.targets, self.exclude, self.layers)
-        for patterns in (self.rank_pattern, self.alpha_pattern):
-            for pattern in patterns:
-                if not any(pattern_value({pattern: True}, path, False) for path in paths):
-                    raise TargetError(
-                        f"pattern {pattern!r} matches none of the {len(paths)} targets."
-                    )
+        check_patterns(paths, self.rank_pattern, self.alpha_pattern)
         adapted = [Place(path) for path in paths]
         biased = self._biased(anatomy, set(paths))
         return [*adapted, *(Place(path, INNER if path in paths else OWN) for path in biased)]

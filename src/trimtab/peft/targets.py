@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,7 @@ def aimed(method: Method, where: Where, model: nn.Module) -> Method:
     targets = _targets(anatomy, where)
     chosen = anatomy.select(targets)
     if where.layers is not None and where.layers != []:
-        chosen = _in_layers(chosen, where)
+        chosen = _in_layers(anatomy, chosen, where)
         targets = tuple(chosen)
     exclude = _exclude(anatomy, where, chosen)
     return method.replace(targets=targets, exclude=exclude, layers=None)
@@ -62,14 +63,12 @@ def _targets(anatomy: Anatomy, where: Where) -> str | tuple[str, ...]:
     """Our selectors of what is named, modules and parameters."""
     given, parameters = where.targets, _parameters(anatomy, where.parameters)
     if isinstance(given, str):
-        if given.lower() == ALL_LINEAR:
-            found = _all_linear(anatomy, where.task)
-        else:
-            found = (_regular(anatomy, given),)
+        whole = given.lower() == ALL_LINEAR
+        found = _all_linear(anatomy, where.task) if whole else (_regular(anatomy, given),)
         return (*found, *parameters) if parameters or len(found) > 1 else found[0]
     names = sorted(given or ())
     if where.lenient:
-        names = [name for name in names if _matched(anatomy, name)]
+        names = [name for name in names if _matched(anatomy, name) or _role(anatomy, name)]
     return (*(_name(anatomy, name) for name in names), *parameters)
 
 
@@ -83,6 +82,11 @@ def _name(anatomy: Anatomy, name: str) -> str:
     if name in ROLES and any(anatomy.weighted(path) for path in _matched(anatomy, name)):
         return rf"re:(?:.*\.)?{re.escape(name)}"
     return name
+
+
+def _role(anatomy: Anatomy, name: str) -> bool:
+    """Whether a name is a role that some module has."""
+    return name in ROLES and bool(anatomy.role(name))
 
 
 def _matched(anatomy: Anatomy, name: str) -> list[str]:
@@ -123,7 +127,7 @@ def _parameters(anatomy: Anatomy, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _in_layers(chosen: Sequence[str], where: Where) -> list[str]:
+def _in_layers(anatomy: Anatomy, chosen: Sequence[str], where: Where) -> list[str]:
     """Those in layers of these numbers: of the first number in a path, or of the one behind ``layers_pattern``.
 
     A module that is named by its whole path is not asked for its layer.
@@ -132,7 +136,8 @@ def _in_layers(chosen: Sequence[str], where: Where) -> list[str]:
     wanted = {given} if isinstance(given, int) else set(given or ())
     patterns = [where.pattern] if isinstance(where.pattern, str) else list(where.pattern or ())
     whole = set() if isinstance(where.targets, str) else set(where.targets or ())
-    numbers = {path: _layer(path, patterns) for path in chosen}
+    ends = {path: f"{path}." if path in anatomy.blocks else path for path in chosen}
+    numbers = {path: _layer(end, patterns) for path, end in ends.items()}
     missing = wanted - set(numbers.values())
     if missing:
         there = sorted({number for number in numbers.values() if number is not None})
@@ -164,6 +169,15 @@ def _exclude(anatomy: Anatomy, where: Where, chosen: Sequence[str]) -> tuple[str
     full = [rf"(?:.*\.)?{re.escape(name)}(?:\..*)?" for name in where.full]
     inside = [path for path in chosen if any(re.fullmatch(rule, path) for rule in full)]
     return (*needed, *inside)
+
+
+def matching(anatomy: Anatomy, selectors: str | Sequence[str]) -> list[str]:
+    """Paths that selectors match; those that match nothing are passed over."""
+    found: list[str] = []
+    for selector in [selectors] if isinstance(selectors, str) else selectors:
+        with suppress(TargetError):
+            found += anatomy.select(selector)
+    return anatomy.ordered(set(found))
 
 
 def says(value: Any, name: str, kind: str) -> None:

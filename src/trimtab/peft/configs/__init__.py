@@ -18,7 +18,7 @@ from trimtab.peft.types import on_disk
 def make_known() -> None:
     """Put all configurations that there are into the tables of ``peft``."""
     for name, cls in CONFIGS.items():
-        enter(name, cls, Tuner, cls.prefix or f"{on_disk(name).lower()}_")
+        enter(name, Tuner, cls.prefix or f"{on_disk(name).lower()}_")
 
 
 make_known()

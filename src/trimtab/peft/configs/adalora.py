@@ -60,11 +60,12 @@ class AdaLoraConfig(LoraConfig):
             )
         if self.target_r > self.init_r:
             raise ConfigError(
-                f"AdaLoraConfig: target_r={self.target_r} is what is left of init_r={self.init_r}, so it cannot be more."
+                f"AdaLoraConfig: target_r={self.target_r} is left of init_r={self.init_r}, so it cannot be more."
             )
         if not isinstance(self.init_lora_weights, bool):
             raise ConfigError(
-                f"AdaLoraConfig: init_lora_weights={self.init_lora_weights!r}: AdaLoRA begins in its own way; True or False."
+                f"AdaLoraConfig: init_lora_weights={self.init_lora_weights!r}: AdaLoRA begins in its own way; give "
+                "True or False."
             )
         if self.orth_reg_weight < 0:
             raise ConfigError("AdaLoraConfig: orth_reg_weight must not be below 0.")

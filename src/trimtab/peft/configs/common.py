@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from trimtab.adapt.contract import Method
+from trimtab.adapt.peft_config import selectors
 from trimtab.errors import ConfigError
 from trimtab.peft.config import PeftConfig, config, option
 from trimtab.peft.defaults import Names, default_targets
@@ -43,8 +44,20 @@ class Named(PeftConfig):
         left = {name: value for name, value in options.items() if name not in WHERE}
         found = super().read(left, model)
         if not (options.get("target_modules") or options.get("target_parameters")):
-            return found if self.own_default else aimed(found, self._default(options, model), model)
+            if not self.own_default:
+                return aimed(found, self._default(options, model), model)
+            return self._narrowed(found, options, model)
         return aimed(found, self._where(options, options["target_modules"]), model)
+
+    def _narrowed(self, method: Method, options: dict[str, Any], model: nn.Module) -> Method:
+        """A method that knows where to act, without what is excluded, in these layers alone."""
+        layers, exclude = options.get("layers_to_transform"), options.get("exclude_modules")
+        if layers is None and not exclude:
+            return method
+        if method.targets:
+            return aimed(method, self._where(options, listed(method.targets)), model)
+        numbers = (layers,) if isinstance(layers, int) else layers
+        return method.replace(exclude=selectors(exclude), layers=numbers)
 
     def _default(self, options: dict[str, Any], model: nn.Module) -> Where:
         return self._where(options, default_targets(self.peft_type, model), lenient=True)
@@ -127,3 +140,8 @@ class Unbiased(Targeted):
     lacks: ClassVar[dict[str, str]] = {"bias": "Use LoraConfig's bias, or BitFitConfig."}
 
     bias: str = option("Biases that are trained too: only 'none'.", default="none")
+
+
+def listed(selectors: Any) -> list[Any]:
+    """A method's selectors as a list, in which a regular expression keeps its ``re:``."""
+    return [selectors] if isinstance(selectors, str) else list(selectors or ())

@@ -15,7 +15,7 @@ from trimtab.adapt.parse import methods
 from trimtab.adapt.tree import anatomy_of
 from trimtab.errors import ConfigError, UnknownNameError, UnsupportedError, suggest
 from trimtab.peft.config import PeftConfig, config, option
-from trimtab.peft.configs.common import Excluding, Layered, Transposed
+from trimtab.peft.configs.common import Excluding, Layered, Transposed, listed
 from trimtab.peft.configs.lora_parts import EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig
 from trimtab.peft.types import PeftType
 
@@ -162,7 +162,19 @@ class LoraConfig(Excluding, Layered, Transposed):
         return text
 
     def begun(self, method: Method, model: nn.Module) -> Method:
-        return self._with_tokens(method.replace(init=self._init), model)
+        init = self._init
+        if self.batches is None and init.startswith("eva"):
+            init = "default"
+            warnings.warn(
+                "init_lora_weights='eva': the adapter begins without data; call initialize_lora_eva_weights(model, "
+                "dataloader) before training.",
+                stacklevel=2,
+            )
+        if self.batches is None and init.startswith("lora-ga"):
+            raise ConfigError(
+                "init_lora_weights='lora_ga' begins from data: call preprocess_loraga(model, config, train_step) first."
+            )
+        return self._with_tokens(method.replace(init=init), model)
 
     def first_values(self) -> Mapping[str, Init]:
         if self.init_lora_weights is not False:
@@ -184,7 +196,7 @@ class LoraConfig(Excluding, Layered, Transposed):
             )
         named = given if isinstance(given, dict) else {self._embedding(model): given}
         for name, ids in named.items():
-            method = method | methods.get("tokens")(targets=(name,), ids=tuple(ids))
+            method = method | methods.get("tokens").parse({"targets": (name,), "ids": ids})
         return method
 
     @staticmethod
@@ -194,8 +206,16 @@ class LoraConfig(Excluding, Layered, Transposed):
 
     @classmethod
     def told(cls, method: Method, options: Mapping[str, Any]) -> PeftConfig:
+        lora, *tokens = method.members
+        if tokens:
+            named = {str(t.targets[0]): list(dict(t)["ids"]) for t in tokens}
+            where = {
+                "target_modules": listed(lora.targets),
+                "exclude_modules": listed(lora.exclude),
+            }
+            options = {**options, **lora.to_peft(()), **where, "trainable_token_indices": named}
         made = super().told(method, options)
-        init = str(dict(method).get("init", "default"))
+        init = str(dict(lora).get("init", "default"))
         if isinstance(made, LoraConfig) and init != "default":
             name, _, rest = init.replace("lora-ga", "lora_ga").partition("(")
             made.init_lora_weights = (

@@ -14,7 +14,6 @@ from trimtab.peft.configs.common import Excluding, Layered, Transposed, Unbiased
 from trimtab.peft.types import PeftType
 
 _IDENTITY = "Begin at the identity; False begins at random."
-_PATTERN = "Give the layers an adapter of their own."
 
 
 @config()
@@ -23,19 +22,17 @@ class Lycoris(Excluding, Layered):
 
     sizes: ClassVar[tuple[str, ...]] = ("r",)
     shares: ClassVar[tuple[str, ...]] = ("rank_dropout", "module_dropout")
-    lacks: ClassVar[dict[str, str]] = {
-        "use_effective_conv2d": "Kernels are flattened.",
-        "rank_pattern": _PATTERN,
-        "alpha_pattern": _PATTERN,
-    }
+    lacks: ClassVar[dict[str, str]] = {"use_effective_conv2d": "Kernels are flattened."}
 
     r: int = option("Rank of the factors.", default=8)
     alpha: float = option("The change is scaled by alpha / r.", default=8)
     rank_dropout: float = option("Share of rows of the change left out, in training.", default=0.0)
     module_dropout: float = option("How often the change is left out, in training.", default=0.0)
     use_effective_conv2d: bool = option("Not in Trimtab.", default=False)
-    rank_pattern: dict[str, int] | None = option("Not in Trimtab.", default={})
-    alpha_pattern: dict[str, float] | None = option("Not in Trimtab.", default={})
+    rank_pattern: dict[str, int] | None = option("End of a module's name -> its rank.", default={})
+    alpha_pattern: dict[str, float] | None = option(
+        "End of a module's name -> its alpha.", default={}
+    )
 
 
 @config(PeftType.LOHA)
@@ -89,7 +86,10 @@ class HiraConfig(Excluding, Layered, Transposed):
 
     prefix: ClassVar[str] = "hira_"
     sizes: ClassVar[tuple[str, ...]] = ("r",)
-    lacks: ClassVar[dict[str, str]] = {"hira_dropout": "", "rank_pattern": _PATTERN}
+    lacks: ClassVar[dict[str, str]] = {
+        "hira_dropout": "",
+        "rank_pattern": "PEFT passes over it in silence: all ranks are r there.",
+    }
 
     r: int = option("Rank of the factors.", default=32)
     hira_dropout: float = option("Not in Trimtab.", default=0.0)
@@ -119,14 +119,15 @@ class FourierFTConfig(Excluding, Layered, Transposed, Unbiased):
 
     prefix: ClassVar[str] = "fourierft_"
     sizes: ClassVar[tuple[str, ...]] = ("n_frequency",)
-    lacks: ClassVar[dict[str, str]] = {**Unbiased.lacks, "n_frequency_pattern": _PATTERN}
 
     n_frequency: int = option("How many entries are trained at each layer.", default=1000)
     scaling: float = option("What the change is multiplied with.", default=150.0)
     random_loc_seed: int | None = option(
         "What the places of the entries are drawn from.", default=777
     )
-    n_frequency_pattern: dict[str, int] | None = option("Not in Trimtab.", default={})
+    n_frequency_pattern: dict[str, int] | None = option(
+        "End of a module's name -> how many there.", default={}
+    )
     init_weights: bool = option("Begin at zero, not from N(0, 1).", default=False)
 
     def begun(self, method: Method, model: nn.Module) -> Method:
