@@ -115,7 +115,9 @@ def test_only_the_main_process_writes(tmp_path: Path) -> None:
 
 def test_values_of_a_state_dict_that_is_given(tmp_path: Path) -> None:
     """As a Trainer gives it, gathered from shards."""
-    mine = stirred(get_peft_model(kit.bert(), LoraConfig(target_modules=["query"], task_type="SEQ_CLS")))
+    mine = stirred(
+        get_peft_model(kit.bert(), LoraConfig(target_modules=["query"], task_type="SEQ_CLS"))
+    )
     state = {key: tensor * 2 for key, tensor in mine.state_dict().items()}
     mine.save_pretrained(tmp_path, state_dict=state)
     written = load_file(tmp_path / WEIGHTS)
@@ -234,7 +236,9 @@ def test_a_file_in_the_way_of_the_folder(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"a": b"precious", "other": b"precious"}
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere"
+)
 def test_a_folder_that_is_read_only(tmp_path: Path) -> None:
     model_of().save_pretrained(tmp_path)
     before = contents(tmp_path)
@@ -288,7 +292,11 @@ def test_an_option_that_was_changed_by_hand_is_not_passed_over(tmp_path: Path) -
 def test_what_another_program_wrote_over_ours_is_not_half_read(tmp_path: Path) -> None:
     model_of().save_pretrained(tmp_path)
     with kit.quiet():
-        theirs = stirred(peft.get_peft_model(kit.llama(), peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4)))
+        theirs = stirred(
+            peft.get_peft_model(
+                kit.llama(), peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4)
+            )
+        )
         theirs.save_pretrained(str(tmp_path))
     with pytest.raises(FileFormatError, match=r"another program.*remove trimtab.json"):
         PeftModel.from_pretrained(kit.llama(), tmp_path)
@@ -325,7 +333,11 @@ def test_loading_onto_a_name_that_is_taken_replaces_the_adapter_whole(tmp_path: 
     model_of(lora_alpha=64).save_pretrained(tmp_path / "loud")
     model_of(r=2, target_modules=["k_proj"]).save_pretrained(tmp_path / "other")
     with kit.quiet():
-        peft_s = stirred(peft.get_peft_model(kit.llama(), peft.LoraConfig(target_modules=["q_proj"], lora_alpha=99)))
+        peft_s = stirred(
+            peft.get_peft_model(
+                kit.llama(), peft.LoraConfig(target_modules=["q_proj"], lora_alpha=99)
+            )
+        )
         peft_s.save_pretrained(str(tmp_path / "peft"))
     for folder in ("loud", "other", "peft"):
         mine = model_of()
@@ -394,10 +406,14 @@ def test_names_tell_of_another_base_where_there_is_nothing_else_to_compare(tmp_p
         return model
 
     with kit.quiet():
-        theirs = peft.get_peft_model(named("org/model-A"), peft.LoraConfig(target_modules=["q_proj"]))  # type: ignore[arg-type]
+        theirs = peft.get_peft_model(
+            named("org/model-A"), peft.LoraConfig(target_modules=["q_proj"])
+        )  # type: ignore[arg-type]
     with kit.quiet("Could not find a config file"):
         theirs.save_pretrained(str(tmp_path))
-    with pytest.warns(UserWarning, match=r"made for 'org/model-A', and this model is 'org/model-B'"):
+    with pytest.warns(
+        UserWarning, match=r"made for 'org/model-A', and this model is 'org/model-B'"
+    ):
         PeftModel.from_pretrained(named("org/model-B"), tmp_path)
     for silent in ("org/model-A", "/models/model-A", ""):
         PeftModel.from_pretrained(named(silent), tmp_path)

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+import torch
 from pydantic import Field, field_validator
 from safetensors.torch import save_file
 from torch import Tensor
@@ -307,7 +308,13 @@ def _parsed(
 
 
 def _copied(key: str, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a key is the copy of a frozen embedding that PEFT adds to the factors beside it."""
+    """Whether a key is a copy that PEFT adds: of a frozen embedding to the factors beside it, and, where all biases
+    are trained, of those of a module that is trained in full.
+    """
+    for kept in (".original_module.bias", ".modules_to_save.bias"):
+        path, copied, _ = key.partition(kept)
+        if copied and (own := tensors.get(f"{path}.bias")) is not None:
+            return kept.startswith(".original") or torch.equal(own, tensors[key])
     path, copied, _ = key.partition(".base_layer.weight")
     return bool(copied) and (
         f"{path}.lora_embedding_A" in tensors or f"{path}.lora_A.weight" in tensors

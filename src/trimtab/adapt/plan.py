@@ -10,6 +10,7 @@ from torch import nn
 
 from trimtab.adapt.adapter import Adapter, Origin, SiteSpec, whole
 from trimtab.adapt.contract import Method, Place
+from trimtab.adapt.fingerprint import Fingerprint
 from trimtab.errors import (
     AttachError,
     BaseMismatchError,
@@ -100,15 +101,22 @@ def _suffixes(paths: Sequence[str], anatomy: Anatomy) -> tuple[str, ...] | None:
     return leaves if reached == wanted else None
 
 
+def other_base(adapter: Adapter, base: Fingerprint) -> str:
+    """Why a base is another than the adapter's, but for what it has its own values of; empty if it is not."""
+    if adapter.base is None:
+        return ""
+    own = {
+        f"{site.path}.{name}"
+        for site in adapter.sites
+        for name in adapter.methods[site.method].at(site.path).instead_of
+    }
+    return adapter.base.mismatch(base, own)
+
+
 def checked(adapter: Adapter, name: str | None, base: Any, any_base: bool) -> Adapter:
     """A saved adapter, copied and checked against this base, but for what it has its own values of."""
     if adapter.base is not None:
-        own = {
-            f"{site.path}.{name}"
-            for site in adapter.sites
-            for name in adapter.methods[site.method].at(site.path).instead_of
-        }
-        reason = adapter.base.mismatch(base, own)
+        reason = other_base(adapter, base)
         same_shape = adapter.base.architecture == base.architecture
         if reason and not (any_base and same_shape):
             advice = " Pass any_base=True to attach it all the same." if same_shape else ""
