@@ -64,6 +64,11 @@ def _strict(init: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(init)
     def strict(self: Any, **values: Any) -> None:
+        given = values.pop("peft_type", None)  # PEFT's classes take it, though each is of one type
+        if given is not None and from_disk(str(given)) != (self.peft_type or None):
+            raise ConfigError(
+                f"{type(self).__name__} is of type {on_disk(self.peft_type)}, not {given!r}."
+            )
         unknown = [name for name in values if name not in known]
         if unknown:
             hint = suggest(unknown[0], known) or f" Known: {', '.join(sorted(known))}."
