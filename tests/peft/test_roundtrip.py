@@ -106,7 +106,7 @@ with kit.quiet(*QUIET):
         method("lokr-effective", kit.convolutions, peft.LoKrConfig(
             target_modules=["line", "square"], r=2, use_effective_conv2d=True)),
         method("oft-coft", kit.llama, peft.OFTConfig(target_modules=QV, oft_block_size=8, coft=True, eps=1e-3)),
-        method("oft-conv", kit.convolutions, peft.OFTConfig(target_modules=["square"], oft_block_size=4)),
+        method("oft-conv", kit.convolutions, peft.OFTConfig(target_modules=["square"], oft_block_size=2)),
         method("oft-terms", kit.llama, peft.OFTConfig(
             target_modules=QV, oft_block_size=8, num_cayley_neumann_terms=3)),
         method("boft-conv", kit.convolutions, peft.BOFTConfig(target_modules=["square"], boft_block_size=2)),

@@ -7,7 +7,7 @@ is attached, its tensors are the model's own parameters; detaching hands them ba
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -167,6 +167,14 @@ class Adapter:
         for tensor in self.named().values():
             if isinstance(tensor, nn.Parameter):
                 yield tensor
+
+    def share(self, site: SiteSpec, path: str) -> None:
+        """Let it act at another path as it does at a site, with tensors that are equal at first."""
+        self.sites = (*self.sites, SiteSpec(path, site.role, site.method))
+        for name, tensor in self.named().items():
+            if name.path == site.path:
+                self._tensors[TensorName(path, name.slot)] = tensor.clone()
+        self.origin = replace(self.origin, in_peft=False)
 
     def check_whole(self, deed: str) -> None:
         """Raise where tensors are left to be made from the base, so that this cannot be done without it."""

@@ -173,6 +173,7 @@ def disk_key(adapter: Adapter, name: TensorName) -> str:
     for number, method in enumerate(adapter.methods):
         if slot in method.disk and (not name.path or number in here):
             slot = method.disk[slot]
+            slot = adapter.method.disk_beside.get(slot, slot)
             break
     if not name.path:
         return slot if slot != name.slot else f"base_model.{slot}"
@@ -257,14 +258,40 @@ def _from_peft(
         raise FileFormatError(
             f"{folder / CONFIG}: peft_type {kind!r} is not a method that Trimtab reads.{hint}"
         )
+    tokens = config.get("trainable_token_indices")
+    if tokens:
+        config = {**config, "trainable_token_indices": None}
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     method = next(
         found
         for _, cls in methods.items()
         if cls.peft_type == kind and (found := cls.from_peft(config, shapes)) is not None
     )
+    if tokens:
+        method = _with_tokens(folder, method, tokens, tensors)
     full = tuple(config.get("modules_to_save") or ())
     return _parsed(folder, method.replace(train=full) if full else method, tensors, name, config)
+
+
+def _with_tokens(
+    folder: Path, method: Method, tokens: Any, tensors: Mapping[str, Tensor]
+) -> Method:
+    """The union of a method and the rows of embeddings that PEFT's file holds beside it."""
+    ending = ".token_adapter.trainable_tokens_delta"
+    found = [key.removeprefix(method.peft_root) for key in tensors if key.endswith(ending)]
+    for path in [key.removesuffix(ending) for key in found]:
+        named = tokens if isinstance(tokens, dict) else {path: tokens}
+        ids = [of for name, of in named.items() if path == name or path.endswith(f".{name}")]
+        if len(ids) != 1:
+            raise FileFormatError(
+                f"{folder / CONFIG}: trainable_token_indices does not tell the tokens of {path!r}."
+            )
+        method = method | methods.get("tokens").parse({"targets": (path,), "ids": tuple(ids[0])})
+    if not found:
+        raise FileFormatError(
+            f"{folder / WEIGHTS} has no rows for the trainable_token_indices of {CONFIG}."
+        )
+    return method
 
 
 def _parsed(
@@ -281,19 +308,20 @@ def _parsed(
     for key, tensor in tensors.items():
         if _copied(key, tensors):
             continue
-        if (leaf := key.rpartition(".")[2]) in method.peft_drawn:
+        if (leaf := key.rpartition(".")[2]) in method.members[0].peft_drawn:
             found = checksum(tensor.float())
             if drawn.setdefault(leaf, found) != found:
                 raise FileFormatError(f"{folder / WEIGHTS}: the copies of {leaf!r} differ.")
             continue
         path, slot, number = _place_key(folder, key, method, full)
-        named[TensorName(path, slot)] = method.tensor_from_peft(config, slot, tensor)
+        part = method.members[0]
+        named[TensorName(path, slot)] = part.tensor_from_peft(config, slot, tensor)
         if path:
             slots_at.setdefault((path, number), {})[slot] = tuple(tensor.shape)
     sites = [
         SiteSpec(path, role, number)
         for (path, number), slots in slots_at.items()
-        for role in ([""] if number else method.roles_in_file(path, slots))
+        for role in (method.members[0].roles_in_file(path, slots) if not number else [""])
     ]
     own_name = name or (folder.name if folder.name.isidentifier() else "default")
     origin = Origin(
@@ -323,19 +351,25 @@ def _copied(key: str, tensors: Mapping[str, Tensor]) -> bool:
 
 def _place_key(folder: Path, key: str, method: Method, full: Method | None) -> tuple[str, str, int]:
     """(path, slot, number of the method) of a key in a PEFT file."""
-    by_disk = {disk: slot for slot, disk in method.disk.items()}
+    by_disk = {
+        method.disk_beside.get(disk, disk): (slot, number)
+        for number, part in reversed(list(enumerate(method.members)))
+        for slot, disk in part.disk.items()
+    }
     if key in by_disk:
-        return "", by_disk[key], 0
+        return "", *by_disk[key]
     if key.startswith(method.peft_root):
         rest = key.removeprefix(method.peft_root)
         path, _, leaf = rest.rpartition(".")
         if full is not None and any(f".{module}." in f".{path}." for module in full.targets):
             for slot, disk in full.disk.items():
                 if leaf == disk:
-                    return path, slot, 1
+                    return path, slot, len(method.members)
         for disk in sorted(by_disk, key=len, reverse=True):
             if rest.endswith(f".{disk}"):
-                return rest[: -len(disk) - 1], by_disk[disk], 0
+                path, (slot, number) = rest[: -len(disk) - 1], by_disk[disk]
+                own = [n for n, m in enumerate(method.members) if m.targets == (path,)]
+                return path, slot, own[0] if number and own else number
     raise FileFormatError(
         f"{folder / WEIGHTS}: key {key!r} belongs to no tensor of the method in {CONFIG}."
     )
@@ -351,7 +385,7 @@ def _same_keys(file: Path, expected: set[str], found: set[str]) -> None:
 
 def _places(adapter: Adapter) -> list[Place]:
     """Where the parts of its method act, modules that are trained in full left out."""
-    parts = range(len(adapter.method.members))
+    parts = range(adapter.method.peft_parts)
     return [place for number in parts for place in adapter.places(number)]
 
 
@@ -365,7 +399,7 @@ def _peft_config(adapter: Adapter, bits: int | None) -> dict[str, Any]:
     known = adapter.origin.in_peft and method.peft_reads
     own = f"{OWN_TYPE}{method.kind.upper()}" + (f"_INT{bits}" if bits else "")
     base = {
-        "peft_type": method.peft_type if known and not bits else own,
+        "peft_type": method.peft_kind if known and not bits else own,
         "task_type": adapter.origin.task_type,
         "base_model_name_or_path": adapter.origin.base_name,
         "inference_mode": True,
@@ -376,4 +410,15 @@ def _peft_config(adapter: Adapter, bits: int | None) -> dict[str, Any]:
     if adapter.origin.transposed:
         targets["fan_in_fan_out"] = True
     full: dict[str, Any] = {"modules_to_save": list(method.train)} if method.train else {}
-    return {**base, **targets, **full, **method.to_peft(places)}
+    return {**base, **targets, **full, **method.to_peft(places), **_rows(adapter)}
+
+
+def _rows(adapter: Adapter) -> dict[str, Any]:
+    """The rows of embeddings that are trained beside a method of PEFT's."""
+    parts = range(adapter.method.peft_parts, len(adapter.method.members))
+    rows = {
+        place.path: list(dict(adapter.methods[number])["ids"])
+        for number in parts
+        for place in adapter.places(number)
+    }
+    return {"trainable_token_indices": rows} if rows else {}

@@ -61,7 +61,9 @@ def _origin(
     """What an adapter's folder is to say of this base."""
     parts = len(method.members)
     places = [Place(site.path, site.role) for site in sites if site.method < parts]
-    paths = method.wrapped(places)
+    paths = method.wrapped(
+        [Place(site.path, site.role) for site in sites if site.method < method.peft_parts]
+    )
     layers = [layer_at(anatomy, path) for path in paths]
     kind = type(model).__name__
     task = next((task for ending, task in _TASKS.items() if kind.endswith(ending)), None)
@@ -131,7 +133,19 @@ def placed(adapter: Adapter, anatomy: Anatomy) -> Adapter:
     if all(site.method for site in adapter.sites):
         found = [SiteSpec(p.path, p.role, 0) for p in adapter.method.place(anatomy)]
         adapter.sites = (*found, *adapter.sites)
+    if adapter.base is None:
+        _tie(adapter, anatomy)
     return adapter
+
+
+def _tie(adapter: Adapter, anatomy: Anatomy) -> None:
+    """Rows of an embedding in PEFT's file are those of a head that is tied to it, too; here each has its own."""
+    for site in adapter.sites:
+        if adapter.methods[site.method].kind != "tokens" or site.path not in anatomy.modules:
+            continue
+        for path in anatomy.tied(site.path):
+            if all(other.path != path for other in adapter.sites):
+                adapter.share(site, path)
 
 
 def check_whole(adapter: Adapter, anatomy: Anatomy) -> None:
