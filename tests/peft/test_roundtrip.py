@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import trimtab as tt
+from tests import tiny
 from tests.oracles import cases, kit
 from trimtab.errors import AttachError, UnsupportedError
 from trimtab.peft import PeftConfig, PeftModel, get_peft_model
@@ -62,6 +63,8 @@ FROM_THE_CORE = [
 OURS_ALONE = [Case(case.name, case.make, case.theirs) for case in cases.ENCODED]
 """What the face writes so that training can go on; PEFT has no such file."""
 QV = ["q_proj", "v_proj"]
+TOKENS = list(range(3, 40))
+mixtral, qwen3_moe = kit.loud(tiny.mixtral), kit.loud(tiny.qwen3_moe)
 with kit.quiet(*QUIET):
     MORE = [
         lora("dropout", lora_dropout=0.1),
@@ -93,6 +96,16 @@ with kit.quiet(*QUIET):
         method("lora-defaults", kit.gpt2, peft.LoraConfig(task_type="CAUSAL_LM")),
         method("norms-defaults", kit.llama, peft.LNTuningConfig(task_type="CAUSAL_LM")),
         method("tokens-defaults", kit.llama, peft.TrainableTokensConfig(token_indices=list(range(3, 40)))),
+        lora("tokens-beside", trainable_token_indices=TOKENS),
+        lora("tokens-and-head", modules_to_save=["lm_head"], trainable_token_indices={"embed_tokens": TOKENS}),
+        lora("tokens-of-both-ends", trainable_token_indices={"embed_tokens": TOKENS, "lm_head": TOKENS}),
+        lora("tokens-of-two-tables", kit.bert, target_modules=["query"], task_type="SEQ_CLS", use_dora=True,
+             trainable_token_indices={"word_embeddings": TOKENS, "position_embeddings": [0, 1]}),
+        lora("experts", mixtral, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
+        lora("experts-one", mixtral, target_modules=[], target_parameters=["experts.down_proj"]),
+        lora("experts-rslora", mixtral, target_modules=[], target_parameters=["down_proj", "gate_up_proj"],
+             use_rslora=True),
+        lora("experts-some-layers", qwen3_moe, target_modules=[], target_parameters=["experts.gate_up_proj"]),
     ]  # fmt: skip
     REFUSED = [
         method("randlora-sparse", kit.llama, peft.RandLoraConfig(target_modules=QV, r=8, sparse=True)),
@@ -259,7 +272,7 @@ def test_the_two_configurations_say_the_same(case: Case, tmp_path: Path) -> None
 
 
 WHERE = {
-    "target_modules", "feedforward_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "target_modules", "target_parameters", "trainable_token_indices", "feedforward_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
 }  # fmt: skip
 """Ours are resolved."""
 FREE = {"peft_version", "rank_pattern", "alpha_pattern", "save_projection", "init_lora_weights", "fan_in_fan_out",

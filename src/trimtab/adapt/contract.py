@@ -361,6 +361,11 @@ class Method(Config, ABC):
         return self.peft_type
 
     @property
+    def peft_nests(self) -> bool:
+        """Whether PEFT has it, with these fields, on the parameters of experts too (see `trimtab.adapt.nested`)."""
+        return False
+
+    @property
     def peft_parts(self) -> int:
         """How many of its parts, the first ones, act on what PEFT calls target modules."""
         return len(self.members)

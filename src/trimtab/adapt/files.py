@@ -26,6 +26,7 @@ from trimtab.adapt.contract import Method, Place
 from trimtab.adapt.disk import checksum, placing, read_json, read_tensors, replacing, write_json
 from trimtab.adapt.fingerprint import Fingerprint
 from trimtab.adapt.lowbit import Packing, pack, unpack
+from trimtab.adapt.nested import folded, unfolded
 from trimtab.adapt.parse import method_from, methods
 from trimtab.adapt.slots import check_name
 from trimtab.config import Config
@@ -134,9 +135,13 @@ def save(
         packing=packing,
         drawn=adapter.drawn,
     )
+    options = {**_peft_config(adapter, bits), **said}
+    if adapter.origin.experts and not options["peft_type"].startswith(OWN_TYPE):
+        root = adapter.method.peft_root
+        tensors, options["target_parameters"] = folded(tensors, root, adapter.origin.experts)
     with (placing if beside else replacing)(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-        write_json(temporary / CONFIG, {**_peft_config(adapter, bits), **said})
+        write_json(temporary / CONFIG, options)
         write_json(temporary / OURS, ours.model_dump(mode="json", by_alias=True))
     return folder
 
@@ -200,6 +205,8 @@ def _from_ours(
     except ConfigError as error:
         raise FileFormatError(str(error)) from None
     tensors = unpack(tensors, ours.packing, str(folder / WEIGHTS))
+    if experts := config.get("target_parameters"):
+        tensors = unfolded(config, tensors, str(folder / WEIGHTS))
     _same_keys(folder / WEIGHTS, set(ours.tensors), set(tensors))
     named = {}
     for key, entry in ours.tensors.items():
@@ -216,6 +223,7 @@ def _from_ours(
         suffixes=tuple(config.get("target_modules") or ()),
         transposed=bool(config.get("fan_in_fan_out")),
         in_peft=in_peft if ours.in_peft is None else ours.in_peft,
+        experts=tuple(experts or ()),
         provenance=ours.provenance,
     )
     sites = [SiteSpec(*site) for site in ours.sites]
@@ -258,6 +266,9 @@ def _from_peft(
         raise FileFormatError(
             f"{folder / CONFIG}: peft_type {kind!r} is not a method that Trimtab reads.{hint}"
         )
+    if config.get("target_parameters"):
+        tensors = unfolded(config, tensors, str(folder / WEIGHTS))
+        config = {**config, "target_parameters": None}
     tokens = config.get("trainable_token_indices")
     if tokens:
         config = {**config, "trainable_token_indices": None}
@@ -329,6 +340,9 @@ def _parsed(
         task_type=config.get("task_type"),
         transposed=bool(config.get("fan_in_fan_out")),
         rebuilt=method.rebuilt,
+    )
+    origin.experts = tuple(
+        site.path for site in sites if site.path.rpartition(".")[0].endswith(".experts")
     )
     adapter = Adapter(own_name, method, sites, named, origin=origin)
     adapter.drawn = drawn
@@ -404,8 +418,9 @@ def _peft_config(adapter: Adapter, bits: int | None) -> dict[str, Any]:
         "base_model_name_or_path": adapter.origin.base_name,
         "inference_mode": True,
     }
+    named = [path for path in paths if path not in adapter.origin.experts]
     targets: dict[str, Any] = (
-        {"target_modules": list(adapter.origin.suffixes or paths)} if paths else {}
+        {"target_modules": list(adapter.origin.suffixes or named) if named else []} if paths else {}
     )
     if adapter.origin.transposed:
         targets["fan_in_fan_out"] = True

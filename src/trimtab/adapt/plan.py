@@ -64,16 +64,21 @@ def _origin(
     paths = method.wrapped(
         [Place(site.path, site.role) for site in sites if site.method < method.peft_parts]
     )
-    layers = [layer_at(anatomy, path) for path in paths]
+    named = [path for path in paths if path not in anatomy.experts]
+    layers = [layer_at(anatomy, path) for path in named]
     kind = type(model).__name__
     task = next((task for ending, task in _TASKS.items() if kind.endswith(ending)), None)
     headless = not any(site.method >= parts and site.path in anatomy.head for site in sites)
     return Origin(
         base_name=getattr(anatomy.config, "_name_or_path", None) or None,
         task_type=None if headless and task in _HEADS_TOO else task,
-        suffixes=_suffixes(paths, anatomy),
+        suffixes=_suffixes(named, anatomy),
+        experts=tuple(path for path in paths if path in anatomy.experts),
         transposed=any(layer.transposed for layer in layers),
-        in_peft=method.in_peft(anatomy, places) and all(layer.in_peft for layer in layers),
+        in_peft=method.in_peft(anatomy, places)
+        and all(layer.in_peft for layer in layers)
+        and (method.peft_nests or named == paths)
+        and not (anatomy.experts and {path.rpartition(".")[2] for path in named} & _FUSED),
     )
 
 
@@ -86,6 +91,8 @@ _TASKS = {
     "ForQuestionAnswering": "QUESTION_ANS",
 }
 """PEFT's task by the end of a model class's name; without one, PEFT ignores a prefix."""
+_FUSED = frozenset({"gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3"})
+"""Layers that PEFT takes for parts of experts, wherever they lie in a model that has experts."""
 _HEADS_TOO = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 """Tasks for which PEFT expects the trained head in the file."""
 
