@@ -18,7 +18,11 @@ import trimtab as tt
 from tests import tiny
 from tests.oracles import cases, kit
 from trimtab.errors import AttachError, UnsupportedError
-from trimtab.peft import PeftConfig, PeftModel, get_peft_model
+from trimtab.peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFTS = {"peft_version", "auto_mapping", "runtime_config"}
@@ -272,7 +276,8 @@ def test_the_two_configurations_say_the_same(case: Case, tmp_path: Path) -> None
 
 
 WHERE = {
-    "target_modules", "target_parameters", "trainable_token_indices", "feedforward_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "target_modules", "target_parameters", "trainable_token_indices", "feedforward_modules", "exclude_modules",
+    "layers_to_transform", "layers_pattern",
 }  # fmt: skip
 """Ours are resolved."""
 FREE = {"peft_version", "rank_pattern", "alpha_pattern", "save_projection", "init_lora_weights", "fan_in_fan_out",

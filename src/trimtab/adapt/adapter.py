@@ -48,7 +48,7 @@ class TensorName:
 class Origin:
     """Where an adapter comes from: written into its folder, never needed to use it.
 
-    Four of them are what PEFT's config says of the base: target modules by the ends of their names,
+    Five of them are what PEFT's config says of the base: target modules by the ends of their names,
     weights stored (in, out), and whether PEFT can read the adapter at all.
     """
 
@@ -59,6 +59,8 @@ class Origin:
     in_peft: bool = True
     experts: tuple[str, ...] = ()
     """Which of its sites are parameters of experts, that PEFT nests."""
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """Path -> checksum, in bf16, of the copy of the base's weight that PEFT's file held."""
     rebuilt: frozenset[str] = frozenset()
     """Slots that the file left out, because its base makes them again when the adapter is attached."""
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -182,8 +184,8 @@ class Adapter:
         """Raise where tensors are left to be made from the base, so that this cannot be done without it."""
         if self.origin.rebuilt:
             raise UnsupportedError(
-                f"adapter {self.name!r} keeps first factors that PEFT left out of its file, because its base makes them "
-                f"again; attach it to that base before you {deed} it."
+                f"adapter {self.name!r} keeps first factors that PEFT left out of its file, because its base makes "
+                f"them again; attach it to that base before you {deed} it."
             )
 
     def places(self, method: int = 0) -> list[Place]:

@@ -205,7 +205,7 @@ class Method(Config, ABC):
 
     @property
     def rebuilt(self) -> frozenset[str]:
-        """Slots that PEFT leaves out of its file and makes from the base when it loads; the base makes them here too."""
+        """Slots that PEFT leaves out of its file and makes from the base when it loads, as is done here too."""
         return frozenset()
 
     @property

@@ -16,24 +16,25 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-import torch
 from pydantic import Field, field_validator
 from safetensors.torch import save_file
 from torch import Tensor
 
 from trimtab.adapt.adapter import Adapter, Origin, SiteSpec, TensorName
-from trimtab.adapt.contract import Method, Place
+from trimtab.adapt.contract import Place
 from trimtab.adapt.disk import checksum, placing, read_json, read_tensors, replacing, write_json
 from trimtab.adapt.fingerprint import Fingerprint
 from trimtab.adapt.lowbit import Packing, pack, unpack
 from trimtab.adapt.nested import folded, unfolded
 from trimtab.adapt.parse import method_from, methods
+from trimtab.adapt.peft_config import CONFIG
+from trimtab.adapt.peft_files import WEIGHTS, from_peft, peft_type
 from trimtab.adapt.slots import check_name
 from trimtab.config import Config
-from trimtab.errors import ConfigError, FileFormatError, suggest
+from trimtab.errors import ConfigError, FileFormatError
 
 SCHEMA: Literal[1] = 1
-CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "trimtab.json"
+OURS = "trimtab.json"
 TRAINING = frozenset({"total_step"})
 """Options of PEFT's that only training needs."""
 OWN_TYPE = "TRIMTAB_"
@@ -165,7 +166,7 @@ def load(folder: Path, *, name: str | None = None) -> Adapter:
     if (folder / OURS).is_file():
         config = read_json(folder / CONFIG)
         return _from_ours(folder, read_json(folder / OURS), config, tensors, name)
-    return _from_peft(folder, read_json(folder / CONFIG), tensors, name)
+    return from_peft(folder, read_json(folder / CONFIG), tensors, name)
 
 
 # -- keys ---------------------------------------------------------------------------------------------
@@ -216,7 +217,7 @@ def _from_ours(
                 f"written by another program since (then remove {OURS}, which is not of this file)."
             )
         named[TensorName(entry.path, entry.slot)] = tensors[key]
-    in_peft = not _peft_type(folder, config).startswith(OWN_TYPE)
+    in_peft = not peft_type(folder, config).startswith(OWN_TYPE)
     origin = Origin(
         base_name=ours.base_name,
         task_type=config.get("task_type"),
@@ -245,148 +246,6 @@ def _same_options(folder: Path, adapter: Adapter, config: Mapping[str, Any]) -> 
                 f"{folder / CONFIG} says {key}={config[key]!r}, and {OURS} says {value!r}. If the former was changed "
                 f"on purpose, remove {OURS}: the folder is then read as PEFT reads it."
             )
-
-
-def _peft_type(folder: Path, config: Mapping[str, Any]) -> str:
-    if not isinstance(kind := config.get("peft_type"), str):
-        raise FileFormatError(f"{folder / CONFIG} does not say which 'peft_type' it describes.")
-    return kind
-
-
-def _from_peft(
-    folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor], name: str | None
-) -> Adapter:
-    kind = _peft_type(folder, config)
-    known = {cls.peft_type for _, cls in methods.items() if cls.peft_type}
-    if kind not in known:
-        hint = (
-            suggest(kind, [k for k in known if k])
-            or f" Known: {', '.join(sorted(k for k in known if k))}."
-        )
-        raise FileFormatError(
-            f"{folder / CONFIG}: peft_type {kind!r} is not a method that Trimtab reads.{hint}"
-        )
-    if config.get("target_parameters"):
-        tensors = unfolded(config, tensors, str(folder / WEIGHTS))
-        config = {**config, "target_parameters": None}
-    tokens = config.get("trainable_token_indices")
-    if tokens:
-        config = {**config, "trainable_token_indices": None}
-    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    method = next(
-        found
-        for _, cls in methods.items()
-        if cls.peft_type == kind and (found := cls.from_peft(config, shapes)) is not None
-    )
-    if tokens:
-        method = _with_tokens(folder, method, tokens, tensors)
-    full = tuple(config.get("modules_to_save") or ())
-    return _parsed(folder, method.replace(train=full) if full else method, tensors, name, config)
-
-
-def _with_tokens(
-    folder: Path, method: Method, tokens: Any, tensors: Mapping[str, Tensor]
-) -> Method:
-    """The union of a method and the rows of embeddings that PEFT's file holds beside it."""
-    ending = ".token_adapter.trainable_tokens_delta"
-    found = [key.removeprefix(method.peft_root) for key in tensors if key.endswith(ending)]
-    for path in [key.removesuffix(ending) for key in found]:
-        named = tokens if isinstance(tokens, dict) else {path: tokens}
-        ids = [of for name, of in named.items() if path == name or path.endswith(f".{name}")]
-        if len(ids) != 1:
-            raise FileFormatError(
-                f"{folder / CONFIG}: trainable_token_indices does not tell the tokens of {path!r}."
-            )
-        method = method | methods.get("tokens").parse({"targets": (path,), "ids": tuple(ids[0])})
-    if not found:
-        raise FileFormatError(
-            f"{folder / WEIGHTS} has no rows for the trainable_token_indices of {CONFIG}."
-        )
-    return method
-
-
-def _parsed(
-    folder: Path,
-    method: Method,
-    tensors: dict[str, Tensor],
-    name: str | None,
-    config: Mapping[str, Any],
-) -> Adapter:
-    full = methods.get("full").parse({"targets": method.train}) if method.train else None
-    named: dict[TensorName, Tensor] = {}
-    slots_at: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {}
-    drawn: dict[str, str] = {}
-    for key, tensor in tensors.items():
-        if _copied(key, tensors):
-            continue
-        if (leaf := key.rpartition(".")[2]) in method.members[0].peft_drawn:
-            found = checksum(tensor.float())
-            if drawn.setdefault(leaf, found) != found:
-                raise FileFormatError(f"{folder / WEIGHTS}: the copies of {leaf!r} differ.")
-            continue
-        path, slot, number = _place_key(folder, key, method, full)
-        part = method.members[0]
-        named[TensorName(path, slot)] = part.tensor_from_peft(config, slot, tensor)
-        if path:
-            slots_at.setdefault((path, number), {})[slot] = tuple(tensor.shape)
-    sites = [
-        SiteSpec(path, role, number)
-        for (path, number), slots in slots_at.items()
-        for role in (method.members[0].roles_in_file(path, slots) if not number else [""])
-    ]
-    own_name = name or (folder.name if folder.name.isidentifier() else "default")
-    origin = Origin(
-        base_name=config.get("base_model_name_or_path"),
-        task_type=config.get("task_type"),
-        transposed=bool(config.get("fan_in_fan_out")),
-        rebuilt=method.rebuilt,
-    )
-    origin.experts = tuple(
-        site.path for site in sites if site.path.rpartition(".")[0].endswith(".experts")
-    )
-    adapter = Adapter(own_name, method, sites, named, origin=origin)
-    adapter.drawn = drawn
-    return adapter
-
-
-def _copied(key: str, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a key is a copy that PEFT adds: of a frozen embedding to the factors beside it, and, where all biases
-    are trained, of those of a module that is trained in full.
-    """
-    for kept in (".original_module.bias", ".modules_to_save.bias"):
-        path, copied, _ = key.partition(kept)
-        if copied and (own := tensors.get(f"{path}.bias")) is not None:
-            return kept.startswith(".original") or torch.equal(own, tensors[key])
-    path, copied, _ = key.partition(".base_layer.weight")
-    return bool(copied) and (
-        f"{path}.lora_embedding_A" in tensors or f"{path}.lora_A.weight" in tensors
-    )
-
-
-def _place_key(folder: Path, key: str, method: Method, full: Method | None) -> tuple[str, str, int]:
-    """(path, slot, number of the method) of a key in a PEFT file."""
-    by_disk = {
-        method.disk_beside.get(disk, disk): (slot, number)
-        for number, part in reversed(list(enumerate(method.members)))
-        for slot, disk in part.disk.items()
-    }
-    if key in by_disk:
-        return "", *by_disk[key]
-    if key.startswith(method.peft_root):
-        rest = key.removeprefix(method.peft_root)
-        path, _, leaf = rest.rpartition(".")
-        if full is not None and any(f".{module}." in f".{path}." for module in full.targets):
-            for slot, disk in full.disk.items():
-                if leaf == disk:
-                    return path, slot, len(method.members)
-        for disk in sorted(by_disk, key=len, reverse=True):
-            if rest.endswith(f".{disk}"):
-                path, (slot, number) = rest[: -len(disk) - 1], by_disk[disk]
-                own = [n for n, m in enumerate(method.members) if m.targets == (path,)]
-                return path, slot, own[0] if number and own else number
-    raise FileFormatError(
-        f"{folder / WEIGHTS}: key {key!r} belongs to no tensor of the method in {CONFIG}."
-    )
 
 
 def _same_keys(file: Path, expected: set[str], found: set[str]) -> None:

@@ -2,7 +2,7 @@
 
     here   experts.gate_up_proj.lora_A.weight (E, R, I)      experts.gate_up_proj.lora_B.weight (E, O, R)
            experts.down_proj. …
-    there  experts.base_layer.lora_A.weight   (E·R, I)       experts.base_layer.lora_B.weight   (O, R·E), experts fastest
+    there  experts.base_layer.lora_A.weight   (E·R, I)       experts.base_layer.lora_B.weight   (O, R·E), E fastest
            experts.lora_A.weight, …                          the outermost is the module's last parameter
 
 E experts, R rank, I inputs and O outputs of one expert.

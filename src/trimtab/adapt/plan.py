@@ -10,6 +10,7 @@ from torch import nn
 
 from trimtab.adapt.adapter import Adapter, Origin, SiteSpec, whole
 from trimtab.adapt.contract import Method, Place
+from trimtab.adapt.disk import checksum
 from trimtab.adapt.fingerprint import Fingerprint
 from trimtab.errors import (
     AttachError,
@@ -160,6 +161,7 @@ def check_whole(adapter: Adapter, anatomy: Anatomy) -> None:
 
     A name that nothing here has is passed over: published configs list those of several architectures.
     """
+    _same_copies(adapter, anatomy)
     method = adapter.method
     wanted: set[str] = set()
     for selectors, change in (
@@ -176,6 +178,23 @@ def check_whole(adapter: Adapter, anatomy: Anatomy) -> None:
             f"adapter {adapter.name!r} has no tensors for {len(lacking)} modules that its config names, e.g. "
             f"{lacking[0]!r}: its weights are incomplete, or were made for another model."
         )
+
+
+def _same_copies(adapter: Adapter, anatomy: Anatomy) -> None:
+    """The base's weights that PEFT copied into its file must be those of this base."""
+    for path, found in adapter.origin.copies.items():
+        layer = layer_at(anatomy, path)
+        weight = layer.stored().get("weight")
+        if (
+            weight is not None
+            and weight.device.type != "meta"
+            and found != checksum(weight.bfloat16())
+        ):
+            raise BaseMismatchError(
+                f"adapter {adapter.name!r} was trained beside another {path!r} than this model's: its file holds a "
+                "copy of that weight. Was the vocabulary resized, or the embedding changed? Give the base that weight "
+                "first."
+            )
 
 
 def layer_at(anatomy: Anatomy, path: str) -> Layer:
