@@ -27,8 +27,9 @@ from trimtab.adapt.fingerprint import Fingerprint
 from trimtab.adapt.lowbit import Packing, pack, unpack
 from trimtab.adapt.nested import folded, unfolded
 from trimtab.adapt.parse import method_from, methods
-from trimtab.adapt.peft_config import CONFIG
-from trimtab.adapt.peft_files import WEIGHTS, from_peft, peft_type
+from trimtab.adapt.peft_config import CONFIG as CONFIG
+from trimtab.adapt.peft_files import WEIGHTS as WEIGHTS
+from trimtab.adapt.peft_files import from_peft, peft_type
 from trimtab.adapt.slots import check_name
 from trimtab.config import Config
 from trimtab.errors import ConfigError, FileFormatError

@@ -1,4 +1,4 @@
-"""Folders that PEFT wrote: its keys and options read as a method, sites and tensors; what belongs to nothing is refused."""
+"""Folders that PEFT wrote, read as a method, sites and tensors; what belongs to nothing in them is refused."""
 
 from __future__ import annotations
 

@@ -67,4 +67,6 @@ class Tokens(Method):
 
     def in_peft(self, anatomy: Anatomy, places: Any) -> bool:
         """PEFT changes a tied head with the embedding; here each is trained apart."""
-        return not any(anatomy.tied(place.path) for place in places) and super().in_peft(anatomy, places)
+        return not any(anatomy.tied(place.path) for place in places) and super().in_peft(
+            anatomy, places
+        )

@@ -61,7 +61,9 @@ class Union(Method):
     def peft_kind(self) -> str | None:
         """PEFT's LoRA can train rows of embeddings, too; no other union is in PEFT."""
         first, *rest = self.members
-        return "LORA" if first.peft_type == "LORA" and {p.kind for p in rest} == {"tokens"} else None
+        return (
+            "LORA" if first.peft_type == "LORA" and {p.kind for p in rest} == {"tokens"} else None
+        )
 
     @property
     def peft_parts(self) -> int:
@@ -76,7 +78,9 @@ class Union(Method):
         return all(inside) and len(set(paths)) == len(paths)
 
     def wrapped(self, places: Sequence[Place]) -> list[str]:
-        return super().wrapped(places) if self.peft_kind is None else self.members[0].wrapped(places)
+        return (
+            super().wrapped(places) if self.peft_kind is None else self.members[0].wrapped(places)
+        )
 
     def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
         return {} if self.peft_kind is None else self.members[0].to_peft(places)
