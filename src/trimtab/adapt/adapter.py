@@ -48,7 +48,7 @@ class TensorName:
 class Origin:
     """Where an adapter comes from: written into its folder, never needed to use it.
 
-    Five of them are what PEFT's config says of the base: target modules by the ends of their names,
+    Four of them are what PEFT's config says of the base: target modules by the ends of their names,
     weights stored (in, out), and whether PEFT can read the adapter at all.
     """
 
@@ -57,8 +57,6 @@ class Origin:
     suffixes: tuple[str, ...] | None = None
     transposed: bool = False
     in_peft: bool = True
-    experts: tuple[str, ...] = ()
-    """Which of its sites are parameters of experts, that PEFT nests."""
     copies: Mapping[str, str] = field(default_factory=dict)
     """Path -> checksum, in bf16, of the copy of the base's weight that PEFT's file held."""
     rebuilt: frozenset[str] = frozenset()

@@ -25,7 +25,7 @@ from trimtab.adapt.contract import Place
 from trimtab.adapt.disk import checksum, placing, read_json, read_tensors, replacing, write_json
 from trimtab.adapt.fingerprint import Fingerprint
 from trimtab.adapt.lowbit import Packing, pack, unpack
-from trimtab.adapt.nested import folded, unfolded
+from trimtab.adapt.nested import experts_of, folded, unfolded
 from trimtab.adapt.parse import method_from, methods
 from trimtab.adapt.peft_config import CONFIG as CONFIG
 from trimtab.adapt.peft_files import WEIGHTS as WEIGHTS
@@ -138,9 +138,8 @@ def save(
         drawn=adapter.drawn,
     )
     options = {**_peft_config(adapter, bits), **said}
-    if adapter.origin.experts and not options["peft_type"].startswith(OWN_TYPE):
-        root = adapter.method.peft_root
-        tensors, options["target_parameters"] = folded(tensors, root, adapter.origin.experts)
+    if (paths := experts_of(adapter)) and not options["peft_type"].startswith(OWN_TYPE):
+        tensors, options["target_parameters"] = folded(tensors, adapter.method.peft_root, paths)
     with (placing if beside else replacing)(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         write_json(temporary / CONFIG, options)
@@ -207,7 +206,7 @@ def _from_ours(
     except ConfigError as error:
         raise FileFormatError(str(error)) from None
     tensors = unpack(tensors, ours.packing, str(folder / WEIGHTS))
-    if experts := config.get("target_parameters"):
+    if config.get("target_parameters"):
         tensors = unfolded(config, tensors, str(folder / WEIGHTS))
     _same_keys(folder / WEIGHTS, set(ours.tensors), set(tensors))
     named = {}
@@ -225,7 +224,6 @@ def _from_ours(
         suffixes=tuple(config.get("target_modules") or ()),
         transposed=bool(config.get("fan_in_fan_out")),
         in_peft=in_peft if ours.in_peft is None else ours.in_peft,
-        experts=tuple(experts or ()),
         provenance=ours.provenance,
     )
     sites = [SiteSpec(*site) for site in ours.sites]
@@ -270,7 +268,8 @@ def _peft_config(adapter: Adapter, bits: int | None) -> dict[str, Any]:
     method = adapter.method
     places = _places(adapter)
     paths = method.wrapped(places)
-    known = adapter.origin.in_peft and method.peft_reads
+    experts = experts_of(adapter)
+    known = adapter.origin.in_peft and method.peft_reads and (method.peft_nests or not experts)
     own = f"{OWN_TYPE}{method.kind.upper()}" + (f"_INT{bits}" if bits else "")
     base = {
         "peft_type": method.peft_kind if known and not bits else own,
@@ -278,7 +277,7 @@ def _peft_config(adapter: Adapter, bits: int | None) -> dict[str, Any]:
         "base_model_name_or_path": adapter.origin.base_name,
         "inference_mode": True,
     }
-    named = [path for path in paths if path not in adapter.origin.experts]
+    named = [path for path in paths if path not in experts]
     targets: dict[str, Any] = (
         {"target_modules": list(adapter.origin.suffixes or named) if named else []} if paths else {}
     )

@@ -15,12 +15,23 @@ from typing import Any
 
 from torch import Tensor
 
+from trimtab.adapt.adapter import Adapter
 from trimtab.errors import FileFormatError, UnsupportedError
 
 ORDER = ("gate_up_proj", "up_proj", "down_proj")
 """Parameters of experts in the order in which transformers' modules have them."""
 INNER = ".base_layer"
 FACTORS = ("lora_A.weight", "lora_B.weight")
+
+
+def experts_of(adapter: Adapter) -> list[str]:
+    """Which of its sites are parameters of experts: those with a pair of factors for each."""
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, tensor in adapter.named().items():
+        if name.slot in FACTORS and name.path.rpartition(".")[2] in ORDER and tensor.dim() == 3:
+            found.setdefault(name.path, {})[name.slot] = tuple(tensor.shape)
+    shapes = {path: [of[slot] for slot in FACTORS] for path, of in found.items() if len(of) == 2}
+    return [path for path, (a, b) in shapes.items() if a[0] == b[0] and a[1] == b[2]]
 
 
 def folded(

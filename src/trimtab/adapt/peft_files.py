@@ -130,9 +130,6 @@ def _parsed(
         rebuilt=method.rebuilt,
         copies={path.removeprefix(method.peft_root): found for path, found in copies.items()},
     )
-    origin.experts = tuple(
-        site.path for site in sites if site.path.rpartition(".")[0].endswith(".experts")
-    )
     adapter = Adapter(own_name, method, sites, named, origin=origin)
     adapter.drawn = drawn
     return adapter

@@ -74,7 +74,6 @@ def _origin(
         base_name=getattr(anatomy.config, "_name_or_path", None) or None,
         task_type=None if headless and task in _HEADS_TOO else task,
         suffixes=_suffixes(named, anatomy),
-        experts=tuple(path for path in paths if path in anatomy.experts),
         transposed=any(layer.transposed for layer in layers),
         in_peft=method.in_peft(anatomy, places)
         and all(layer.in_peft for layer in layers)
