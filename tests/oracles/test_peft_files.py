@@ -164,7 +164,14 @@ def test_an_adapter_that_peft_lacks_is_refused_by_it(tmp_path: Path) -> None:
     for make, method in (
         (kit.gpt2, tt.IA3()),  # PEFT rescales the queries of a fused layer too
         (kit.t5, tt.Prefix(length=2)),  # PEFT puts one into cross-attention, none into the encoder
-        (kit.models.mixtral, tt.LoRA(rank=2)),  # PEFT numbers expert tensors by nesting
+        (
+            kit.models.mixtral,
+            tt.LoRA(rank=2, dropout=0.1, targets="gate_up_proj"),
+        ),  # PEFT has none there
+        (
+            kit.models.qwen3_moe,
+            tt.LoRA(rank=2, targets="down_proj"),
+        ),  # it takes that for the experts'
         (kit.models.mixed, tt.LoRA(rank=2, targets="grouped")),  # and its factors are not grouped
         (kit.bert, tt.BitFit()),
     ):

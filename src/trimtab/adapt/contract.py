@@ -126,6 +126,8 @@ class Method(Config, ABC):
     peft_kinds: ClassVar[tuple[str, ...]] = ()
     peft_drawn: ClassVar[tuple[str, ...]] = ()
     instead_of: ClassVar[tuple[str, ...]] = ()
+    disk_beside: ClassVar[Mapping[str, str]] = {}
+    """Slot on disk of a part -> its slot where it stands beside others."""
     short_names: ClassVar[Mapping[str, str]] = {}
     scales: ClassVar[str] = ""
     adds: ClassVar[bool] = False
@@ -204,7 +206,7 @@ class Method(Config, ABC):
 
     @property
     def rebuilt(self) -> frozenset[str]:
-        """Slots that PEFT leaves out of its file and makes from the base when it loads; the base makes them here too."""
+        """Slots that PEFT leaves out of its file and makes from the base when it loads, as is done here too."""
         return frozenset()
 
     @property
@@ -353,6 +355,21 @@ class Method(Config, ABC):
         )
 
     # -- PEFT's configuration file ---------------------------------------------------------------------
+
+    @property
+    def peft_kind(self) -> str | None:
+        """What PEFT calls it with these fields; None where it has no such method."""
+        return self.peft_type
+
+    @property
+    def peft_nests(self) -> bool:
+        """Whether PEFT has it, with these fields, on the parameters of experts too (see `trimtab.adapt.nested`)."""
+        return False
+
+    @property
+    def peft_parts(self) -> int:
+        """How many of its parts, the first ones, act on what PEFT calls target modules."""
+        return len(self.members)
 
     def wrapped(self, places: Sequence[Place]) -> list[str]:
         """The paths among these that PEFT wraps, and so calls target modules."""

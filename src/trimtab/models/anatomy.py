@@ -141,6 +141,12 @@ class Anatomy:
         """Number of query heads of the attention at a module."""
         return self._heads_at(path).queries
 
+    def tied(self, path: str) -> list[str]:
+        """Other modules whose weight is the very one of the module at a path."""
+        weight = self.modules[path]._parameters.get("weight")
+        found = [p for p, m in self.modules.items() if m._parameters.get("weight") is weight]
+        return [] if weight is None else [other for other in found if other != path]
+
     def weighted(self, path: str) -> bool:
         """Whether the module at a path is a layer with a weight that Trimtab knows."""
         return view(self.modules[path]) is not None

@@ -151,7 +151,7 @@ def _base_name(model: nn.Module, configs: Sequence[PeftConfig]) -> str | None:
 
 def _on_hub(name: str) -> bool:
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     if Path(name).exists():
         return False

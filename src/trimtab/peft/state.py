@@ -22,6 +22,7 @@ from trimtab.adapt.bank import bank_of
 from trimtab.adapt.disk import read_tensors
 from trimtab.adapt.files import WEIGHTS, disk_key
 from trimtab.adapt.fingerprint import fingerprint
+from trimtab.adapt.plan import other_base
 from trimtab.adapt.site import BASE, SiteBase
 from trimtab.adapt.slots import memory_name
 from trimtab.adapt.tree import anatomy_of, canonical
@@ -197,7 +198,7 @@ def set_base_model_state_dict(
 def replace_tensors(present: Adapter, new: Adapter) -> bool:
     """Write another adapter's values into the parameters of an attached one; whether they are alike enough."""
     mine, theirs = present.named(), new.named()
-    same_base = new.base is None or present.base is None or not new.base.mismatch(present.base)
+    same_base = present.base is None or not other_base(new, present.base)
     if present.method != new.method or mine.keys() != theirs.keys() or not same_base:
         return False
     if any(mine[name].shape != theirs[name].shape for name in mine):

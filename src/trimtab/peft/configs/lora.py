@@ -187,8 +187,8 @@ class LoraConfig(Excluding, Layered, Transposed):
         given = self.trainable_token_indices
         if not given:
             return method
-        config = getattr(model, "config", None)
-        if getattr(config, "tie_word_embeddings", False):
+        anatomy, embedding = anatomy_of(model), self._embedding(model)
+        if embedding in anatomy.modules and anatomy.tied(embedding):
             warnings.warn(
                 "trainable_token_indices: this model's head is tied to its embedding. PEFT changes both; here rows of "
                 "the embedding are trained, and the head stays as it is, unless its name has tokens of its own.",
