@@ -38,8 +38,6 @@ def start(folder: Path, part: str) -> None:
     common = {**os.environ, "WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1",
               "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
               "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
-    if part == "fsdp":
-        common |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.peft.ranks", str(folder), part],
@@ -137,7 +135,7 @@ def ddp(folder: Path) -> None:
 def fsdp(folder: Path) -> None:
     """Sharded by FSDP2, with the plugin's policy of blocks."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
-    from accelerate.utils import is_peft_model
+    from accelerate.utils import DistributedType, is_peft_model
 
     from trimtab.errors import StorageError
 
@@ -146,7 +144,10 @@ def fsdp(folder: Path) -> None:
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False,
             state_dict_type="FULL_STATE_DICT",
         )  # fmt: skip
-        accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+        accelerator = Accelerator(cpu=True)
+        # accelerate shards on accelerators only; torch does so anywhere
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
         torch.manual_seed(0)
         model = model_of(options)
         prepared, optimizer = accelerator.prepare(model, torch.optim.AdamW(trained(model), lr=1e-2))
