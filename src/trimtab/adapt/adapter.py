@@ -18,6 +18,7 @@ from trimtab.adapt import slots
 from trimtab.adapt.contract import Method, Place
 from trimtab.adapt.fingerprint import Fingerprint
 from trimtab.adapt.parse import methods
+from trimtab.errors import UnsupportedError
 
 T = TypeVar("T")
 
@@ -47,7 +48,7 @@ class TensorName:
 class Origin:
     """Where an adapter comes from: written into its folder, never needed to use it.
 
-    The last but one are what PEFT's config says of the base: target modules by the ends of their names,
+    Three of them are what PEFT's config says of the base: target modules by the ends of their names,
     weights stored (in, out), and whether PEFT can read the adapter at all.
     """
 
@@ -56,6 +57,8 @@ class Origin:
     suffixes: tuple[str, ...] | None = None
     transposed: bool = False
     in_peft: bool = True
+    rebuilt: frozenset[str] = frozenset()
+    """Slots that the file left out, because its base makes them again when the adapter is attached."""
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
@@ -164,6 +167,14 @@ class Adapter:
         for tensor in self.named().values():
             if isinstance(tensor, nn.Parameter):
                 yield tensor
+
+    def check_whole(self, deed: str) -> None:
+        """Raise where tensors are left to be made from the base, so that this cannot be done without it."""
+        if self.origin.rebuilt:
+            raise UnsupportedError(
+                f"adapter {self.name!r} keeps first factors that PEFT left out of its file, because its base makes them "
+                f"again; attach it to that base before you {deed} it."
+            )
 
     def places(self, method: int = 0) -> list[Place]:
         return [Place(site.path, site.role) for site in self.sites if site.method == method]

@@ -292,7 +292,7 @@ def _new_bank(model: nn.Module) -> Bank:
     bank.blocks = [
         module for module in model.modules() if hasattr(module, "gradient_checkpointing")
     ]
-    model.add_module(CHILD, bank)
+    model.add_module(CHILD, bank.train(model.training))
     return bank
 
 

@@ -202,6 +202,11 @@ class Method(Config, ABC):
         return {}
 
     @property
+    def rebuilt(self) -> frozenset[str]:
+        """Slots that PEFT leaves out of its file and makes from the base when it loads; the base makes them here too."""
+        return frozenset()
+
+    @property
     def fixed(self) -> frozenset[str]:
         """Slots that belong to the adapter and its file but are never trained (indices, kept first values)."""
         return frozenset()

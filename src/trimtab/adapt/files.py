@@ -10,8 +10,10 @@ Reading checks keys both ways and unpickles nothing. A folder without ``trimtab.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -19,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trimtab.adapt.adapter import Adapter, Origin, SiteSpec, TensorName
-from trimtab.adapt.contract import Method
+from trimtab.adapt.contract import Method, Place
 from trimtab.adapt.disk import checksum, placing, read_json, read_tensors, replacing, write_json
 from trimtab.adapt.fingerprint import Fingerprint
 from trimtab.adapt.lowbit import Packing, pack, unpack
@@ -30,6 +32,8 @@ from trimtab.errors import ConfigError, FileFormatError, suggest
 
 SCHEMA: Literal[1] = 1
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "trimtab.json"
+TRAINING = frozenset({"total_step"})
+"""Options of PEFT's that only training needs."""
 OWN_TYPE = "TRIMTAB_"
 """What ``peft_type`` begins with where PEFT lacks the method: it then refuses the folder, as it should."""
 
@@ -70,10 +74,18 @@ class Description(Config):
         return value
 
 
-def save(adapter: Adapter, folder: Path, bits: int | None = None, *, beside: bool = False) -> Path:
+def save(
+    adapter: Adapter,
+    folder: Path,
+    bits: int | None = None,
+    *,
+    beside: bool = False,
+    said: Mapping[str, Any] = MappingProxyType({}),
+) -> Path:
     """Write the adapter; an adapter that was in ``folder`` before is replaced whole or not at all.
 
-    With ``beside``, what else lies in the folder stays.
+    With ``beside``, what else lies in the folder stays. ``said`` are options of ``adapter_config.json`` that change
+    nothing of the function, such as a revision.
 
     ``bits`` (8 or 4) rounds its matrices; how far off they are then is noted in the provenance.
 
@@ -81,6 +93,7 @@ def save(adapter: Adapter, folder: Path, bits: int | None = None, *, beside: boo
         StorageError: the disk refused (full, read-only); what was there before is intact.
         ConfigError: a method is not registered under its kind, so no process could read it back.
     """
+    adapter.check_whole("save")
     for method in (adapter.method, *adapter.methods):
         if methods.get(method.kind) is not type(method):
             raise ConfigError(
@@ -122,7 +135,7 @@ def save(adapter: Adapter, folder: Path, bits: int | None = None, *, beside: boo
     )
     with (placing if beside else replacing)(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-        write_json(temporary / CONFIG, _peft_config(adapter, bits))
+        write_json(temporary / CONFIG, {**_peft_config(adapter, bits), **said})
         write_json(temporary / OURS, ours.model_dump(mode="json", by_alias=True))
     return folder
 
@@ -190,7 +203,8 @@ def _from_ours(
     for key, entry in ours.tensors.items():
         if checksum(tensors[key]) != entry.sha256:
             raise FileFormatError(
-                f"{folder / WEIGHTS}: tensor {key!r} does not match its checksum; the file is damaged."
+                f"{folder / WEIGHTS}: tensor {key!r} does not match its checksum: the file is damaged, or "
+                f"written by another program since (then remove {OURS}, which is not of this file)."
             )
         named[TensorName(entry.path, entry.slot)] = tensors[key]
     in_peft = not _peft_type(folder, config).startswith(OWN_TYPE)
@@ -208,7 +222,19 @@ def _from_ours(
     if any(not 0 <= site.method < len(adapter.methods) for site in sites):
         raise FileFormatError(f"{folder / OURS}: a site is of a method that is not there.")
     adapter.drawn = dict(ours.drawn)
+    _same_options(folder, adapter, config)
     return adapter
+
+
+def _same_options(folder: Path, adapter: Adapter, config: Mapping[str, Any]) -> None:
+    """Refuse a folder whose two descriptions of the method differ: one of them was changed by hand."""
+    said = json.loads(json.dumps(adapter.method.to_peft(_places(adapter))))
+    for key, value in said.items():
+        if key in config and config[key] != value and key not in TRAINING:
+            raise FileFormatError(
+                f"{folder / CONFIG} says {key}={config[key]!r}, and {OURS} says {value!r}. If the former was changed "
+                f"on purpose, remove {OURS}: the folder is then read as PEFT reads it."
+            )
 
 
 def _peft_type(folder: Path, config: Mapping[str, Any]) -> str:
@@ -273,6 +299,7 @@ def _parsed(
         base_name=config.get("base_model_name_or_path"),
         task_type=config.get("task_type"),
         transposed=bool(config.get("fan_in_fan_out")),
+        rebuilt=method.rebuilt,
     )
     adapter = Adapter(own_name, method, sites, named, origin=origin)
     adapter.drawn = drawn
@@ -315,12 +342,18 @@ def _same_keys(file: Path, expected: set[str], found: set[str]) -> None:
         raise FileFormatError(f"{file}: its tensors are not those of {OURS}: {'; '.join(parts)}.")
 
 
+def _places(adapter: Adapter) -> list[Place]:
+    """Where the parts of its method act, modules that are trained in full left out."""
+    parts = range(len(adapter.method.members))
+    return [place for number in parts for place in adapter.places(number)]
+
+
 # -- writing ------------------------------------------------------------------------------------------
 
 
 def _peft_config(adapter: Adapter, bits: int | None) -> dict[str, Any]:
     method = adapter.method
-    places = [place for number in range(len(method.members)) for place in adapter.places(number)]
+    places = _places(adapter)
     paths = method.wrapped(places)
     known = adapter.origin.in_peft and method.peft_reads
     own = f"{OWN_TYPE}{method.kind.upper()}" + (f"_INT{bits}" if bits else "")

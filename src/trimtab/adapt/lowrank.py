@@ -30,7 +30,7 @@ from trimtab.adapt.contract import (
     exactly,
     pattern_value,
 )
-from trimtab.adapt.factors import KEPT, factor_specs, joined, plain_factors
+from trimtab.adapt.factors import FACTORS, KEPT, factor_specs, joined, plain_factors
 from trimtab.adapt.initial import DEFAULT, Initialisation, initialisation
 from trimtab.adapt.peft_config import refuse_unknown, selectors
 from trimtab.errors import TargetError, UnsupportedError
@@ -117,6 +117,11 @@ class LowRank(Method):
     @property
     def fixed(self) -> frozenset[str]:
         return frozenset(KEPT) if self._away else frozenset()
+
+    @property
+    def rebuilt(self) -> frozenset[str]:
+        # PEFT begins embeddings as usual, whatever it is told
+        return frozenset(FACTORS[2:]) if self._away else frozenset()
 
     def observes(self, role: str) -> Observation | None:
         return None if self._start is None or role in BIASES else self._start.observes(self.rank)
@@ -272,13 +277,11 @@ class LowRank(Method):
             "init_lora_weights", "lora_ga_config", "eva_config",
         }  # fmt: skip
         refuse_unknown(config, PEFT_DEFAULTS, read, "LoRA")
-        init = config.get("init_lora_weights", True)
-        if isinstance(init, str) and init.lower().startswith(
-            ("pissa", "olora", "corda", "lora_ga")
-        ):
+        init = str(config.get("init_lora_weights", True)).lower()
+        if init.startswith(("pissa_niter", "corda", "lora_ga")):
             raise UnsupportedError(
-                f"this adapter was initialised by {init!r}, which changed its base; save it from PEFT in converted "
-                "form (path_initial_model_for_weight_conversion), and load that."
+                f"this adapter was initialised by {init!r}, which changed its base as only chance, or data, can tell; "
+                "save it from PEFT in converted form (path_initial_model_for_weight_conversion), and load that."
             )
         layers = config.get("layers_to_transform")
         return {
@@ -292,6 +295,7 @@ class LowRank(Method):
             "bias": config.get("bias", "none"),
             "rank_pattern": config.get("rank_pattern") or {},
             "alpha_pattern": config.get("alpha_pattern") or {},
+            "init": init if init in ("pissa", "olora") else DEFAULT,
         }  # fmt: skip
 
     def roles_in_file(self, path: str, slots: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:

@@ -256,7 +256,7 @@ class ExpertsSite(SiteBase):
     def holder(self, parameter: str) -> nn.Module:
         """The module that holds the adapter tensors of one expert parameter."""
         if parameter not in self._modules:
-            self._modules[parameter] = Slot()
+            self._modules[parameter] = Slot().train(self.training)
         return self.get_submodule(parameter)
 
 

@@ -59,6 +59,13 @@ _PLACES = {
         ),
         "model",
     ),
+    **dict.fromkeys(
+        (
+            "get_base_model_state_dict", "get_peft_model_state_dict", "load_peft_weights", "set_base_model_state_dict",
+            "set_peft_model_state_dict",
+        ),
+        "state",
+    ),
 }  # fmt: skip
 
 __all__ = sorted(_PLACES)

@@ -263,6 +263,7 @@ class PeftConfig:
         """A configuration of the class that ``peft_type`` names (of this class, without it)."""
         values = dict(kwargs)
         given = values.pop("peft_type", None)
+        given = getattr(given, "value", given)  # an enum, PEFT's or ours
         values.pop("runtime_config", None)  # settings of PEFT's process, not of the adapter
         if given is None:
             return cls(**values)

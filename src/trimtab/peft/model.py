@@ -14,13 +14,13 @@ from transformers.utils.hub import PushToHubMixin
 
 from trimtab.adapt.acting import using
 from trimtab.adapt.adapter import Adapter
-from trimtab.errors import AttachError, ConfigError, DuplicateNameError
+from trimtab.errors import AttachError, ConfigError, DuplicateNameError, UnknownNameError
 from trimtab.peft.card import write_card
 from trimtab.peft.config import PeftConfig
-from trimtab.peft.files import read_folder, write_folder
+from trimtab.peft.files import compare_names, read_folder, write_folder
 from trimtab.peft.hub import push
 from trimtab.peft.kin import related
-from trimtab.peft.state import LoadResult, replace_tensors
+from trimtab.peft.state import LoadResult, check_embeddings, replace_tensors
 from trimtab.peft.tuner import Tuner
 from trimtab.peft.types import PeftType, TaskType
 
@@ -131,19 +131,20 @@ class PeftModel(PushToHubMixin, nn.Module):  # type: ignore[misc]
         """
         _refuse(key_mapping=key_mapping, ephemeral_gpu_offload=ephemeral_gpu_offload)
         config, adapter = read_folder(model_id, adapter_name, is_trainable, **hub)
+        compare_names(adapter, self.get_base_model())
         present = self.base_model.adapters.get(adapter_name)
         if present is not None and replace_tensors(present, adapter):
             self.peft_config[adapter_name] = config
             return LoadResult([], [])
         if present is not None:
             active = list(self.active_adapters)
+            self.base_model.replace(adapter_name, config, adapter)
+            self.base_model.set_adapter(active)
             warnings.warn(
                 f"adapter {adapter_name!r} was of another configuration; it is now the one in {model_id}. An "
                 "optimizer made before does not know its parameters.",
                 stacklevel=2,
             )
-            self.base_model.replace(adapter_name, config, adapter)
-            self.base_model.set_adapter(active)
         else:
             self.base_model.add(adapter_name, config, adapter)
         self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -189,15 +190,15 @@ class PeftModel(PushToHubMixin, nn.Module):  # type: ignore[misc]
         """
         if not safe_serialization:
             raise ConfigError("adapters are written as safetensors only; nothing is ever pickled.")
-        if save_embedding_layers not in ("auto", False):
-            raise ConfigError(
-                "save_embedding_layers: embeddings are not copied into adapters; to train them, name them in "
-                "modules_to_save."
-            )
+        check_embeddings(save_embedding_layers)
         if path_initial_model_for_weight_conversion is not None:
             raise ConfigError(
                 "path_initial_model_for_weight_conversion is not needed: the base was never changed. "
                 "trimtab.peft.save_as_lora writes the plain LoRA of twice the rank."
+            )
+        if hub and not push_to_hub:
+            raise UnknownNameError(
+                f"save_pretrained has no option {next(iter(hub))!r}; those of push_to_hub need push_to_hub=True."
             )
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         folder = Path(save_directory)
@@ -208,11 +209,10 @@ class PeftModel(PushToHubMixin, nn.Module):  # type: ignore[misc]
         for name in names:
             where = folder if name == "default" else folder / name
             write_folder(self.base_model, name, where, state_dict)
-        write_card(folder, self)
+        if names:
+            write_card(folder, self.base_model, names)
         if push_to_hub:
             self.push_to_hub(**{"repo_id": folder.name, **hub})
-        elif hub:
-            raise ConfigError(f"save_pretrained has no option {next(iter(hub))!r}.")
 
     @classmethod
     def from_pretrained(
@@ -231,6 +231,7 @@ class PeftModel(PushToHubMixin, nn.Module):  # type: ignore[misc]
         """A model with the adapter of a folder or a repository, in the class of its task."""
         _refuse(key_mapping=key_mapping, ephemeral_gpu_offload=ephemeral_gpu_offload)
         found, adapter = read_folder(model_id, adapter_name, is_trainable, config=config, **hub)
+        compare_names(adapter, model)
         made = class_of(found.task_type) if cls is PeftModel else cls
         return made(model, found, adapter_name, autocast_adapter_dtype, adapter=adapter)
 
@@ -255,7 +256,7 @@ class PeftModel(PushToHubMixin, nn.Module):  # type: ignore[misc]
 
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
         """Write or complete the README of a folder of adapters."""
-        write_card(Path(output_dir), self)
+        write_card(Path(output_dir), self.base_model)
 
     # -- facts -----------------------------------------------------------------------------------------
 
