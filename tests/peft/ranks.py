@@ -132,10 +132,18 @@ def ddp(folder: Path) -> None:
     expect("adapter_model.safetensors" in found and "model.safetensors" not in found, str(found))
 
 
+def as_fsdp(accelerator: Any, plugin: Any) -> None:
+    """accelerate shards on accelerators only, and torch on the CPU too: let it go its way."""
+    from accelerate.utils import DistributedType
+
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+
+
 def fsdp(folder: Path) -> None:
     """Sharded by FSDP2, with the plugin's policy of blocks."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
-    from accelerate.utils import DistributedType, is_peft_model
+    from accelerate.utils import is_peft_model
 
     from trimtab.errors import StorageError
 
@@ -145,9 +153,7 @@ def fsdp(folder: Path) -> None:
             state_dict_type="FULL_STATE_DICT",
         )  # fmt: skip
         accelerator = Accelerator(cpu=True)
-        # accelerate shards on accelerators only; torch does so anywhere
-        accelerator.state.distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = plugin
+        as_fsdp(accelerator, plugin)
         torch.manual_seed(0)
         model = model_of(options)
         prepared, optimizer = accelerator.prepare(model, torch.optim.AdamW(trained(model), lr=1e-2))
@@ -156,6 +162,7 @@ def fsdp(folder: Path) -> None:
         rank = accelerator.process_index
         mine = steps(prepared, prepared, optimizer, accelerator, slice(2 * rank, 2 * rank + 2))
         compared(name, mine, alone(options))
+        as_fsdp(accelerator, plugin)
         state = accelerator.get_state_dict(prepared)
         unwrapped = accelerator.unwrap_model(prepared)
         unwrapped.save_pretrained(
