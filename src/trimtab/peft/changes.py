@@ -21,7 +21,7 @@ from trimtab.adapt.factors import EMBEDDED, FACTORS
 from trimtab.adapt.lowrank import INNER
 from trimtab.adapt.merge import check_mergeable, merged_weights
 from trimtab.adapt.plan import planned
-from trimtab.adapt.site import ExpertsSite, Site, SiteBase
+from trimtab.adapt.site import Site, SiteBase
 from trimtab.adapt.tree import anatomy_of, sites_of
 from trimtab.errors import UnsupportedError
 from trimtab.frozen import Layer
@@ -273,4 +273,3 @@ def with_trained(adapter: Adapter, others: Sequence[Adapter]) -> Adapter:
     every = (*adapter.sites, *sites)
     origin = adapter.origin
     return Adapter(adapter.name, method, every, tensors, base=adapter.base, origin=origin)
-

@@ -81,7 +81,9 @@ class Combination:
                 f"majority_sign_method is 'total' or 'frequency', not {self.signs!r}."
             )
         if self.prunes and self.density is None:
-            raise ConfigError(f"{self.kind} needs density, the share of entries that stay (0 to 1).")
+            raise ConfigError(
+                f"{self.kind} needs density, the share of entries that stay (0 to 1)."
+            )
         if self.density is not None and not (self.prunes and 0 < self.density <= 1):
             what = "above 0 and at most 1" if self.prunes else f"nothing that {self.kind} has"
             raise ConfigError(f"density is {what}; it was {self.density!r}.")
@@ -221,12 +223,19 @@ def _all_lora(adapters: Iterable[Adapter]) -> bool:
 
 def _factors(model: nn.Module, adapters: Sequence[str]) -> bool:
     """Whether all that these do is to add B A, so that pruning can be of A and B."""
-    return all(
-        isinstance(edit.method, LoRA) and not edit.role and not edit.method.bits and "A0" not in edit.tensors
+    edits = [
+        edit
         for site, path in edited(model, adapters)
         for name in adapters
         for edit in edits_at(site, name, path)
-    )  # fmt: skip
+    ]
+    return bool(edits) and all(
+        isinstance(edit.method, LoRA)
+        and not edit.role
+        and not edit.method.bits
+        and "A0" not in edit.tensors
+        for edit in edits
+    )
 
 
 @torch.no_grad()
@@ -236,7 +245,9 @@ def _of_factors(
     """Pruned factors of each layer. Each factor gets √|w s|, the sign goes to A, as in PEFT."""
     scales = bank_of(model).scales
     for site, path in edited(model, adapters):
-        holder = site.get_submodule(path.rpartition(".")[2]) if isinstance(site, ExpertsSite) else site
+        holder = (
+            site.get_submodule(path.rpartition(".")[2]) if isinstance(site, ExpertsSite) else site
+        )
         all_a, all_b, factors, ranks = [], [], [], []
         for name, weight in zip(adapters, weights, strict=True):
             for edit in edits_at(site, name, path):
