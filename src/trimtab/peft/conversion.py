@@ -21,6 +21,8 @@ from trimtab.adapt.bank import bank_of
 from trimtab.adapt.factors import EMBEDDED, FACTORS, paired, stacked
 from trimtab.adapt.files import save
 from trimtab.errors import ConfigError, UnsupportedError
+from trimtab.frozen.experts import ExpertLayer
+from trimtab.frozen.layer import no_factors
 from trimtab.methods.lora import LoRA
 from trimtab.peft.changes import (
     Change,
@@ -184,8 +186,11 @@ def padded(a: Tensor, b: Tensor, rank: int, wanted: int) -> tuple[Tensor, Tensor
 
 def _nearest(change: Change, rank: float) -> Factors:
     weight, bias = change.weights[0], change.biases[0]
+    if change.layer.kind == "norm":
+        raise no_factors("norm")
     if isinstance(rank, int):
-        largest = min(weight.shape[-2:]) if weight.dim() == 2 else min(weight.flatten(1).shape)
+        experts = isinstance(change.layer, ExpertLayer)
+        largest = min(weight.shape[1:] if experts else weight.flatten(1).shape)
         if rank > largest:
             raise ConfigError(
                 f"{change.path} is of shape {tuple(weight.shape)}, so its change has no more than rank {largest}; "

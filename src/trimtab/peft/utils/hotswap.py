@@ -29,8 +29,8 @@ from trimtab.methods.dora import DoRA
 from trimtab.methods.lora import LoRA
 from trimtab.peft.configs.lora import LoraConfig
 from trimtab.peft.conversion import padded
-from trimtab.peft.files import read_folder
 from trimtab.peft.find import configs_of, root_of
+from trimtab.peft.hub import local_adapter
 
 __all__ = ["hotswap_adapter", "prepare_model_for_compiled_hotswap"]
 
@@ -64,7 +64,8 @@ def hotswap_adapter(
         raise AttachError(
             f"adapter {adapter_name!r} is merged: unmerge it first, with model.unmerge_adapter()."
         )
-    _, found = read_folder(model_name_or_path, adapter_name, trainable=False, **hub)
+    subfolder = hub.pop("subfolder", None)
+    found = Adapter.load(local_adapter(model_name_or_path, subfolder, **hub), name=adapter_name)
     new = checked(found, adapter_name, present.base, any_base=False)
     values = _values(root, present, new)
     live = present.named()
