@@ -13,6 +13,7 @@ from typing import Any
 _PLACES = {
     "AdaLoraConfig": "configs.adalora",
     "LoraConfig": "configs.lora",
+    **dict.fromkeys(("initialize_lora_eva_weights", "preprocess_loraga"), "informed"),
     **dict.fromkeys(
         (
             "AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction",

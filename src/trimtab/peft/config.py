@@ -9,7 +9,7 @@ from copy import deepcopy
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
+from typing import Any, ClassVar, Self, TypeVar, cast, dataclass_transform
 
 import torch
 from torch import nn
@@ -64,6 +64,11 @@ def _strict(init: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(init)
     def strict(self: Any, **values: Any) -> None:
+        given = values.pop("peft_type", None)  # PEFT's classes take it, though each is of one type
+        if given is not None and from_disk(str(given)) != (self.peft_type or None):
+            raise ConfigError(
+                f"{type(self).__name__} is of type {on_disk(self.peft_type)}, not {given!r}."
+            )
         unknown = [name for name in values if name not in known]
         if unknown:
             hint = suggest(unknown[0], known) or f" Known: {', '.join(sorted(known))}."
@@ -99,6 +104,9 @@ class PeftConfig:
     """Options that lie from 0 to below 1."""
     sizes: ClassVar[tuple[str, ...]] = ()
     """Options that are whole numbers from 1 on."""
+
+    batches = cast("Any", None)  # no field
+    """What the model is called with where an adapter begins from data; for the next new adapter alone."""
 
     task_type: TaskType | str | None = option(
         "What the model is for; decides the class of the model around it.", default=None

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from trimtab.adapt.tree import anatomy_of
-from trimtab.errors import TargetError
+from trimtab.errors import ConfigError, TargetError
 from trimtab.peft.types import PeftType
 
 Names = Sequence[str] | str
@@ -99,7 +99,8 @@ NORMS = _table(
     ln_1 ln_f: gptj
     input_layernorm post_attention_layernorm ln_f: bloom falcon
     input_layernorm post_attention_layernorm norm: llama mistral gemma
-    input_layernorm post_attention_layernorm pre_feedforward_layernorm post_feedforward_layernorm norm: gemma2 gemma3_text
+    input_layernorm post_attention_layernorm pre_feedforward_layernorm post_feedforward_layernorm norm: gemma2
+    input_layernorm post_attention_layernorm pre_feedforward_layernorm post_feedforward_layernorm norm: gemma3_text
     input_layernorm final_layernorm: phi
     post_attention_layernorm: qwen2 qwen3
     layernorm LayerNorm final_layer_norm self_attn_layer_norm: blip-2
@@ -155,5 +156,15 @@ def warn_own(model: nn.Module, choice: str) -> None:
 
 
 def default_feedforward(model: nn.Module) -> Names:
-    """Of the default targets of (IA)³, those whose input is rescaled."""
-    return FEEDFORWARD.get(model_type(model), ())
+    """Of the targets of (IA)³, those whose input PEFT rescales where ``feedforward_modules`` is not given.
+
+    Raises:
+        ConfigError: PEFT has no such default for this model.
+    """
+    kind = model_type(model)
+    if kind not in FEEDFORWARD:
+        raise ConfigError(
+            f"IA3Config: there is no default of feedforward_modules for {kind or type(model).__name__!r}; name those "
+            "of target_modules whose input is to be rescaled, or give [] for none."
+        )
+    return FEEDFORWARD[kind]

@@ -66,9 +66,14 @@ class PeftModel(PushToHubMixin, nn.Module):  # type: ignore[misc]
         config.base_model_name_or_path = name or config.base_model_name_or_path
         names = {path.rpartition(".")[2] for path, _ in model.named_modules()}
         own = [head for head in self.heads if head in names]
-        if own:
+        if own and "modules_to_save" in config.options():
             listed = list(getattr(config, "modules_to_save", None) or ())
             config.modules_to_save = [*listed, *(h for h in own if h not in listed)]  # type: ignore[attr-defined]
+        elif own:
+            warnings.warn(
+                f"{type(config).__name__} has no modules_to_save, as PEFT's has none: {own[0]!r} stays as it is.",
+                stacklevel=4,
+            )
         return config
 
     # -- adapters --------------------------------------------------------------------------------------

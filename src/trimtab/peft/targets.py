@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,14 +63,12 @@ def _targets(anatomy: Anatomy, where: Where) -> str | tuple[str, ...]:
     """Our selectors of what is named, modules and parameters."""
     given, parameters = where.targets, _parameters(anatomy, where.parameters)
     if isinstance(given, str):
-        if given.lower() == ALL_LINEAR:
-            found = _all_linear(anatomy, where.task)
-        else:
-            found = (_regular(anatomy, given),)
+        whole = given.lower() == ALL_LINEAR
+        found = _all_linear(anatomy, where.task) if whole else (_regular(anatomy, given),)
         return (*found, *parameters) if parameters or len(found) > 1 else found[0]
     names = sorted(given or ())
     if where.lenient:
-        names = [name for name in names if _matched(anatomy, name)]
+        names = [name for name in names if _matched(anatomy, name) or _role(anatomy, name)]
     return (*(_name(anatomy, name) for name in names), *parameters)
 
 
@@ -85,6 +84,11 @@ def _name(anatomy: Anatomy, name: str) -> str:
     return name
 
 
+def _role(anatomy: Anatomy, name: str) -> bool:
+    """Whether a name is a role that some module has."""
+    return name in ROLES and bool(anatomy.role(name))
+
+
 def _matched(anatomy: Anatomy, name: str) -> list[str]:
     """Paths of modules that end with a name."""
     return [path for path in anatomy.modules if path == name or path.endswith(f".{name}")]
@@ -95,7 +99,9 @@ def _all_linear(anatomy: Anatomy, task: str | None) -> tuple[str, ...]:
     root = anatomy.root
     get = getattr(root, "get_output_embeddings", None)
     last = get() if get is not None else None
-    without = [path for path, module in anatomy.modules.items() if last is not None and module is last]
+    without = [
+        path for path, module in anatomy.modules.items() if last is not None and module is last
+    ]
     if last is None and task == TaskType.SEQ_CLS:
         without = [name for name in _HEADS if name in anatomy.modules][:1]
     known = [path for path in anatomy.linears if path not in anatomy.experts]
@@ -109,7 +115,10 @@ def _parameters(anatomy: Anatomy, names: Sequence[str]) -> tuple[str, ...]:
     """Names of 3-D parameters of experts."""
     for name in names:
         if not any(path == name or path.endswith(f".{name}") for path in anatomy.experts):
-            ends = {path.rpartition(".")[0].rpartition(".")[2] + "." + path.rpartition(".")[2] for path in anatomy.experts}
+            ends = {
+                path.rpartition(".")[0].rpartition(".")[2] + "." + path.rpartition(".")[2]
+                for path in anatomy.experts
+            }
             there = f" There are: {', '.join(sorted(ends))}." if ends else " It has none."
             raise TargetError(
                 f"target_parameters: {name!r} is not a parameter of experts (three dimensions) of "
@@ -150,16 +159,35 @@ def _layer(path: str, patterns: Sequence[str]) -> int | None:
 def _exclude(anatomy: Anatomy, where: Where, chosen: Sequence[str]) -> tuple[str, ...]:
     """Our selectors of what is left out of the targets: exclusions, and what lies inside modules trained in full."""
     given = where.exclude
-    named = [f"re:{given}"] if isinstance(given, str) else [_name(anatomy, n) for n in sorted(given or ())]
+    named = (
+        [f"re:{given}"]
+        if isinstance(given, str)
+        else [_name(anatomy, n) for n in sorted(given or ())]
+    )
     needed = [name for name in named if set(anatomy.select(name)) & set(chosen)]
     full = [rf"(?:.*\.)?{re.escape(name)}(?:\..*)?" for name in where.full]
     inside = [path for path in chosen if any(re.fullmatch(rule, path) for rule in full)]
     return (*needed, *inside)
 
 
+def matching(anatomy: Anatomy, selectors: str | Sequence[str]) -> list[str]:
+    """Paths that selectors match; those that match nothing are passed over."""
+    found: list[str] = []
+    for selector in [selectors] if isinstance(selectors, str) else selectors:
+        with suppress(TargetError):
+            found += anatomy.select(selector)
+    return anatomy.ordered(set(found))
+
+
 def says(value: Any, name: str, kind: str) -> None:
     """Refuse what names no modules."""
     several = isinstance(value, list | tuple | set | frozenset)
-    if value is None or isinstance(value, str) or (several and all(isinstance(v, str) for v in value)):
+    if (
+        value is None
+        or isinstance(value, str)
+        or (several and all(isinstance(v, str) for v in value))
+    ):
         return
-    raise ConfigError(f"{kind}: {name} must be a list of names, or a regular expression, not {value!r}.")
+    raise ConfigError(
+        f"{kind}: {name} must be a list of names, or a regular expression, not {value!r}."
+    )

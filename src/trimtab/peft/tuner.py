@@ -23,6 +23,7 @@ from trimtab.adapt.tree import sites_of
 from trimtab.errors import AttachError, DuplicateNameError, UnknownNameError, suggest
 from trimtab.peft.config import PeftConfig
 from trimtab.peft.kin import register
+from trimtab.peft.schedule import Schedule, with_losses
 from trimtab.peft.weighted import Combination, Signs, combined, config_of
 
 
@@ -57,6 +58,7 @@ class Tuner(nn.Module):
         self.peft_config: dict[str, PeftConfig] = present or {}
         self.active_adapters: list[str] = list(bank_of(model).chosen) if present else []
         self._inference: set[str] = set()
+        self._schedule = Schedule()
         self.register_state_dict_post_hook(_show_base)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_take_base)  # type: ignore[no-untyped-call]
         config = peft_config if isinstance(peft_config, PeftConfig) else peft_config[adapter_name]
@@ -81,7 +83,9 @@ class Tuner(nn.Module):
             # PEFT draws from torch's own generator, so that a script's seed decides
             seed = int(torch.randint(2**31, ()))
             method = config.method(self.model)
-            adapter = attach(self.model, method, name, seed=seed, trainable=trainable)
+            adapter = attach(
+                self.model, method, name, seed=seed, trainable=trainable, batches=config.batches
+            )
             config.begin(adapter, seed)
         else:
             adapter = attach(self.model, adapter, name, trainable=trainable)
@@ -332,7 +336,11 @@ class Tuner(nn.Module):
         return dict(config.to_dict() if hasattr(config, "to_dict") else config)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+        return with_losses(self.bank, self.model(*args, **kwargs))
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """AdaLoRA's budget: call it after each step of the optimizer, before gradients are cleared."""
+        self._schedule.allocate(self, global_step)
 
     def __getattr__(self, name: str) -> Any:
         try:

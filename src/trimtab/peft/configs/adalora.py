@@ -42,7 +42,9 @@ class AdaLoraConfig(LoraConfig):
     beta2: float = option("Decay of how far it strays from that mean.", default=0.85)
     orth_reg_weight: float = option("Weight of the loss that keeps components apart.", default=0.5)
     total_step: int | None = option("How many steps there will be.", default=None)
-    rank_pattern: dict[str, Any] | None = option("What is left of each site, in a file.", default=None)
+    rank_pattern: dict[str, Any] | None = option(
+        "What is left of each site, in a file.", default=None
+    )
 
     def check(self) -> None:
         super().check()
@@ -58,18 +60,21 @@ class AdaLoraConfig(LoraConfig):
             )
         if self.target_r > self.init_r:
             raise ConfigError(
-                f"AdaLoraConfig: target_r={self.target_r} is what is left of init_r={self.init_r}, so it cannot be more."
+                f"AdaLoraConfig: target_r={self.target_r} is left of init_r={self.init_r}, so it cannot be more."
             )
         if not isinstance(self.init_lora_weights, bool):
             raise ConfigError(
-                f"AdaLoraConfig: init_lora_weights={self.init_lora_weights!r}: AdaLoRA begins in its own way; True or False."
+                f"AdaLoraConfig: init_lora_weights={self.init_lora_weights!r}: AdaLoRA begins in its own way; give "
+                "True or False."
             )
         if self.orth_reg_weight < 0:
             raise ConfigError("AdaLoraConfig: orth_reg_weight must not be below 0.")
         for name, default in (("r", 8), ("use_rslora", False), ("alpha_pattern", {})):
             if getattr(self, name) not in (default, None):
                 advice = "; the first rank is init_r" if name == "r" else ""
-                warnings.warn(f"AdaLoraConfig: {name} has no effect in AdaLoRA{advice}.", stacklevel=2)
+                warnings.warn(
+                    f"AdaLoraConfig: {name} has no effect in AdaLoRA{advice}.", stacklevel=2
+                )
 
     def begun(self, method: Method, model: nn.Module) -> Method:
         return self._with_tokens(method, model)

@@ -49,7 +49,9 @@ class Named(PeftConfig):
     def _default(self, options: dict[str, Any], model: nn.Module) -> Where:
         return self._where(options, default_targets(self.peft_type, model), lenient=True)
 
-    def _where(self, options: dict[str, Any], targets: Names | None, lenient: bool = False) -> Where:
+    def _where(
+        self, options: dict[str, Any], targets: Names | None, lenient: bool = False
+    ) -> Where:
         return Where(
             targets,
             options.get("exclude_modules"),
@@ -104,7 +106,9 @@ class Layered(Targeted):
                 f"{kind}: layers_to_transform is a number or a list of numbers, not {layers!r}."
             )
         if self.layers_pattern and layers is None:
-            raise ConfigError(f"{kind}: layers_pattern says which numbers layers_to_transform means; give both.")
+            raise ConfigError(
+                f"{kind}: layers_pattern says which numbers layers_to_transform means; give both."
+            )
 
 
 @config()

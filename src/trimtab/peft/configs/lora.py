@@ -71,7 +71,9 @@ class LoraConfig(Excluding, Layered, Transposed):
         "Tokens whose embeddings are trained too; by the name of a layer where there are several.",
         default=None,
     )
-    use_dora: bool = option("DoRA: train the magnitude of each output channel apart.", default=False)
+    use_dora: bool = option(
+        "DoRA: train the magnitude of each output channel apart.", default=False
+    )
     eva_config: EvaConfig | dict[str, Any] | None = option(
         "Options of init_lora_weights='eva'.", default=None
     )
@@ -109,7 +111,9 @@ class LoraConfig(Excluding, Layered, Transposed):
                 setattr(self, name, made(**value))
         if self.bias not in ("none", "all", "lora_only"):
             hint = suggest(str(self.bias), ("none", "all", "lora_only"))
-            raise ConfigError(f"{kind}: bias must be none, all or lora_only, not {self.bias!r}.{hint}")
+            raise ConfigError(
+                f"{kind}: bias must be none, all or lora_only, not {self.bias!r}.{hint}"
+            )
         self._check_init(kind)
         if self.runtime_config.ephemeral_gpu_offload:
             raise UnsupportedError(
@@ -127,7 +131,10 @@ class LoraConfig(Excluding, Layered, Transposed):
                 f"{', '.join(_INITS)}, pissa_niter_N."
             )
         if text not in _INITS and not _NITER.fullmatch(text):
-            hint = suggest(text, _INITS) or f" There are: True, False, {', '.join(_INITS)}, pissa_niter_N."
+            hint = (
+                suggest(text, _INITS)
+                or f" There are: True, False, {', '.join(_INITS)}, pissa_niter_N."
+            )
             raise UnknownNameError(f"{kind}: init_lora_weights={init!r} is not known.{hint}")
 
     def to_dict(self) -> dict[str, Any]:
@@ -155,7 +162,19 @@ class LoraConfig(Excluding, Layered, Transposed):
         return text
 
     def begun(self, method: Method, model: nn.Module) -> Method:
-        return self._with_tokens(method.replace(init=self._init), model)
+        init = self._init
+        if self.batches is None and init.startswith("eva"):
+            init = "default"
+            warnings.warn(
+                "init_lora_weights='eva': the adapter begins without data; call initialize_lora_eva_weights(model, "
+                "dataloader) before training.",
+                stacklevel=2,
+            )
+        if self.batches is None and init.startswith("lora-ga"):
+            raise ConfigError(
+                "init_lora_weights='lora_ga' begins from data: call preprocess_loraga(model, config, train_step) first."
+            )
+        return self._with_tokens(method.replace(init=init), model)
 
     def first_values(self) -> Mapping[str, Init]:
         if self.init_lora_weights is not False:
@@ -177,7 +196,7 @@ class LoraConfig(Excluding, Layered, Transposed):
             )
         named = given if isinstance(given, dict) else {self._embedding(model): given}
         for name, ids in named.items():
-            method = method | methods.get("tokens")(targets=(name,), ids=tuple(ids))
+            method = method | methods.get("tokens").parse({"targets": (name,), "ids": ids})
         return method
 
     @staticmethod
@@ -191,5 +210,7 @@ class LoraConfig(Excluding, Layered, Transposed):
         init = str(dict(method).get("init", "default"))
         if isinstance(made, LoraConfig) and init != "default":
             name, _, rest = init.replace("lora-ga", "lora_ga").partition("(")
-            made.init_lora_weights = f"pissa_niter_{rest[6:-1]}" if rest.startswith("niter=") else name
+            made.init_lora_weights = (
+                f"pissa_niter_{rest[6:-1]}" if rest.startswith("niter=") else name
+            )
         return made

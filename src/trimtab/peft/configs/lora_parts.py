@@ -22,7 +22,12 @@ class EvaConfig:
     )
 
     def __post_init__(self) -> None:
-        fixed = (self.use_label_mask, self.label_mask_value, self.whiten, self.adjust_scaling_factors)
+        fixed = (
+            self.use_label_mask,
+            self.label_mask_value,
+            self.whiten,
+            self.adjust_scaling_factors,
+        )
         if fixed != (True, -100, False, True):
             raise ConfigError(
                 "EvaConfig: Trimtab's EVA leaves out positions whose label is -100, does not whiten, and keeps scales; "
@@ -57,7 +62,9 @@ class LoraGAConfig:
     @property
     def init(self) -> str:
         """Our initialisation, at PEFT's scale."""
-        return f"lora-ga(gamma={float(self.stable_gamma)}, direction='{self.direction}', scale='peft')"
+        return (
+            f"lora-ga(gamma={float(self.stable_gamma)}, direction='{self.direction}', scale='peft')"
+        )
 
 
 @config()

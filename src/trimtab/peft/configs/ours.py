@@ -7,6 +7,7 @@ Where they act is said as for all others: ``target_modules``, ``exclude_modules`
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, ClassVar
 
 from trimtab.adapt.contract import Method
@@ -16,7 +17,13 @@ from trimtab.peft.config import CONFIGS, PeftConfig, config, option
 from trimtab.peft.configs.common import Excluding, Layered
 from trimtab.peft.types import PeftType, from_disk
 
-_WHERE = ("targets", "exclude", "layers", "train")
+_WHERE = {
+    "targets": "target_modules",
+    "exclude": "exclude_modules",
+    "layers": "layers_to_transform",
+    "train": "modules_to_save",
+}
+"""Fields of all methods, and what PEFT calls them."""
 
 
 @config()
@@ -38,7 +45,14 @@ class Ours(Excluding, Layered):
 
     @classmethod
     def told(cls, method: Method, options: Mapping[str, Any]) -> PeftConfig:
-        return super().told(method, {**method.to_dict(), **options})
+        said = method.to_dict()
+        where = {
+            theirs: [said[ours]] if isinstance(said[ours], str) else list(said[ours] or ())
+            for ours, theirs in _WHERE.items()
+            if dict(method)[ours] != type(method).model_fields[ours].default
+        }
+        common = {f.name: options[f.name] for f in fields(PeftConfig) if f.name in options}
+        return super().told(method, {**said, **where, **common})
 
 
 @config(PeftType.UNION)
@@ -69,16 +83,16 @@ class UnionConfig(PeftConfig):
 def _made(peft_type: PeftType, kind: str, name: str) -> Any:
     """The class of a method's options."""
     method = methods.get(kind)
-    fields = {n: f for n, f in method.model_fields.items() if n not in _WHERE}
+    own = {n: f for n, f in method.model_fields.items() if n not in _WHERE}
     values = {
         n: option(f.description or "", default=f.get_default(call_default_factory=True))
-        for n, f in fields.items()
+        for n, f in own.items()
     }
     text = (method.__doc__ or "").partition("\n\n")[0]
     body = {
         "__module__": __name__,
         "__doc__": f"`trimtab.methods.{method.__module__.rpartition('.')[2]}`: {text}",
-        "__annotations__": {"kind": "ClassVar[str]", **{n: _type(f.annotation) for n, f in fields.items()}},
+        "__annotations__": {"kind": "ClassVar[str]", **{n: _type(f.annotation) for n, f in own.items()}},
         "kind": kind,
         **values,
     }  # fmt: skip

@@ -55,7 +55,9 @@ class PromptLearningConfig(PeftConfig):
     def check(self) -> None:
         super().check()
         count = self.num_virtual_tokens
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        if count is not None and (
+            isinstance(count, bool) or not isinstance(count, int) or count < 1
+        ):
             raise ConfigError(
                 f"{type(self).__name__}: num_virtual_tokens must be a whole number from 1 on, not {count!r}."
             )
@@ -68,13 +70,19 @@ class PromptLearningConfig(PeftConfig):
 
     def _compare(self, model: nn.Module) -> None:
         """Refuse sizes that are given and are not the model's."""
-        anatomy = anatomy_of(model)
-        heads, size = anatomy.key_heads
-        widths = (anatomy.width, heads * size)
-        if self.token_dim is not None and self.token_dim not in widths:
-            raise ConfigError(
-                f"{type(self).__name__}: token_dim={self.token_dim}, but the model's width is {widths[0]}; leave it out."
-            )
+        get = getattr(getattr(model, "config", None), "get_text_config", None)
+        own = None if get is None else get()
+        known = {
+            "token_dim": getattr(own, "hidden_size", None),
+            "num_attention_heads": getattr(own, "num_attention_heads", None),
+            "num_layers": getattr(own, "num_hidden_layers", None),
+        }
+        for name, size in known.items():
+            given = getattr(self, name)
+            if given is not None and size is not None and given != size:
+                raise ConfigError(
+                    f"{type(self).__name__}: {name}={given}, but the model has {size}; leave it out."
+                )
 
     @classmethod
     def told(cls, method: Method, options: Mapping[str, Any]) -> PeftConfig:
@@ -105,14 +113,19 @@ class PromptTuningConfig(PromptLearningConfig):
 
     def check(self) -> None:
         super().check()
-        self.prompt_tuning_init = _member(PromptTuningInit, self.prompt_tuning_init, "prompt_tuning_init")
+        self.prompt_tuning_init = _member(
+            PromptTuningInit, self.prompt_tuning_init, "prompt_tuning_init"
+        )
         text = self.prompt_tuning_init == PromptTuningInit.TEXT
         if text and not (self.tokenizer_name_or_path and self.prompt_tuning_init_text):
             raise ConfigError(
-                "PromptTuningConfig: prompt_tuning_init='TEXT' needs prompt_tuning_init_text and tokenizer_name_or_path."
+                "PromptTuningConfig: prompt_tuning_init='TEXT' needs prompt_tuning_init_text and "
+                "tokenizer_name_or_path."
             )
         if self.tokenizer_kwargs and not text:
-            raise ConfigError("PromptTuningConfig: tokenizer_kwargs are for prompt_tuning_init='TEXT'.")
+            raise ConfigError(
+                "PromptTuningConfig: tokenizer_kwargs are for prompt_tuning_init='TEXT'."
+            )
 
     def begun(self, method: Method, model: nn.Module) -> Method:
         if self.inference_mode:
@@ -153,7 +166,9 @@ class PromptEncoderConfig(PromptLearningConfig):
     def check(self) -> None:
         super().check()
         name, kinds = "encoder_reparameterization_type", PromptEncoderReparameterizationType
-        self.encoder_reparameterization_type = _member(kinds, self.encoder_reparameterization_type, name)
+        self.encoder_reparameterization_type = _member(
+            kinds, self.encoder_reparameterization_type, name
+        )
         if (self.encoder_num_layers, self.encoder_dropout) != (2, 0.0):
             if self.encoder_reparameterization_type == kinds.LSTM:
                 raise UnsupportedError(
@@ -252,16 +267,15 @@ class AdaptionPromptConfig(PeftConfig):
         there = anatomy.role("self_attention")
         if self.adapter_layers > len(there):
             raise ConfigError(
-                f"AdaptionPromptConfig: adapter_layers={self.adapter_layers}, but the model has {len(there)} attentions."
+                f"AdaptionPromptConfig: adapter_layers={self.adapter_layers}, but the model has {len(there)} "
+                "attentions."
             )
-        if anatomy.model_type == "gpt2" and options["target_modules"] is None:
-            options["target_modules"] = "attn"
+        named = options.pop("target_modules")
         found = super().read(options, model)
-        named = options["target_modules"]
         return found.replace(targets=named) if named else found
 
 
-def _member(kinds: type[Any], value: Any, name: str) -> Any:
+def _member(kinds: type[StrEnum], value: Any, name: str) -> Any:
     if value not in list(kinds):
         hint = suggest(str(value).upper(), list(kinds))
         raise ConfigError(f"{name}={value!r} is not one of {', '.join(kinds)}.{hint}")

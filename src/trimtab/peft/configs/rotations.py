@@ -37,7 +37,7 @@ class OFTConfig(Excluding, Layered, Transposed, Unbiased):
     block_share: bool = option("One rotation for all blocks.", default=False)
     use_cayley_neumann: bool = option("Make rotations by a series of five terms.", default=True)
     num_cayley_neumann_terms: int = option("Terms of that series: only 5.", default=5)
-    bias: Literal["none", "all", "oft_only"] = option(  # type: ignore[assignment]
+    bias: Literal["none", "all", "oft_only"] = option(
         "Biases that are trained too: only 'none'.", default="none"
     )
 

@@ -9,11 +9,12 @@ from torch import nn
 
 from trimtab.adapt.contract import Init, Method, normal
 from trimtab.adapt.parse import methods
-from trimtab.errors import ConfigError
+from trimtab.adapt.tree import anatomy_of
+from trimtab.errors import ConfigError, TargetError
 from trimtab.peft.config import config, option
 from trimtab.peft.configs.common import Excluding, Named, Transposed
 from trimtab.peft.defaults import IA3, default_feedforward, model_type, warn_own
-from trimtab.peft.targets import says
+from trimtab.peft.targets import matching, says
 from trimtab.peft.types import PeftType
 
 
@@ -33,18 +34,30 @@ class IA3Config(Excluding, Transposed):
         inner, outer = self.feedforward_modules, self.target_modules
         says(inner, "feedforward_modules", "IA3Config")
         both = not isinstance(inner, str) and not isinstance(outer, str)
-        if both and outer and set(inner or ()) - set(outer):
+        lacking = sorted(set(inner or ()) - set(outer)) if both and outer else []
+        if lacking:
             raise ConfigError(
-                f"IA3Config: feedforward_modules are a part of target_modules, which lack {sorted(set(inner or ()) - set(outer))}."
+                f"IA3Config: feedforward_modules are a part of target_modules, which lack {lacking}."
             )
 
     def read(self, options: dict[str, Any], model: nn.Module) -> Method:
-        if not options["target_modules"] and model_type(model) in IA3:
-            if options["feedforward_modules"] is None:
-                options["feedforward_modules"] = default_feedforward(model)
-        elif not options["target_modules"]:
+        if not options["target_modules"] and model_type(model) not in IA3:
             return self._in_roles(options, model)
-        return super().read(options, model)
+        known = options["feedforward_modules"] is not None
+        if not known:
+            options["feedforward_modules"] = default_feedforward(model)
+        found = super().read(options, model)
+        if not options["feedforward_modules"]:
+            return found
+        anatomy = anatomy_of(model)
+        chosen = anatomy.select(found.targets, found.exclude)
+        selectors = dict(found)["feedforward"]
+        inner = [path for path in matching(anatomy, selectors) if path in chosen]
+        if known and not inner:
+            raise TargetError(
+                f"IA3Config: none of the {len(chosen)} targets is in feedforward_modules={self.feedforward_modules!r}."
+            )
+        return found.replace(feedforward=tuple(inner))
 
     def _in_roles(self, options: dict[str, Any], model: nn.Module) -> Method:
         """Where PEFT has no default: as in the paper, by the roles that the model's layers have."""
@@ -69,7 +82,6 @@ class TrainableTokensConfig(Named):
     """Train the embeddings of chosen tokens."""
 
     prefix: ClassVar[str] = "trainable_tokens_"
-    own_default: ClassVar[bool] = True
 
     token_indices: list[int] = option("The tokens.", default=[])
     init_weights: bool = option("Begin as the model's rows; False begins at random.", default=True)
@@ -84,6 +96,7 @@ class TrainableTokensConfig(Named):
     def read(self, options: dict[str, Any], model: nn.Module) -> Method:
         if not self.token_indices:
             raise ConfigError("TrainableTokensConfig: token_indices names no token.")
+        options["target_modules"] = options["target_modules"] or ["input_embedding"]
         return super().read(options, model)
 
     def first_values(self) -> Mapping[str, Init]:

@@ -55,7 +55,10 @@ class LoKrConfig(Lycoris):
     """LoKr: a Kronecker product."""
 
     prefix: ClassVar[str] = "lokr_"
-    lacks: ClassVar[dict[str, str]] = {**Lycoris.lacks, "rank_dropout_scale": "Rows are left out as they are."}
+    lacks: ClassVar[dict[str, str]] = {
+        **Lycoris.lacks,
+        "rank_dropout_scale": "Rows are left out as they are.",
+    }
 
     decompose_both: bool = option("Split the first matrix into factors too.", default=False)
     decompose_factor: int = option("Size of the first factor of each side; -1 is even.", default=-1)
@@ -120,7 +123,9 @@ class FourierFTConfig(Excluding, Layered, Transposed, Unbiased):
 
     n_frequency: int = option("How many entries are trained at each layer.", default=1000)
     scaling: float = option("What the change is multiplied with.", default=150.0)
-    random_loc_seed: int | None = option("What the places of the entries are drawn from.", default=777)
+    random_loc_seed: int | None = option(
+        "What the places of the entries are drawn from.", default=777
+    )
     n_frequency_pattern: dict[str, int] | None = option("Not in Trimtab.", default={})
     init_weights: bool = option("Begin at zero, not from N(0, 1).", default=False)
 
@@ -185,7 +190,9 @@ class _Projected(Layered, Transposed, Unbiased):
     sizes: ClassVar[tuple[str, ...]] = ("r",)
 
     projection_prng_key: int = option("What the random matrices are drawn from.", default=0)
-    save_projection: bool = option("No effect: they are never written, as the seed gives them.", default=True)
+    save_projection: bool = option(
+        "No effect: they are never written, as the seed gives them.", default=True
+    )
 
 
 @config(PeftType.VERA)
