@@ -17,6 +17,7 @@ from trimtab.adapt.adapter import Adapter
 from trimtab.errors import AttachError, ConfigError, DuplicateNameError, UnknownNameError
 from trimtab.peft.card import write_card
 from trimtab.peft.config import PeftConfig
+from trimtab.peft.delegates import Delegates
 from trimtab.peft.files import compare_names, read_folder, write_folder
 from trimtab.peft.hub import push
 from trimtab.peft.kin import related
@@ -32,7 +33,7 @@ from trimtab.peft.types import PeftType, TaskType
 
 
 @related
-class PeftModel(PushToHubMixin, nn.Module):  # type: ignore[misc]
+class PeftModel(Delegates, PushToHubMixin, nn.Module):  # type: ignore[misc]
     """A model with adapters. What is not here is asked of the tuner, and of the model inside it."""
 
     heads: ClassVar[tuple[str, ...]] = ()
