@@ -181,10 +181,41 @@ def fsdp(folder: Path) -> None:
             expect(torch.equal(there, value), f"{name}: {key} as saved")
 
 
+def fsdp_of_the_first_kind(folder: Path) -> None:
+    """Sharded by ``FullyShardedDataParallel`` with `trimtab.peft.utils.other.fsdp_auto_wrap_policy`."""
+    from accelerate import Accelerator
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    from trimtab.peft.utils.other import fsdp_auto_wrap_policy
+
+    accelerator = Accelerator(cpu=True)
+    model = model_of({})
+    expected = alone({})
+    policy = fsdp_auto_wrap_policy(model)
+    sharded = FullyShardedDataParallel(
+        model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+    )
+    rank = accelerator.process_index
+    optimizer = torch.optim.AdamW(trained(sharded), lr=1e-2)
+    mine = slice(2 * rank, 2 * rank + 2)
+    losses, _ = steps(sharded, sharded, optimizer, accelerator, mine)
+    with FullyShardedDataParallel.summon_full_params(sharded, writeback=False):
+        named = learned(sharded)
+        values = {n.replace("_fsdp_wrapped_module.", ""): p for n, p in named.items()}
+        model.save_pretrained(folder / "first", is_main_process=rank == 0)
+    compared("FSDP of the first kind", (losses, values), expected)
+    accelerator.wait_for_everyone()
+    again = ours.PeftModel.from_pretrained(tiny.llama(num_hidden_layers=2), folder / "first")
+    there = dict(again.named_parameters())
+    expect(all(torch.equal(there[k], v) for k, v in values.items()), "as saved")
+
+
+PARTS = {"ddp": ddp, "fsdp": fsdp, "fsdp1": fsdp_of_the_first_kind}
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     try:
-        {"ddp": ddp, "fsdp": fsdp}[sys.argv[2]](Path(sys.argv[1]))
+        PARTS[sys.argv[2]](Path(sys.argv[1]))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -8,7 +8,8 @@ from typing import Any
 _PLACES = {
     **dict.fromkeys(
         (
-            "CONFIG_NAME", "SAFETENSORS_WEIGHTS_NAME", "WEIGHTS_NAME", "cast_mixed_precision_params", "infer_device",
+            "CONFIG_NAME", "SAFETENSORS_WEIGHTS_NAME", "WEIGHTS_NAME", "cast_mixed_precision_params",
+            "fsdp_auto_wrap_policy", "infer_device",
             "prepare_model_for_kbit_training", "shift_tokens_right",
         ),
         "trimtab.peft.utils.other",

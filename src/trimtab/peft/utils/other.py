@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.adapt.slots import Slot
-from trimtab.errors import ConfigError, ModelError
+from trimtab.errors import ConfigError, ModelError, TargetError
 
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
@@ -95,3 +97,29 @@ def infer_device() -> str:
     if torch.backends.mps.is_available():
         return "mps"
     return "xpu" if torch.xpu.is_available() else "cpu"
+
+
+def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
+    """The policy by which FSDP of torch's first kind shards a model with adapters: block by block.
+
+    Blocks are what the model calls ``_no_split_modules``, or those that ``FSDP_TRANSFORMER_CLS_TO_WRAP`` names. The
+    tensors of adapters are sharded with the block that they are in: their modules are never called by themselves.
+    ``use_orig_params=True`` is needed, and saving happens inside ``FSDP.summon_full_params(model)``. FSDP2 needs no
+    policy; ``fully_shard`` each block.
+
+    Raises:
+        TargetError: the model names no blocks, or lacks those that are named.
+    """
+    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+    given = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
+    named = {n.strip() for n in given.split(",") if n.strip()} if given else set()
+    if not named:
+        named = {n for m in model.modules() for n in getattr(m, "_no_split_modules", None) or ()}
+    classes = {type(module) for module in model.modules() if type(module).__name__ in named}
+    if not classes:
+        raise TargetError(
+            f"{type(model).__name__} has no block to shard by: {sorted(named) or 'it names none'}. Set "
+            "FSDP_TRANSFORMER_CLS_TO_WRAP to the name of the class of its blocks."
+        )
+    return partial(transformer_auto_wrap_policy, transformer_layer_cls=classes)
