@@ -43,7 +43,9 @@ def test_a_state_is_saved_and_loaded(tmp_path: Path) -> None:
 
     def begin() -> tuple[Any, Any]:
         accelerator = Accelerator(cpu=True)
-        return accelerator, accelerator.prepare(filled(ours.get_peft_model(tiny.llama(), lora(ours))))
+        return accelerator, accelerator.prepare(
+            filled(ours.get_peft_model(tiny.llama(), lora(ours)))
+        )
 
     accelerator, model = begin()
     with torch.no_grad():

@@ -6,10 +6,12 @@ import peft
 import pytest
 
 import trimtab.peft as ours
-import trimtab.peft.configs  # all of them are known from here on
 from trimtab.peft.config import CONFIGS
+from trimtab.peft.configs import lora  # the first import makes all of them known
 
-CLASSES = [name for name in ours.__all__ if name.startswith(("Peft", "Auto")) or name.endswith("Config")]
+CLASSES = [
+    name for name in ours.__all__ if name.startswith(("Peft", "Auto")) or name.endswith("Config")
+]
 SHARED = [name for name in CLASSES if isinstance(getattr(peft, name, None), type)]
 
 
@@ -27,7 +29,9 @@ def test_every_public_name_of_pefts_class_is_our_own(name: str) -> None:
     assert inherited == []
 
 
-@pytest.mark.parametrize("name", ["PeftModel", "PeftMixedModel", "PeftConfig", "LoraConfig", "PeftModelForCausalLM"])
+@pytest.mark.parametrize(
+    "name", ["PeftModel", "PeftMixedModel", "PeftConfig", "LoraConfig", "PeftModelForCausalLM"]
+)
 def test_libraries_that_ask_for_pefts_classes_take_ours(name: str) -> None:
     assert issubclass(getattr(ours, name), getattr(peft, name))
 
@@ -41,5 +45,6 @@ def test_no_configuration_asks_pefts_models_for_a_prompt_encoder(peft_type: str)
 
 
 def test_pefts_own_types_are_as_they_were() -> None:
+    assert peft.PEFT_TYPE_TO_CONFIG_MAPPING["TRIMTAB_LORA"] is lora.LoraConfig
     assert peft.PEFT_TYPE_TO_TUNER_MAPPING["LORA"] is peft.LoraModel
     assert peft.PEFT_TYPE_TO_CONFIG_MAPPING["LORA"] is peft.LoraConfig

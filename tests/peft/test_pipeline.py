@@ -38,7 +38,9 @@ def test_text_generation() -> None:
     made = tokenizer()
     found = []
     for package in (ours, peft):
-        write = pipeline("text-generation", model=writer(package, made), tokenizer=made, device="cpu")
+        write = pipeline(
+            "text-generation", model=writer(package, made), tokenizer=made, device="cpu"
+        )
         out = write(TEXTS, max_new_tokens=6, do_sample=False, batch_size=2)
         found.append([row[0]["generated_text"] for row in out])
     assert found[0] == found[1]
@@ -108,7 +110,9 @@ def test_each_prompt_is_answered_by_the_adapter_it_names(options: dict[str, Any]
         model = writer(package, made)
         model.add_adapter("other", lora(package, r=2))
         filled(model, "other").eval()
-        mixed = model.generate(**inputs, adapter_names=names, max_new_tokens=6, do_sample=False, **options)
+        mixed = model.generate(
+            **inputs, adapter_names=names, max_new_tokens=6, do_sample=False, **options
+        )
         found.append(mixed)
         if package is not ours:
             continue

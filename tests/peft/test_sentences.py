@@ -11,13 +11,12 @@ import peft
 import pytest
 import torch
 
-st = pytest.importorskip("sentence_transformers")
-
 import trimtab.peft as ours
 from tests import tiny
 from tests.data import kit
 from tests.peft.ecosystem_kit import arguments, close, filled, learned, losses
 
+st = pytest.importorskip("sentence_transformers")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
 ]
@@ -44,7 +43,9 @@ def encoder(folder: Path) -> Any:
 
 
 def data() -> Any:
-    return datasets.Dataset.from_dict({"anchor": TEXTS * 2, "positive": (TEXTS[1:] + TEXTS[:1]) * 2})
+    return datasets.Dataset.from_dict(
+        {"anchor": TEXTS * 2, "positive": (TEXTS[1:] + TEXTS[:1]) * 2}
+    )
 
 
 @pytest.mark.parametrize("way", ["add_adapter", "get_peft_model"])

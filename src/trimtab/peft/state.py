@@ -242,6 +242,8 @@ def whole(tensor: Tensor, name: str) -> Tensor:
     Gathering shards here would wait for ever for the ranks that do not save.
     """
     plain = tensor.detach()
+    if type(plain) is Tensor and plain.nbytes != plain.untyped_storage().nbytes():
+        return plain.clone()  # a piece of a buffer that FSDP frees, which nobody may look into then
     if type(plain) is not Tensor and torch.distributed.is_available():
         from torch.distributed.tensor import DTensor
 
