@@ -38,8 +38,6 @@ def start(folder: Path, part: str) -> None:
     common = {**os.environ, "WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1",
               "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
               "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
-    if part == "fsdp":
-        common |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.peft.ranks", str(folder), part],
@@ -137,6 +135,14 @@ def ddp(folder: Path) -> None:
     expect("adapter_model.safetensors" in found and "model.safetensors" not in found, str(found))
 
 
+def as_fsdp(accelerator: Any, plugin: Any) -> None:
+    """accelerate shards on accelerators only, and torch on the CPU too: let it go its way."""
+    from accelerate.utils import DistributedType
+
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+
+
 def fsdp(folder: Path) -> None:
     """Sharded by FSDP2, with the plugin's policy of blocks."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
@@ -149,7 +155,8 @@ def fsdp(folder: Path) -> None:
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False,
             state_dict_type="FULL_STATE_DICT",
         )  # fmt: skip
-        accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+        accelerator = Accelerator(cpu=True)
+        as_fsdp(accelerator, plugin)
         torch.manual_seed(0)
         model = model_of(options)
         prepared, optimizer = accelerator.prepare(model, torch.optim.AdamW(trained(model), lr=1e-2))
@@ -160,6 +167,7 @@ def fsdp(folder: Path) -> None:
         rank = accelerator.process_index
         mine = steps(prepared, prepared, optimizer, accelerator, slice(2 * rank, 2 * rank + 2))
         compared(name, mine, alone(options))
+        as_fsdp(accelerator, plugin)
         state = accelerator.get_state_dict(prepared)
         unwrapped = accelerator.unwrap_model(prepared)
         unwrapped.save_pretrained(
@@ -178,10 +186,42 @@ def fsdp(folder: Path) -> None:
             expect(torch.equal(there, value), f"{name}: {key} as saved")
 
 
+def fsdp_of_the_first_kind(folder: Path) -> None:
+    """Sharded by ``FullyShardedDataParallel`` with `trimtab.peft.utils.other.fsdp_auto_wrap_policy`."""
+    from accelerate import Accelerator
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    from trimtab.peft.utils.other import fsdp_auto_wrap_policy
+
+    accelerator = Accelerator(cpu=True)
+    model = model_of({})
+    expected = alone({})
+    policy = fsdp_auto_wrap_policy(model)
+    sharded = FullyShardedDataParallel(
+        model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+    )
+    rank = accelerator.process_index
+    optimizer = torch.optim.AdamW(trained(sharded), lr=1e-2)
+    mine = slice(2 * rank, 2 * rank + 2)
+    losses, _ = steps(sharded, sharded, optimizer, accelerator, mine)
+    with FullyShardedDataParallel.summon_full_params(sharded, writeback=False):
+        named = learned(sharded)
+        values = {n.replace("_fsdp_wrapped_module.", ""): p for n, p in named.items()}
+        model.save_pretrained(folder / "first", is_main_process=rank == 0)
+    compared("FSDP of the first kind", (losses, values), expected)
+    accelerator.wait_for_everyone()
+    again = ours.PeftModel.from_pretrained(tiny.llama(num_hidden_layers=2), folder / "first")
+    there = dict(again.named_parameters())
+    expect(all(torch.equal(there[k], v) for k, v in values.items()), "as saved")
+
+
+PARTS = {"ddp": (ddp, fsdp_of_the_first_kind), "fsdp": (fsdp,)}
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     try:
-        {"ddp": ddp, "fsdp": fsdp}[sys.argv[2]](Path(sys.argv[1]))
+        for part in PARTS[sys.argv[2]]:
+            part(Path(sys.argv[1]))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

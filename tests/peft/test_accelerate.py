@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-@pytest.mark.parametrize("part", ["ddp", "fsdp"])
+@pytest.mark.parametrize("part", ranks.PARTS)
 def test_two_ranks_train_as_one_process_does(part: str, tmp_path: Path) -> None:
     ranks.start(tmp_path, part)
 

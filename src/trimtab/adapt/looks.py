@@ -1,17 +1,19 @@
 """What code that knows PEFT's layers asks of one: a wrapped layer answers in those words.
 
-They tell of all adapters at the place; ``scaling`` and ``r`` are mappings from an adapter's name, as there.
+They tell of all adapters at the place; ``scaling`` and ``r`` are mappings from an adapter's name, as there. How far
+an adapter goes at this one place can be set: by `set_scale`, or in ``scaling``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from trimtab.adapt.slots import Slot
-from trimtab.errors import UnsupportedError
+from trimtab.errors import ConfigError, UnknownNameError, UnsupportedError
 
 if TYPE_CHECKING:
     from trimtab.adapt.bank import Bank
@@ -59,11 +61,46 @@ class Looks:
         return bool(self.merged_adapters)
 
     @property
-    def scaling(self) -> Mapping[str, float]:
-        """Of low-rank methods: what the product of the factors is multiplied by."""
-        scales = self.bank.scales
-        found = self._field("scaling")
-        return {name: value * scales.get(name, 1.0) for name, value in found.items()}
+    def scaling(self) -> MutableMapping[str, float]:
+        """Of low-rank methods: what the product of the factors is multiplied by; a view that can be written to."""
+        return Scaling(self)
+
+    def uncover(self) -> None:
+        raise NotImplementedError
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """How far an adapter goes at this place: 0 is the base, 1 the adapter as trained.
+
+        An adapter that has no edit here is passed over, as one that is set on all layers of a model.
+        """
+        if not isinstance(scale, int | float) or not math.isfinite(scale):
+            raise ConfigError(
+                f"{self.path}: scale of {adapter!r} must be a finite number, not {scale!r}."
+            )
+        if adapter in self.bank.merged and adapter in self.edits:
+            self.uncover()
+        for edit in self._scaled(adapter):
+            edit.scale = float(scale)
+
+    def _scaled(self, name: str) -> list[Edit]:
+        """The edits here that a scale is for: a head that is trained in full beside them has none."""
+        if name not in self.edits:
+            return []
+        adapter = self.bank.require(name)
+        beside = adapter.methods[len(adapter.method.members) :]
+        return [e for e in self.edits[name] if all(e.method is not full for full in beside)]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply how far the acting adapters go at this place."""
+        for name in self.active_adapters:
+            self.set_scale(name, self.edits[name][0].scale * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide it again; without a number, the adapters as trained."""
+        if scale == 0:
+            raise ConfigError(f"{self.path}: nothing can be divided by a scale of 0; leave it out.")
+        for name in self.active_adapters:
+            self.set_scale(name, 1.0 if scale is None else self.edits[name][0].scale / scale)
 
     @property
     def r(self) -> Mapping[str, int]:
@@ -127,3 +164,39 @@ class Looks:
                 if name in type(method).model_fields or hasattr(type(method), name):
                     found[adapter] = getattr(method, name)
         return found
+
+
+class Scaling(MutableMapping[str, float]):
+    """``scaling`` of a site: reading tells what acts now, writing sets how far the edits here go."""
+
+    def __init__(self, site: Looks) -> None:
+        self._site = site
+
+    def _own(self) -> dict[str, float]:
+        """What the adapters' own fields say, with the scales of whole adapters."""
+        scales = self._site.bank.scales
+        found = self._site._field("scaling")
+        return {name: value * scales.get(name, 1.0) for name, value in found.items()}
+
+    def __getitem__(self, name: str) -> float:
+        return self._own()[name] * self._site.edits[name][0].scale
+
+    def __setitem__(self, name: str, value: float) -> None:
+        own = self._own()
+        if name not in own:
+            raise UnknownNameError(f"{self._site.path} has no scaling of {name!r} to set.")
+        if own[name] == 0:
+            raise ConfigError(f"{self._site.path}: {name!r} has a scaling of 0; set its alpha.")
+        self._site.set_scale(name, value / own[name])
+
+    def __delitem__(self, name: str) -> None:
+        raise ConfigError(f"{self._site.path}: the scaling of {name!r} goes with its adapter.")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._own())
+
+    def __len__(self) -> int:
+        return len(self._own())
+
+    def __repr__(self) -> str:
+        return repr(dict(self))

@@ -98,7 +98,7 @@ def merge_in_place(model: nn.Module, names: str | Sequence[str], *, finite: bool
         if site.acting(owner)
     }
     for site, layer in layers.items():
-        site.cover(layer)
+        site.cover(layer.requires_grad_(False))
     bank.merged = owner
 
 

@@ -52,6 +52,12 @@ _PLACES = {
     **dict.fromkeys(("PeftConfig", "get_peft_config"), "config"),
     "PEFT_TYPE_TO_CONFIG_MAPPING": "mapping",
     **dict.fromkeys(("PeftType", "TaskType"), "types"),
+    **dict.fromkeys(("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"), "status"),
+    **dict.fromkeys(("convert_to_lora", "save_as_lora"), "conversion"),
+    "find_kappa_target_modules": "helpers",
+    **dict.fromkeys(
+        ("cast_mixed_precision_params", "prepare_model_for_kbit_training", "shift_tokens_right"), "utils.other"
+    ),
     **dict.fromkeys(
         (
             "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftMixedModel", "PeftModel", "PeftModelForCausalLM",

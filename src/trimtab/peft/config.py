@@ -260,6 +260,12 @@ class PeftConfig:
         return cls.from_peft_type(**values)
 
     @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """The options, unchanged, if a configuration can be made of them."""
+        cls.from_peft_type(**kwargs)
+        return kwargs
+
+    @classmethod
     def from_json_file(cls, path_json_file: str | Path, **kwargs: Any) -> dict[str, Any]:
         """The options in a file, as they stand there."""
         return {**read_json(Path(path_json_file)), **kwargs}

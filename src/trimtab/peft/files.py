@@ -15,7 +15,7 @@ from trimtab.adapt.files import TRAINING, save
 from trimtab.errors import ConfigError
 from trimtab.peft.config import PeftConfig
 from trimtab.peft.hub import local_adapter
-from trimtab.peft.state import gathered
+from trimtab.peft.state import gathered, whole
 
 if TYPE_CHECKING:
     from trimtab.peft.tuner import Tuner
@@ -75,13 +75,17 @@ def write_folder(
     """Write an adapter beside what else lies in a folder; ``state`` holds its tensors where they are sharded."""
     adapter, config = tuner.require(name), tuner.peft_config[name]
     # without a task, PEFT passes over prompts
-    inferred = adapter.origin.task_type if config.is_prompt_learning else None
+    inferred = adapter.origin.task_type if adapter.method.peft_root == "base_model." else None
     origin = replace(
         adapter.origin,
         base_name=config.base_model_name_or_path or adapter.origin.base_name,
         task_type=config.task_type or inferred,
     )
-    values = adapter.named() if state is None else gathered(adapter, tuner.model, state)
+    values = (
+        {key: whole(tensor, key.key) for key, tensor in adapter.named().items()}
+        if state is None
+        else gathered(adapter, tuner.model, state)
+    )
     written = Adapter(
         adapter.name, adapter.method, adapter.sites, values, base=adapter.base, origin=origin
     )

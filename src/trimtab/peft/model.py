@@ -17,16 +17,23 @@ from trimtab.adapt.adapter import Adapter
 from trimtab.errors import AttachError, ConfigError, DuplicateNameError, UnknownNameError
 from trimtab.peft.card import write_card
 from trimtab.peft.config import PeftConfig
+from trimtab.peft.delegates import Delegates
 from trimtab.peft.files import compare_names, read_folder, write_folder
 from trimtab.peft.hub import push
 from trimtab.peft.kin import related
 from trimtab.peft.state import LoadResult, check_embeddings, replace_tensors
+from trimtab.peft.status import (
+    TunerLayerStatus,
+    TunerModelStatus,
+    get_layer_status,
+    get_model_status,
+)
 from trimtab.peft.tuner import Tuner
 from trimtab.peft.types import PeftType, TaskType
 
 
 @related
-class PeftModel(PushToHubMixin, nn.Module):  # type: ignore[misc]
+class PeftModel(Delegates, PushToHubMixin, nn.Module):  # type: ignore[misc]
     """A model with adapters. What is not here is asked of the tuner, and of the model inside it."""
 
     heads: ClassVar[tuple[str, ...]] = ()
@@ -271,8 +278,7 @@ class PeftModel(PushToHubMixin, nn.Module):  # type: ignore[misc]
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """How many values are trained, and how many there are."""
-        counts = [(_count(p), p.requires_grad) for p in self.parameters()]
-        return sum(n for n, learns in counts if learns), sum(n for n, _ in counts)
+        return count_values(self)
 
     def print_trainable_parameters(self) -> None:
         """Print how many values are trained, of how many."""
@@ -280,6 +286,14 @@ class PeftModel(PushToHubMixin, nn.Module):  # type: ignore[misc]
         print(  # noqa: T201 (what it is for)
             f"trainable params: {trained:,d} || all params: {every:,d} || trainable%: {100 * trained / every:.4f}"
         )
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """The layers that adapters edit; see `trimtab.peft.status`."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """What is attached, in all; see `trimtab.peft.status`."""
+        return get_model_status(self)
 
     @property
     def base_model_torch_dtype(self) -> torch.dtype | None:
@@ -316,6 +330,12 @@ def _refuse(**given: Any) -> None:
     for name, value in given.items():
         if value:
             raise ConfigError(f"{name} is not supported by trimtab.peft.")
+
+
+def count_values(model: nn.Module) -> tuple[int, int]:
+    """How many values of a model are trained, and how many there are."""
+    counts = [(_count(p), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, learns in counts if learns), sum(n for n, _ in counts)
 
 
 def _count(parameter: nn.Parameter) -> int:

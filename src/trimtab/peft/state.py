@@ -26,7 +26,7 @@ from trimtab.adapt.plan import other_base
 from trimtab.adapt.site import BASE, SiteBase
 from trimtab.adapt.slots import memory_name
 from trimtab.adapt.tree import anatomy_of, canonical
-from trimtab.errors import AttachError, ConfigError, FileFormatError, suggest
+from trimtab.errors import AttachError, ConfigError, FileFormatError, StorageError, suggest
 from trimtab.peft.hub import local_file
 from trimtab.peft.tuner import Tuner
 
@@ -233,8 +233,28 @@ def gathered(
                 f"state_dict: {key!r} has shape {tuple(by_key[key].shape)}; it is a shard, or of another model. "
                 "Gather the state dict first."
             )
-        found[name] = by_key[key].detach()
+        found[name] = whole(by_key[key], key)
     return found
+
+
+def whole(tensor: Tensor, name: str) -> Tensor:
+    """A tensor that can be written: one that is being gathered is waited for, one that is sharded is refused.
+
+    Gathering shards here would wait for ever for the ranks that do not save.
+    """
+    plain = tensor.detach()
+    if type(plain) is Tensor and plain.nbytes != plain.untyped_storage().nbytes():
+        return plain.clone()  # a piece of a buffer that FSDP frees, which nobody may look into then
+    if type(plain) is not Tensor and torch.distributed.is_available():
+        from torch.distributed.tensor import DTensor
+
+        plain = plain.clone()
+        if isinstance(plain, DTensor):
+            raise StorageError(
+                f"{name} is sharded. Gather the model's state on all ranks, such as with accelerator.get_state_dict("
+                "model), and pass it: save_pretrained(folder, state_dict=state, is_main_process=...)."
+            )
+    return plain
 
 
 # -- keys ---------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from trimtab.errors import AttachError, DuplicateNameError, UnknownNameError, su
 from trimtab.peft.config import PeftConfig
 from trimtab.peft.kin import register
 from trimtab.peft.schedule import Schedule, with_losses
+from trimtab.peft.weighted import Combination, Signs, combined, config_of
 
 
 class Tuner(nn.Module):
@@ -105,6 +106,35 @@ class Tuner(nn.Module):
         except BaseException:
             self.add(name, self.peft_config[name], old)
             raise
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: Signs = "total",
+    ) -> None:
+        """Attach a new adapter that is a weighted combination of attached ones; `trimtab.peft.weighted` has the kinds.
+
+        It acts once `set_adapter` says so. ``svd_full_matrices`` changes nothing: the vectors it would add are cut
+        off again.
+
+        Raises:
+            DuplicateNameError: there is an adapter of that name.
+            ConfigError: options that do not fit one another, or the adapters.
+            UnsupportedError: an adapter is no change of weights and has no sum with the others.
+        """
+        how = Combination(
+            combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method
+        )
+        made = combined(self.model, list(adapters), list(weights), adapter_name, how)
+        self.add(adapter_name, config_of(made, self.peft_config[adapters[0]]), made)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter out; if it was the only active one, the first of the others becomes active."""
