@@ -39,7 +39,10 @@ def loaded(config: Any, state: dict[str, Tensor], base: nn.Module) -> Tensor:
     }  # fmt: skip
     with quiet():
         model = peft.get_peft_model(base, peft.LoraConfig(**options)).eval()  # type: ignore[arg-type]
-        named = {k if k.startswith("base_model") else f"base_model.model.{k}": v for k, v in state.items()}
+        named = {
+            k if k.startswith("base_model") else f"base_model.model.{k}": v
+            for k, v in state.items()
+        }
         found = peft.set_peft_model_state_dict(model, named)
     assert not found.unexpected_keys
     return logits(model)
@@ -101,9 +104,7 @@ def test_any_change_of_weight_is_a_lora(kind: str, tmp_path: Path) -> None:
     after = model.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
     with quiet():
-        theirs = peft.PeftModel.from_pretrained(
-            tiny.llama(num_hidden_layers=1), tmp_path / "lora"
-        )
+        theirs = peft.PeftModel.from_pretrained(tiny.llama(num_hidden_layers=1), tmp_path / "lora")
     torch.testing.assert_close(logits(theirs), expected, **CLOSE)
     ours = tiny.llama(num_hidden_layers=1)
     tt.attach(ours, tt.Adapter.load(tmp_path / "lora"), "b")

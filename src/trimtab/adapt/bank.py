@@ -206,7 +206,9 @@ class Bank(nn.Module):
                     self._encoded = (states, self._context.memory)
             self._last = self._context
             self._context = None
-            self._outermost[:] = []  # as it was before, or a compiled model would be compiled once more
+            self._outermost[
+                :
+            ] = []  # as it was before, or a compiled model would be compiled once more
 
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Context:
         for norm in self.norms:  # the base's running statistics are not ours to change

@@ -32,11 +32,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from trimtab.adapt.adapter import Adapter
+from trimtab.adapt.adapter import Adapter, SiteSpec, TensorName
 from trimtab.adapt.arithmetic import add
 from trimtab.adapt.bank import bank_of
+from trimtab.adapt.contract import Place
 from trimtab.adapt.factors import joined
-from trimtab.adapt.site import ExpertsSite
+from trimtab.adapt.replaced import Replaced
+from trimtab.adapt.site import ExpertsSite, SiteBase
 from trimtab.errors import ConfigError, DuplicateNameError, UnsupportedError, suggest
 from trimtab.methods.lora import LoRA
 from trimtab.peft.changes import (
@@ -168,7 +170,7 @@ def combined(
         )
     if not all(math.isfinite(weight) for weight in weights):
         raise ConfigError(f"weights must be finite numbers, not {list(weights)}.")
-    result = _exact(model, found, weights, name, how)
+    result = _exact(model, found, weights, name, how) or _copies(model, found, weights, name, how)
     if result is None and not how.cuts and how.prunes and _factors(model, adapters):
         result = lora_of(model, name, list(_of_factors(model, adapters, weights, how)), found)
     if result is None:
@@ -216,6 +218,45 @@ def _uneven(model: nn.Module, name: str) -> bool:
 
 def _all_lora(adapters: Iterable[Adapter]) -> bool:
     return all(isinstance(m, LoRA) for adapter in adapters for m in adapter.method.members)
+
+
+@torch.no_grad()
+def _copies(
+    model: nn.Module,
+    found: Sequence[Adapter],
+    weights: Sequence[float],
+    name: str,
+    how: Combination,
+) -> Adapter | None:
+    """Copies of layers (norm tuning, full training): what they add to the frozen ones, in one copy."""
+    methods = [adapter.method for adapter in found]
+    alike = {method.kind for method in methods} == {methods[0].kind}
+    if not alike or not all(isinstance(method, Replaced) for method in methods):
+        return None
+    if how.rank is not None or how.clamp is not None or (how.cuts and how.kind != "svd"):
+        return None
+    places: dict[SiteSpec, SiteBase] = {}
+    for site, path in edited(model, [adapter.name for adapter in found]):
+        places[SiteSpec(path, "", 0)] = site
+    if any(isinstance(site, ExpertsSite) for site in places.values()):
+        return None
+    scales = bank_of(model).scales
+    tensors: dict[TensorName, Tensor] = {}
+    for spec, site in places.items():
+        frozen = layer_of(site, spec.path).stored()
+        holders = [(a, w) for a, w in zip(found, weights, strict=True) if a.at_site(spec.path)]
+        far = [
+            w * scales.get(a.name, 1.0) * edits_at(site, a.name, spec.path)[0].scale
+            for a, w in holders
+        ]
+        for slot in holders[0][0].at_site(spec.path):
+            base = frozen[slot.rpartition(".")[2]].float()
+            added = [a.at_site(spec.path)[slot].float() - base for a, _ in holders]
+            tensors[TensorName(spec.path, slot)] = base + how.combine(added, far)
+    same = all(set(adapter.sites) == set(found[0].sites) for adapter in found)
+    method = methods[0] if same else methods[0].aimed([Place(spec.path) for spec in places])
+    result = Adapter(name, method, list(places), tensors, origin=found[0].origin)
+    return with_trained(result, found)
 
 
 # -- factors ------------------------------------------------------------------------------------------
