@@ -16,7 +16,11 @@ import trimtab.peft as face
 from tests import tiny
 from tests.peft.kit import IDS, both, made, quiet
 from trimtab.errors import ConfigError, UnsupportedError
-from trimtab.peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+from trimtab.peft.optimizers import (
+    create_lorafa_optimizer,
+    create_loraplus_optimizer,
+    create_riemannian_optimizer,
+)
 
 PLAIN: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 CASES: dict[str, dict[str, Any]] = {
@@ -145,3 +149,20 @@ def test_what_does_not_fit() -> None:
     tt.attach(other, "ia3", "a")
     with pytest.raises(UnsupportedError, match="ia3"):
         create_lorafa_optimizer(other, 4, 8, 1e-3)
+
+
+@pytest.mark.parametrize("name", ["plain", "patterns", "dora", "embedding", "head"])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_riemannian_steps_are_pefts(name: str, kind: Any) -> None:
+    theirs, ours = both({"default": CASES[name]})
+    theirs_made = peft.optimizers.create_riemannian_optimizer(theirs, kind, lr=1e-3, reg=0.1)
+    made_here = create_riemannian_optimizer(ours, kind, lr=1e-3, reg=0.1)
+    for _ in range(3):
+        step(theirs, theirs_made)
+        step(ours, made_here)
+    compared(ours, theirs, 2e-5)
+    with pytest.raises(UnsupportedError, match="closure"):
+        made_here.step(lambda: 0.0)
+    ours.base_model.set_requires_grad("default", False)
+    with pytest.raises(ConfigError, match="both"):
+        create_riemannian_optimizer(ours, kind, lr=1e-3)
