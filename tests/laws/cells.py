@@ -241,6 +241,7 @@ LAWS: Mapping[str, Where] = {
     "test_identity_at_first": _starts_as_identity,
     "test_disabled_is_the_base_bitwise": _anywhere,
     "test_merge_is_forward": _anywhere,
+    "test_merged_in_place_nothing_changes_for_anyone": _anywhere,
     "test_closed_form_merge_is_the_identity_push": _merges,
     "test_a_row_in_a_mixed_batch_is_the_row_alone": _anywhere,
     "test_every_method_shares_a_batch_with_this_one": _anywhere,

@@ -22,7 +22,7 @@ from tests.laws.cells import (
 )
 from tests.tiny import CASES, output, pick
 from trimtab.adapt.bank import bank_of
-from trimtab.adapt.merge import pushed
+from trimtab.adapt.merge import merge_in_place, pushed, unmerge
 from trimtab.adapt.probe import bare_state
 from trimtab.adapt.replaced import Replaced
 from trimtab.adapt.site import Site
@@ -116,6 +116,36 @@ def test_merge_is_forward(cell: Cell) -> None:
     assert not any(isinstance(module, Site) for module in merged.modules())
     assert same(state(model), before)
     assert torch.equal(output(model, inputs), expected)
+
+
+@law
+def test_merged_in_place_nothing_changes_for_anyone(cell: Cell) -> None:
+    """The frozen weights are kept beside the merged ones: rows of others read them, and unmerging leaves no trace."""
+    case = CASES[cell.model]
+    model, inputs = case.model(), case.inputs()
+    attached(cell, model)
+    before = state(model)
+    if cell.method in NOT_MERGEABLE:
+        with pytest.raises(NotMergeableError, match=NOT_MERGEABLE[cell.method]):
+            merge_in_place(model, "a")
+        assert same(state(model), before)
+        return
+    expected = output(model, inputs)
+    with tt.using(model, None):
+        base = output(model, inputs)
+    with tt.rows(model, ["a", None, "a", None]):
+        mixed = output(model, inputs)
+    merge_in_place(model, "a")
+    assert close(output(model, inputs), expected, 1e-5)
+    with tt.using(model, None):
+        assert torch.equal(output(model, inputs), base)
+    with tt.rows(model, ["a", None, "a", None]):
+        assert close(output(model, inputs), mixed, 1e-5)
+    unmerge(model)
+    assert torch.equal(output(model, inputs), expected)
+    merge_in_place(model, "a")
+    tt.detach(model, "a")
+    assert same(state(model), before)
 
 
 @law
