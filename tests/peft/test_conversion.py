@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import trimtab as tt
 import trimtab.peft as face
+import trimtab.peft.tuners.lora.conversion as by_path
 from tests import tiny
 from tests.laws.cells import SMALL, shaken
 from tests.peft.kit import IDS, both, logits, made, quiet
@@ -174,6 +175,7 @@ def test_scales_count() -> None:
 
 
 def test_what_the_folder_says(tmp_path: Path) -> None:
+    assert by_path.save_as_lora is save_as_lora
     config = {**PLAIN, "task_type": "CAUSAL_LM"}
     model = made(face, {"default": config})
     assert model.supports_lora_conversion()
