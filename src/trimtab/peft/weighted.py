@@ -15,9 +15,13 @@ is of the factors A and B, as in PEFT. Their pruned products are then added exac
 
     Σ √w_i B_i · Σ √w_j A_j,   in which every B_i meets every A_j,
 
-so its ``linear``, ``magnitude_prune`` and ``dare_linear`` have products that belong to no adapter, and ours have not.
+so its ``linear``, ``magnitude_prune`` and ``dare_linear`` have products that belong to no adapter, and ours have not
+(the rank is the sum of the ranks, as in ``cat``).
 ``ties`` and ``dare_ties`` of factors elect signs entry by entry among factors that have no common order, and so can
 only be what they are in PEFT, with those products; ``ties_svd`` and ``dare_ties_svd`` are the methods of the papers.
+
+Methods that are no LoRA are summed exactly where they have a sum of their own (`trimtab.add`), or else by ΔW, as a
+LoRA of all the rank that it takes; of ``svd_rank`` for the kinds with ``svd``, which must then be said.
 """
 
 from __future__ import annotations
