@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import trimtab as tt
 import trimtab.peft as face
+import trimtab.peft.tuners.lora.conversion as by_path
 from tests import tiny
 from tests.laws.cells import SMALL, shaken
 from tests.peft.kit import IDS, both, logits, made, quiet
@@ -39,7 +40,10 @@ def loaded(config: Any, state: dict[str, Tensor], base: nn.Module) -> Tensor:
     }  # fmt: skip
     with quiet():
         model = peft.get_peft_model(base, peft.LoraConfig(**options)).eval()  # type: ignore[arg-type]
-        named = {k if k.startswith("base_model") else f"base_model.model.{k}": v for k, v in state.items()}
+        named = {
+            k if k.startswith("base_model") else f"base_model.model.{k}": v
+            for k, v in state.items()
+        }
         found = peft.set_peft_model_state_dict(model, named)
     assert not found.unexpected_keys
     return logits(model)
@@ -101,9 +105,7 @@ def test_any_change_of_weight_is_a_lora(kind: str, tmp_path: Path) -> None:
     after = model.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
     with quiet():
-        theirs = peft.PeftModel.from_pretrained(
-            tiny.llama(num_hidden_layers=1), tmp_path / "lora"
-        )
+        theirs = peft.PeftModel.from_pretrained(tiny.llama(num_hidden_layers=1), tmp_path / "lora")
     torch.testing.assert_close(logits(theirs), expected, **CLOSE)
     ours = tiny.llama(num_hidden_layers=1)
     tt.attach(ours, tt.Adapter.load(tmp_path / "lora"), "b")
@@ -173,6 +175,7 @@ def test_scales_count() -> None:
 
 
 def test_what_the_folder_says(tmp_path: Path) -> None:
+    assert by_path.save_as_lora is save_as_lora
     config = {**PLAIN, "task_type": "CAUSAL_LM"}
     model = made(face, {"default": config})
     assert model.supports_lora_conversion()

@@ -268,6 +268,18 @@ def test_a_plain_model_is_not_converted(reentrant: bool | None) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_quantised_weights_stay_as_they_are() -> None:
+    model = tiny.llama(num_hidden_layers=1).to(torch.float16)
+    packed = nn.Parameter(torch.arange(-4, 4, dtype=torch.int8), requires_grad=False)
+    model.lm_head.register_parameter("packed", packed)
+    prepare_model_for_kbit_training(model)
+    cast_mixed_precision_params(model, torch.bfloat16)
+    assert model.lm_head.packed is packed
+    assert packed.dtype == torch.int8
+    assert model.lm_head.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_preparing_without_checkpoints() -> None:
     model = tiny.llama(num_hidden_layers=1)
     prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)

@@ -39,7 +39,9 @@ class Counting:
         return graph.forward
 
 
-def saved(folder: Path, config: dict[str, Any], base: nn.Module | None = None) -> tuple[Path, Tensor]:
+def saved(
+    folder: Path, config: dict[str, Any], base: nn.Module | None = None
+) -> tuple[Path, Tensor]:
     """A folder with another adapter, and what a model computes with it."""
     model = made(face, {"default": config}, base=base)
     shift(model)
@@ -180,7 +182,9 @@ def test_other_layers_have_room_too(layers: str, tmp_path: Path) -> None:
         return out if isinstance(out, Tensor) else out.logits
 
     other = make()
-    shaken(tt.attach(other, f"lora(rank=6, alpha=3, targets={layers})", "a"), seed=5).save(tmp_path / "a")
+    shaken(tt.attach(other, f"lora(rank=6, alpha=3, targets={layers})", "a"), seed=5).save(
+        tmp_path / "a"
+    )
     model = make()
     shaken(tt.attach(model, f"lora(rank=4, targets={layers})", "a"))
     before = run(model)
@@ -210,7 +214,9 @@ MISFITS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("config", "text"), MISFITS.values(), ids=MISFITS)
-def test_what_does_not_fit_changes_nothing(config: dict[str, Any], text: str, tmp_path: Path) -> None:
+def test_what_does_not_fit_changes_nothing(
+    config: dict[str, Any], text: str, tmp_path: Path
+) -> None:
     folder, _ = saved(tmp_path, config)
     model = made(face, {"default": PLAIN})
     before = {k: v.clone() for k, v in model.state_dict().items()}

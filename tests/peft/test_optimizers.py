@@ -16,7 +16,11 @@ import trimtab.peft as face
 from tests import tiny
 from tests.peft.kit import IDS, both, made, quiet
 from trimtab.errors import ConfigError, UnsupportedError
-from trimtab.peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+from trimtab.peft.optimizers import (
+    create_lorafa_optimizer,
+    create_loraplus_optimizer,
+    create_riemannian_optimizer,
+)
 
 PLAIN: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 CASES: dict[str, dict[str, Any]] = {
@@ -82,7 +86,7 @@ def test_lorafa_steps_are_pefts(name: str, decay: float, monkeypatch: pytest.Mon
         made_here = create_lorafa_optimizer(ours, 4, 8, 1e-3, decay)
     frozen = {n for n, p in ours.named_parameters() if "lora_A" in n and not p.requires_grad}
     assert frozen == {n for n, _ in ours.named_parameters() if "lora_A" in n}
-    before = copy.deepcopy({n: p for n, p in ours.named_parameters()})
+    before = copy.deepcopy(dict(ours.named_parameters()))
     for _ in range(4):
         step(theirs, theirs_made)
         step(ours, made_here)
@@ -94,7 +98,9 @@ def test_lorafa_steps_are_pefts(name: str, decay: float, monkeypatch: pytest.Mon
 def test_lorafa_says_the_scaling_of_each_layer() -> None:
     ours = made(face, {"default": CASES["patterns"]})
     group = create_lorafa_optimizer(ours, 4, 8, 1e-3).param_groups[0]
-    said = {n.split(".")[-4]: s for n, s in zip(group["names"], group["scaling_factors"], strict=True)}
+    said = {
+        n.split(".")[-4]: s for n, s in zip(group["names"], group["scaling_factors"], strict=True)
+    }
     assert said == {"q_proj": 0.75, "v_proj": 4.0}
 
 
@@ -115,7 +121,8 @@ def test_lorafa_resumes() -> None:
 
 def test_lorafa_trains_the_factor_of_an_embedding_that_starts_at_zero() -> None:
     """PEFT trains the other one, whose gradient is zero."""
-    model = face.get_peft_model(tiny.llama(num_hidden_layers=1), face.LoraConfig(target_modules=["embed_tokens"]))  # fmt: skip
+    config = face.LoraConfig(target_modules=["embed_tokens"])
+    model = face.get_peft_model(tiny.llama(num_hidden_layers=1), config)
     optimizer = create_lorafa_optimizer(model, 8, 8, 1e-3)
     (name,) = optimizer.param_groups[0]["names"]
     assert "lora_embedding_A" in name
@@ -142,3 +149,20 @@ def test_what_does_not_fit() -> None:
     tt.attach(other, "ia3", "a")
     with pytest.raises(UnsupportedError, match="ia3"):
         create_lorafa_optimizer(other, 4, 8, 1e-3)
+
+
+@pytest.mark.parametrize("name", ["plain", "patterns", "dora", "embedding", "head"])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_riemannian_steps_are_pefts(name: str, kind: Any) -> None:
+    theirs, ours = both({"default": CASES[name]})
+    theirs_made = peft.optimizers.create_riemannian_optimizer(theirs, kind, lr=1e-3, reg=0.1)
+    made_here = create_riemannian_optimizer(ours, kind, lr=1e-3, reg=0.1)
+    for _ in range(3):
+        step(theirs, theirs_made)
+        step(ours, made_here)
+    compared(ours, theirs, 2e-5)
+    with pytest.raises(UnsupportedError, match="closure"):
+        made_here.step(lambda: 0.0)
+    ours.base_model.set_requires_grad("default", False)
+    with pytest.raises(ConfigError, match="both"):
+        create_riemannian_optimizer(ours, kind, lr=1e-3)

@@ -22,7 +22,8 @@ from trimtab.errors import (
     UnknownNameError,
     UnsupportedError,
 )
-from trimtab.peft.weighted import KINDS, Combination, combined
+from trimtab.peft.combination import KINDS, Combination
+from trimtab.peft.weighted import combined
 
 PLAIN: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 OTHER: dict[str, Any] = {**PLAIN, "lora_alpha": 12, "target_modules": ["v_proj", "down_proj"]}
@@ -278,6 +279,28 @@ def test_different_methods_are_combined_by_their_changes() -> None:
             parts = zip("abc", (0.5, 2.0, 1.0), strict=True)
             expected = sum(w * (weights[n][key] - bare) for n, w in parts)
             torch.testing.assert_close(weights["new"][key] - bare, expected, **WHOLE)
+
+
+def test_norms_are_combined_by_what_they_add() -> None:
+    model = tiny.llama(num_hidden_layers=1)
+    adapters = [
+        shaken(tt.attach(model, f"norms(targets={targets})", name), seed=seed)
+        for seed, (name, targets) in enumerate(
+            {"a": "['norms']", "b": "['input_layernorm']"}.items()
+        )
+    ]
+    new = combined(model, ["a", "b"], [0.5, -2.0], "new", Combination("svd"))
+    assert new.method.kind == "norms"
+    for key, tensor in new.tensors.items():
+        path = key.split(".ln_tuning_layers")[0]
+        frozen = model.get_submodule(path).get_parameter("base_layer.weight")
+        parts = zip(adapters, (0.5, -2.0), strict=True)
+        added = sum(w * (a.tensors[key] - frozen) for a, w in parts if key in a.tensors)
+        torch.testing.assert_close(tensor, frozen + added, **WHOLE)
+    tt.attach(model, new)
+    assert not torch.equal(acting(model, "new"), acting(model, None))
+    with pytest.raises(UnsupportedError, match="vector"):
+        combined(model, ["a", "b"], [1.0, 1.0], "other", Combination("svd", rank=2))
 
 
 def test_experts_are_combined_one_by_one() -> None:

@@ -1,4 +1,6 @@
-"""Optimisers for LoRA by the names of ``peft.optimizers``: LoRA+ as parameter groups, LoRA-FA as steps."""
+"""Optimisers for LoRA by the names of ``peft.optimizers``: LoRA+ as parameter groups, LoRA-FA as steps, and
+Riemannian preconditioning before the steps of any other.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,12 @@ from trimtab.errors import ConfigError, UnsupportedError
 from trimtab.methods.lora import LoRA
 from trimtab.peft.find import root_of, tuner_of
 
-__all__ = ["LoraFAOptimizer", "create_lorafa_optimizer", "create_loraplus_optimizer"]
+__all__ = [
+    "LoraFAOptimizer",
+    "create_lorafa_optimizer",
+    "create_loraplus_optimizer",
+    "create_riemannian_optimizer",
+]
 
 
 def create_loraplus_optimizer(
@@ -252,3 +259,61 @@ def _compare(
                 "which hold.",
                 stacklevel=3,
             )
+
+
+def create_riemannian_optimizer(
+    model: nn.Module,
+    optimizer_cls: type[Optimizer],
+    *,
+    lr: float,
+    reg: float = 1e-2,
+    **kwargs: Any,
+) -> Optimizer:
+    """An optimiser whose steps see the gradients of LoRA's factors preconditioned (arXiv 2402.02347):
+
+        g_A ← (Bᵀ B + reg I)⁻¹ g_A,   g_B ← g_B (A Aᵀ + reg I)⁻¹
+
+    Only pairs of matrices that are both trained are; factors of embeddings, convolutions and experts are not.
+
+    Raises:
+        ConfigError: there is no such pair.
+        UnsupportedError: at a step with a closure, which would make gradients anew after this.
+    """
+    pairs = [
+        (a, b)
+        for adapter in bank_of(root_of(model)).adapters.values()
+        for name, a in adapter.named().items()
+        if name.slot == FACTORS[0]
+        and (b := adapter.named()[TensorName(name.path, FACTORS[1])]).dim() == a.dim() == 2
+        and a.requires_grad
+        and b.requires_grad
+    ]
+    if not pairs:
+        raise ConfigError("no LoRA of this model is trained in both of its factors.")
+
+    @torch.no_grad()
+    def precondition(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if any(value is not None for value in (*args[1:], *kwargs.values())):
+            raise UnsupportedError(
+                "a step with a closure makes gradients anew, after they were preconditioned; call backward yourself, "
+                "then step()."
+            )
+        for a, b in pairs:
+            of_a, of_b = _inverse(b.mT @ b, reg), _inverse(a @ a.mT, reg)
+            if a.grad is not None:
+                a.grad.copy_(of_a @ a.grad.to(of_a.dtype))
+            if b.grad is not None:
+                b.grad.copy_(b.grad.to(of_b.dtype) @ of_b)
+
+    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer: Any = optimizer_cls
+    made: Optimizer = optimizer(learnt, lr=lr, **kwargs)
+    made.register_step_pre_hook(precondition)
+    return made
+
+
+def _inverse(gram: Tensor, reg: float) -> Tensor:
+    """Of a small symmetric matrix with ``reg`` added to its diagonal, in fp32 or wider."""
+    wide = gram.to(torch.promote_types(gram.dtype, torch.float32))
+    eye = torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)
+    return torch.linalg.pinv(wide + reg * eye, hermitian=True)

@@ -21,10 +21,11 @@ from trimtab.adapt.merge import fold, merge_in_place, unmerge
 from trimtab.adapt.site import BASE, SiteBase
 from trimtab.adapt.tree import sites_of
 from trimtab.errors import AttachError, DuplicateNameError, UnknownNameError, suggest
+from trimtab.peft.combination import Combination, Signs
 from trimtab.peft.config import PeftConfig
 from trimtab.peft.kin import register
 from trimtab.peft.schedule import Schedule, with_losses
-from trimtab.peft.weighted import Combination, Signs, combined, config_of
+from trimtab.peft.weighted import combined, config_of
 
 
 class Tuner(nn.Module):

@@ -15,9 +15,13 @@ is of the factors A and B, as in PEFT. Their pruned products are then added exac
 
     Σ √w_i B_i · Σ √w_j A_j,   in which every B_i meets every A_j,
 
-so its ``linear``, ``magnitude_prune`` and ``dare_linear`` have products that belong to no adapter, and ours have not.
+so its ``linear``, ``magnitude_prune`` and ``dare_linear`` have products that belong to no adapter, and ours have not
+(the rank is the sum of the ranks, as in ``cat``).
 ``ties`` and ``dare_ties`` of factors elect signs entry by entry among factors that have no common order, and so can
 only be what they are in PEFT, with those products; ``ties_svd`` and ``dare_ties_svd`` are the methods of the papers.
+
+Methods that are no LoRA are summed exactly where they have a sum of their own (`trimtab.add`), or else by ΔW, as a
+LoRA of all the rank that it takes; of ``svd_rank`` for the kinds with ``svd``, which must then be said.
 """
 
 from __future__ import annotations
@@ -26,18 +30,18 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.adapt.adapter import Adapter
+from trimtab.adapt.adapter import Adapter, SiteSpec, TensorName
 from trimtab.adapt.arithmetic import add
 from trimtab.adapt.bank import bank_of
+from trimtab.adapt.contract import Place
 from trimtab.adapt.factors import joined
-from trimtab.adapt.site import ExpertsSite
-from trimtab.errors import ConfigError, DuplicateNameError, UnsupportedError, suggest
+from trimtab.adapt.replaced import Replaced
+from trimtab.adapt.site import ExpertsSite, SiteBase
+from trimtab.errors import ConfigError, DuplicateNameError, UnsupportedError
 from trimtab.methods.lora import LoRA
 from trimtab.peft.changes import (
     Change,
@@ -52,92 +56,8 @@ from trimtab.peft.changes import (
     with_trained,
     without_trained,
 )
+from trimtab.peft.combination import Combination
 from trimtab.peft.config import PeftConfig
-
-KINDS = (
-    "svd", "linear", "cat", "ties", "ties_svd", "dare_ties", "dare_linear", "dare_ties_svd", "dare_linear_svd",
-    "magnitude_prune", "magnitude_prune_svd",
-)  # fmt: skip
-Signs = Literal["total", "frequency"]
-
-
-@dataclass(frozen=True)
-class Combination:
-    """How adapters are combined. Raises `ConfigError` for options that do not fit."""
-
-    kind: str
-    rank: int | None = None
-    clamp: float | None = None
-    driver: str | None = None
-    density: float | None = None
-    signs: Signs = "total"
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            hint = suggest(self.kind, KINDS) or f" Known: {', '.join(KINDS)}."
-            raise ConfigError(f"there is no combination_type {self.kind!r}.{hint}")
-        if self.signs not in ("total", "frequency"):
-            raise ConfigError(
-                f"majority_sign_method is 'total' or 'frequency', not {self.signs!r}."
-            )
-        if self.prunes and self.density is None:
-            raise ConfigError(
-                f"{self.kind} needs density, the share of entries that stay (0 to 1)."
-            )
-        if self.density is not None and not (self.prunes and 0 < self.density <= 1):
-            what = "above 0 and at most 1" if self.prunes else f"nothing that {self.kind} has"
-            raise ConfigError(f"density is {what}; it was {self.density!r}.")
-        if not self.cuts and (self.rank is not None or self.clamp is not None):
-            instead = f"{self.kind}_svd" if self.prunes else "svd"
-            raise ConfigError(
-                f"{self.kind} keeps all ranks; svd_rank and svd_clamp are for {instead}."
-            )
-        if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
-            raise ConfigError(f"svd_rank must be a whole number above 0, not {self.rank!r}.")
-        if self.clamp is not None and not 0 < self.clamp <= 1:
-            raise ConfigError(
-                f"svd_clamp is a quantile, above 0 and at most 1, not {self.clamp!r}."
-            )
-        if self.driver is not None and not torch.cuda.is_available():
-            raise ConfigError("svd_driver chooses a routine of CUDA; leave it out on a CPU.")
-
-    @property
-    def prunes(self) -> bool:
-        return self.kind.removesuffix("_svd") not in ("svd", "linear", "cat")
-
-    @property
-    def votes(self) -> bool:
-        return "ties" in self.kind
-
-    @property
-    def cuts(self) -> bool:
-        """Whether the result is the nearest of some rank."""
-        return self.kind.endswith("svd")
-
-    @property
-    def sums(self) -> bool:
-        """Whether it is a weighted sum of the adapters as they are."""
-        return not self.prunes or (self.density == 1 and not self.votes)
-
-    def pruned(self, tensor: Tensor) -> Tensor:
-        """What is left of one adapter's tensor."""
-        if self.density is None or self.density == 1:
-            return tensor
-        if self.kind.startswith("dare"):
-            kept = torch.bernoulli(torch.full_like(tensor, self.density))
-            return tensor * kept / self.density
-        largest = tensor.abs().flatten().topk(int(self.density * tensor.numel())).indices
-        return tensor * torch.zeros_like(tensor).flatten().index_fill(0, largest, 1).view_as(tensor)
-
-    def combine(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        """One tensor of several adapters' alike ones."""
-        left = torch.stack([self.pruned(tensor) for tensor in tensors])
-        weighted = left * left.new_tensor(weights).view(-1, *(1,) * (left.dim() - 1))
-        if not self.votes:
-            return weighted.sum(0)
-        total = (left if self.signs == "total" else left.sign()).sum(0)
-        agree = left.sign() == torch.where(total >= 0, 1, -1)
-        return (weighted * agree).sum(0) / agree.sum(0).clamp_min(1)
 
 
 def combined(
@@ -168,7 +88,7 @@ def combined(
         )
     if not all(math.isfinite(weight) for weight in weights):
         raise ConfigError(f"weights must be finite numbers, not {list(weights)}.")
-    result = _exact(model, found, weights, name, how)
+    result = _exact(model, found, weights, name, how) or _copies(model, found, weights, name, how)
     if result is None and not how.cuts and how.prunes and _factors(model, adapters):
         result = lora_of(model, name, list(_of_factors(model, adapters, weights, how)), found)
     if result is None:
@@ -216,6 +136,45 @@ def _uneven(model: nn.Module, name: str) -> bool:
 
 def _all_lora(adapters: Iterable[Adapter]) -> bool:
     return all(isinstance(m, LoRA) for adapter in adapters for m in adapter.method.members)
+
+
+@torch.no_grad()
+def _copies(
+    model: nn.Module,
+    found: Sequence[Adapter],
+    weights: Sequence[float],
+    name: str,
+    how: Combination,
+) -> Adapter | None:
+    """Copies of layers (norm tuning, full training): what they add to the frozen ones, in one copy."""
+    methods = [adapter.method for adapter in found]
+    alike = {method.kind for method in methods} == {methods[0].kind}
+    if not alike or not all(isinstance(method, Replaced) for method in methods):
+        return None
+    if how.rank is not None or how.clamp is not None or (how.cuts and how.kind != "svd"):
+        return None
+    places: dict[SiteSpec, SiteBase] = {}
+    for site, path in edited(model, [adapter.name for adapter in found]):
+        places[SiteSpec(path, "", 0)] = site
+    if any(isinstance(site, ExpertsSite) for site in places.values()):
+        return None
+    scales = bank_of(model).scales
+    tensors: dict[TensorName, Tensor] = {}
+    for spec, site in places.items():
+        frozen = layer_of(site, spec.path).stored()
+        holders = [(a, w) for a, w in zip(found, weights, strict=True) if a.at_site(spec.path)]
+        far = [
+            w * scales.get(a.name, 1.0) * edits_at(site, a.name, spec.path)[0].scale
+            for a, w in holders
+        ]
+        for slot in holders[0][0].at_site(spec.path):
+            base = frozen[slot.rpartition(".")[2]].float()
+            added = [a.at_site(spec.path)[slot].float() - base for a, _ in holders]
+            tensors[TensorName(spec.path, slot)] = base + how.combine(added, far)
+    same = all(set(adapter.sites) == set(found[0].sites) for adapter in found)
+    method = methods[0] if same else methods[0].aimed([Place(spec.path) for spec in places])
+    result = Adapter(name, method, list(places), tensors, origin=found[0].origin)
+    return with_trained(result, found)
 
 
 # -- factors ------------------------------------------------------------------------------------------
