@@ -48,7 +48,7 @@ def filled(model: nn.Module, adapter: str | None = None, scale: float = 0.1) -> 
     """Give what is trained (of one adapter, if it is named) values by its name; those names."""
     names = []
     for name, parameter in model.named_parameters():
-        mine = parameter.requires_grad if adapter is None else f".{adapter}" in name
+        mine = parameter.requires_grad if adapter is None else f".{adapter}." in f"{name}."
         if mine:
             plain = plain_name(name)
             parameter.copy_(draw(plain, parameter, scale))

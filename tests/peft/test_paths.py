@@ -15,7 +15,7 @@ def test_paths_that_users_import() -> None:
     from trimtab.peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
     assert PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType.IA3] is IA3Config is peft.IA3Config
-    assert not hasattr(tuners, "get_peft_model") and LoraConfig is peft.LoraConfig
+    assert tuners.LoHaConfig is peft.LoHaConfig and LoraConfig is peft.LoraConfig
     config = LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM")
     model = peft.get_peft_model(tiny.llama(), config)
     model.add_adapter("other", IA3Config(target_modules=["v_proj"], feedforward_modules=[]))

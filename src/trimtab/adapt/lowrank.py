@@ -256,7 +256,7 @@ class LowRank(Method):
     def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
         return {
             "r": self.rank,
-            "lora_alpha": self.alpha,
+            "lora_alpha": int(self.alpha) if self.alpha.is_integer() else self.alpha,
             "lora_dropout": self.dropout,
             "use_rslora": self.rslora,
             "bias": self.bias,

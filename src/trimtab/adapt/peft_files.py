@@ -56,9 +56,7 @@ def from_peft(
         config = {**config, "trainable_token_indices": None}
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     method = next(
-        found
-        for cls in of_peft_type(kind)
-        if (found := cls.from_peft(config, shapes)) is not None
+        found for cls in of_peft_type(kind) if (found := cls.from_peft(config, shapes)) is not None
     )
     if tokens:
         method = _with_tokens(folder, method, tokens, tensors)

@@ -150,6 +150,12 @@ class Tuner(nn.Module):
             self.set_adapter(self.active_adapters)
 
     @property
+    def targeted_module_names(self) -> list[str]:
+        """The modules that any adapter edits."""
+        paths = (site.path for adapter in self.adapters.values() for site in adapter.sites)
+        return list(dict.fromkeys(paths))
+
+    @property
     def bank(self) -> Bank | None:
         return find_bank(self.model)
 

@@ -43,7 +43,7 @@ for step in range(STEPS):
 with torch.no_grad():
     logits = kit.total(model.eval()(**kit.padded()))
 results = {
-    "printed": kit.printed(model),
+    "trained": model.get_nb_trainable_parameters()[0],
     "names": names,
     "losses": losses,
     "kept": kept,

@@ -1,4 +1,4 @@
-"""New adapters out of old ones: every kind of `add_weighted_adapter` that draws no random numbers."""
+"""New adapters out of old ones: the kinds of `add_weighted_adapter` that draw no random numbers and mix no factors."""
 
 from peft import LoraConfig, get_peft_model
 
@@ -18,12 +18,10 @@ kit.filled(model, "b")
 model.eval()
 
 KINDS = {
-    "linear": {},
     "cat": {},
     "svd": {"svd_rank": 8},
     "ties": {"density": 0.5},
     "ties_svd": {"density": 0.5, "svd_rank": 8},
-    "magnitude_prune": {"density": 0.5},
     "magnitude_prune_svd": {"density": 0.5, "svd_rank": 8},
 }
 outputs = {}
