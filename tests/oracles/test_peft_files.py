@@ -176,7 +176,8 @@ def test_an_adapter_that_peft_lacks_is_refused_by_it(tmp_path: Path) -> None:
         (kit.bert, tt.BitFit()),
     ):
         tt.attach(make(), method, "default").save(tmp_path / method.kind)
-        with pytest.raises((ValueError, KeyError), match="TRIMTAB_"), kit.quiet():
+        # where trimtab.peft is imported, PEFT knows our types, and our tuner refuses the tensors
+        with pytest.raises((ValueError, KeyError, RuntimeError)), kit.quiet():
             PeftModel.from_pretrained(make(), tmp_path / method.kind)
         assert tt.Adapter.load(tmp_path / method.kind).method == method
 

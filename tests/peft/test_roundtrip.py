@@ -22,6 +22,8 @@ from trimtab.peft import (
     PeftConfig,
     PeftModel,
     get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
 )
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -236,6 +238,36 @@ def test_an_encoder_in_training_is_for_us_and_its_table_for_peft(
     with kit.quiet():
         theirs = peft.PeftModel.from_pretrained(case.make(), str(tmp_path / "shared")).eval()  # type: ignore[arg-type]
     kit.assert_close(logits(theirs, case), logits(mine, case), "outputs")
+
+
+def test_sums_of_adapters_of_experts_are_nested_too_or_kept_to_ourselves(tmp_path: Path) -> None:
+    """PEFT would take one parameter's factors for another's."""
+    one, two = (next(c for c in MORE if c.name == n) for n in ("experts", "experts-one"))
+    parts = [ours_of(case).base_model.adapters["default"].detached() for case in (one, two)]
+    for number, others in enumerate(([parts[0], parts[0]], [parts[0], parts[1]])):
+        total = tt.add(others, name="default")
+        model = one.make()
+        tt.attach(model, total)
+        folder = total.save(tmp_path / str(number))
+        assert tt.Adapter.load(folder) == total
+        kind = json.loads((folder / CONFIG).read_text())["peft_type"]
+        assert number == 0 or kind == "TRIMTAB_LORA"
+        if kind == "LORA":
+            with kit.quiet(*QUIET):
+                theirs = peft.PeftModel.from_pretrained(one.make(), str(folder)).eval()  # type: ignore[arg-type]
+            kit.assert_close(logits(theirs, one), logits(model, one), "sum")
+
+
+def test_state_dicts_of_experts_are_nested_as_peft_s() -> None:
+    case = next(case for case in MORE if case.name == "experts")
+    theirs, mine = theirs_of(case), ours_of(case)
+    with kit.quiet(*QUIET):
+        state = peft.get_peft_model_state_dict(theirs)
+    set_peft_model_state_dict(mine, state)
+    kit.assert_close(logits(mine, case), logits(theirs, case), "outputs")
+    again = get_peft_model_state_dict(mine)
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[key], state[key]) for key in state)
 
 
 SAID = {

@@ -269,12 +269,18 @@ def _places(adapter: Adapter) -> list[Place]:
 # -- writing ------------------------------------------------------------------------------------------
 
 
+def in_peft_form(adapter: Adapter) -> bool:
+    """Whether PEFT reads the adapter as it is written."""
+    method = adapter.method
+    nests = method.peft_nests or not experts_of(adapter)
+    return adapter.origin.in_peft and method.peft_reads and nests
+
+
 def _peft_config(adapter: Adapter, bits: int | None) -> dict[str, Any]:
     method = adapter.method
     places = _places(adapter)
     paths = method.wrapped(places)
-    experts = experts_of(adapter)
-    known = adapter.origin.in_peft and method.peft_reads and (method.peft_nests or not experts)
+    experts, known = experts_of(adapter), in_peft_form(adapter)
     own = f"{OWN_TYPE}{method.kind.upper()}" + (f"_INT{bits}" if bits else "")
     base = {
         "peft_type": method.peft_kind if known and not bits else own,

@@ -20,8 +20,9 @@ from trimtab.adapt import slots
 from trimtab.adapt.adapter import Adapter, TensorName
 from trimtab.adapt.bank import bank_of
 from trimtab.adapt.disk import read_tensors
-from trimtab.adapt.files import WEIGHTS, disk_key
+from trimtab.adapt.files import WEIGHTS, disk_key, in_peft_form
 from trimtab.adapt.fingerprint import fingerprint
+from trimtab.adapt.nested import experts_of, folded, unfolded
 from trimtab.adapt.plan import other_base
 from trimtab.adapt.site import BASE, SiteBase
 from trimtab.adapt.slots import memory_name
@@ -68,7 +69,10 @@ def get_peft_model_state_dict(
     adapter = bank_of(model).require(adapter_name)
     root = _root(model)
     values = adapter.named() if state_dict is None else gathered(adapter, _owner(model), state_dict)
-    return {_for(root, disk_key(adapter, n)): tensor.detach() for n, tensor in values.items()}
+    state = {disk_key(adapter, n): tensor.detach() for n, tensor in values.items()}
+    if (experts := experts_of(adapter)) and in_peft_form(adapter):
+        state = folded(state, adapter.method.peft_root, experts)[0]
+    return {_for(root, key): tensor for key, tensor in state.items()}
 
 
 @torch.no_grad()
@@ -81,6 +85,8 @@ def set_peft_model_state_dict(
 ) -> LoadResult:
     """Write tensors, by the keys of a file, into an adapter of a model. All of them, and no other.
 
+    They are in the form that this adapter has in its file: PEFT's, wherever PEFT has the method in these places.
+
     Args:
         ignore_mismatched_sizes: leave a tensor as it is where the given one has another size, with a warning.
         low_cpu_mem_usage: PEFT's; tensors on the meta device are replaced in any case.
@@ -92,6 +98,9 @@ def set_peft_model_state_dict(
     present = adapter.named()
     names = {_bare(disk_key(adapter, name)): name for name in present}
     given = _own_keys(adapter, peft_model_state_dict)
+    if (experts := experts_of(adapter)) and in_peft_form(adapter):
+        options = {"target_parameters": experts, "r": dict(adapter.method)["rank"]}
+        given = unfolded(options, given, f"the state dict for {adapter_name!r}")
     if any(key not in names for key in given):
         given = _without_copies(model, given, names)
     _same_keys(adapter_name, names, given)
