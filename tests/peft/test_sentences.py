@@ -72,3 +72,13 @@ def test_training_gives_the_losses_of_peft(way: str, tmp_path: Path) -> None:
         runs.append((losses(trainer), torch.tensor(model.encode(TEXTS))))
     close(runs[0][0], runs[1][0])
     assert torch.allclose(runs[0][1], runs[1][1], atol=1e-5)
+
+
+def test_an_encoder_is_saved_with_its_adapter_and_loaded(tmp_path: Path) -> None:
+    model = encoder(folder_of(tmp_path))
+    model.add_adapter(ours.LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"]))
+    filled(model)
+    expected = torch.tensor(model.encode(TEXTS))
+    model.save_pretrained(str(tmp_path / "saved"))
+    again = st.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    assert torch.allclose(torch.tensor(again.encode(TEXTS)), expected, atol=1e-6)

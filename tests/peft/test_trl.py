@@ -299,3 +299,13 @@ def test_a_given_configuration_serves_again(tmp_path: Path) -> None:
         counts.append(model.get_nb_trainable_parameters()[0])
     theirs = peft.get_peft_model(base(made, classifier=True), lora(peft, task_type="SEQ_CLS"))
     assert counts == [theirs.get_nb_trainable_parameters()[0]] * 2
+
+
+def test_a_head_trained_in_full_is_refused_by_trl_itself(tmp_path: Path) -> None:
+    """TRL multiplies by ``lm_head.weight`` itself, which is the frozen one here: its own check sees our layer there."""
+    made = tokenizer()
+    config = lora(ours, modules_to_save=["lm_head"])
+    with pytest.raises(ValueError, match="lm_head"):
+        sft(base(made), made, tmp_path, peft_config=config)
+    with pytest.raises(ValueError, match="lm_head"):
+        sft(ours.get_peft_model(base(made), config), made, tmp_path)

@@ -6,8 +6,8 @@ so nothing of PEFT's runs. PEFT's abstract classes take ours by ``register``, wh
 
 TRL's trainers hand a ``peft_config`` to ``peft.get_peft_model`` itself, which looks up the tuner of
 ``config.peft_type`` in the table ``peft.PEFT_TYPE_TO_TUNER_MAPPING``. Our types have names of their own there
-(`trimtab.peft.types.PeftType`), so such a model has our tuner inside. Nothing that PEFT has is changed, and without
-``peft`` none of this is needed or done.
+(`trimtab.peft.types.PeftType`), so such a model has our tuner inside (`trimtab.peft.guest`). Nothing that PEFT has is
+changed, and without ``peft`` none of this is needed or done.
 """
 
 from __future__ import annotations
