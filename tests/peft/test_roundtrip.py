@@ -115,12 +115,8 @@ with kit.quiet(*QUIET):
     ]  # fmt: skip
     REFUSED = [
         method("randlora-sparse", kit.llama, peft.RandLoraConfig(target_modules=QV, r=8, sparse=True)),
-        method("loha-patterns", kit.llama, peft.LoHaConfig(
-            target_modules=QV, r=4, alpha=6, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3})),
         method("loha-effective", kit.convolutions, peft.LoHaConfig(
             target_modules=["line", "square"], r=3, use_effective_conv2d=True)),
-        method("lokr-patterns", kit.llama, peft.LoKrConfig(
-            target_modules=QV, r=2, alpha=6, rank_pattern={"q_proj": 1}, alpha_pattern={"v_proj": 3})),
         method("lokr-conv", kit.convolutions, peft.LoKrConfig(target_modules=["line", "square"], r=2)),
         method("lokr-effective", kit.convolutions, peft.LoKrConfig(
             target_modules=["line", "square"], r=2, use_effective_conv2d=True)),
@@ -131,8 +127,6 @@ with kit.quiet(*QUIET):
         method("boft-conv", kit.convolutions, peft.BOFTConfig(target_modules=["square"], boft_block_size=2)),
         method("boft-num", kit.bert, peft.BOFTConfig(target_modules=["query"], boft_block_size=0, boft_block_num=4)),
         method("hra-conv", kit.convolutions, peft.HRAConfig(target_modules=["square"], r=4)),
-        method("fourierft-pattern", kit.llama, peft.FourierFTConfig(
-            target_modules=QV, n_frequency=20, n_frequency_pattern={"q_proj": 5})),
         method("hira-patterns", kit.llama, peft.HiraConfig(target_modules=QV, r=4, rank_pattern={"q_proj": 2})),
     ]  # fmt: skip
 """Options that the core lacks: never read or written as something else."""

@@ -8,24 +8,22 @@ learns at its own default rate, relative to that of the first, which is the unio
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self, final
 
 from pydantic import Field, field_validator, model_validator
 
 from trimtab.adapt.contract import Method, Params, Place
 from trimtab.adapt.parse import method_from
+from trimtab.adapt.rows_beside import RowsBeside
 from trimtab.models.anatomy import Anatomy
 
 
 @final
-class Union(Method):
+class Union(RowsBeside):
     """``LoRA(rank=8) | Prefix(length=30)``, or ``Union(parts=("lora(rank=8)", "prefix(length=30)"))``."""
 
     kind: ClassVar[str] = "union"
-    disk_beside: ClassVar[Mapping[str, str]] = {
-        "trainable_tokens_delta": "token_adapter.trainable_tokens_delta"
-    }
 
     parts: tuple[Any, ...] = Field(min_length=2)
     """The methods, innermost first."""
@@ -56,34 +54,6 @@ class Union(Method):
 
     def place(self, anatomy: Anatomy) -> Sequence[Place]:
         return [place for part in self.members for place in part.place(anatomy)]
-
-    @property
-    def peft_kind(self) -> str | None:
-        """PEFT's LoRA can train rows of embeddings, too; no other union is in PEFT."""
-        first, *rest = self.members
-        return (
-            "LORA" if first.peft_type == "LORA" and {p.kind for p in rest} == {"tokens"} else None
-        )
-
-    @property
-    def peft_parts(self) -> int:
-        return len(self.members) if self.peft_kind is None else 1
-
-    def in_peft(self, anatomy: Anatomy, places: Sequence[Place]) -> bool:
-        if self.peft_kind is None:
-            return False
-        each = [list(part.place(anatomy)) for part in self.members]
-        paths = [place.path for of_part in each for place in of_part if not place.role]
-        inside = (part.in_peft(anatomy, of) for part, of in zip(self.members, each, strict=True))
-        return all(inside) and len(set(paths)) == len(paths)
-
-    def wrapped(self, places: Sequence[Place]) -> list[str]:
-        return (
-            super().wrapped(places) if self.peft_kind is None else self.members[0].wrapped(places)
-        )
-
-    def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
-        return {} if self.peft_kind is None else self.members[0].to_peft(places)
 
     def remade(self, members: Sequence[Method]) -> Method:
         return self.replace(parts=tuple(members))

@@ -142,7 +142,9 @@ class Anatomy:
         return self._heads_at(path).queries
 
     def tied(self, path: str) -> list[str]:
-        """Other modules whose weight is the very one of the module at a path."""
+        """Other modules whose weight is the very one of the module at a path (of experts: none)."""
+        if path not in self.modules:
+            return []
         weight = self.modules[path]._parameters.get("weight")
         found = [p for p, m in self.modules.items() if m._parameters.get("weight") is weight]
         return [] if weight is None else [other for other in found if other != path]

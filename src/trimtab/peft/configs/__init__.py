@@ -10,15 +10,15 @@ from trimtab.peft.configs import prompts as prompts
 from trimtab.peft.configs import rotations as rotations
 from trimtab.peft.configs import scales as scales
 from trimtab.peft.configs import weights as weights
+from trimtab.peft.guest import Guest
 from trimtab.peft.kin import enter
-from trimtab.peft.tuner import Tuner
 from trimtab.peft.types import on_disk
 
 
 def make_known() -> None:
     """Put all configurations that there are into the tables of ``peft``."""
     for name, cls in CONFIGS.items():
-        enter(name, Tuner, cls.prefix or f"{on_disk(name).lower()}_")
+        enter(name, Guest, cls.prefix or f"{on_disk(name).lower()}_")
 
 
 make_known()
