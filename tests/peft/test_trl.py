@@ -283,7 +283,7 @@ def test_what_pefts_files_cannot_hold_is_refused_with_the_way_out() -> None:
     model = tiny.gpt2()
     before = [name for name, _ in model.named_modules()]
     with pytest.raises(UnsupportedError, match="get_peft_model"):
-        peft.get_peft_model(model, ours.LoHaConfig(target_modules=["c_attn"]))
+        peft.get_peft_model(model, ours.BottleneckConfig(size=2))
     assert [name for name, _ in model.named_modules()] == before
 
 
