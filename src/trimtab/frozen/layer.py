@@ -210,6 +210,7 @@ layers: Registry[type[Layer]] = Registry(
         "embedding": "trimtab.frozen.embedding:EmbeddingLayer",
         "conv": "trimtab.frozen.conv:ConvLayer",
         "norm": "trimtab.frozen.norm:NormLayer",
+        "lowbit": "trimtab.frozen.lowbit:LowBitLayer",
         "opaque": "trimtab.frozen.opaque:OpaqueLinear",
     },
 )
