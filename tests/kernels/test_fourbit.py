@@ -78,6 +78,8 @@ def test_it_is_bitsandbytes(kind: str, shape: tuple[int, int], dtype: torch.dtyp
     assert torch.equal(state.state2.absmax, nested.outer)
     assert state.offset == nested.mean
     apart = (state.absmax.int() - nested.scales.int()).abs()
-    if len(apart) > 1:  # of a single scale nothing is left once the mean is off, and any code means zero
+    if (
+        len(apart) > 1
+    ):  # of a single scale nothing is left once the mean is off, and any code means zero
         assert int(apart.max()) <= 1
         assert float((apart > 0).float().mean()) < 0.01

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trimtab.frozen.lowbit import LowBitLinear
-from trimtab.kernels.fourbit import BLOCK, FourBit, Kind, dequantise, quantise
+from trimtab.kernels.fourbit import BLOCK, FourBit, dequantise, quantise
 
 
 class FourBitLinear(LowBitLinear):
@@ -48,10 +48,3 @@ class FourBitLinear(LowBitLinear):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return dequantise(self.packed, dtype)
-
-    @property
-    def bits(self) -> float:
-        return 8 * self.packed.nbytes / (self.in_features * self.out_features)
-
-
-__all__ = ["FourBitLinear", "Kind"]

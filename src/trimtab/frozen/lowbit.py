@@ -35,12 +35,13 @@ class LowBitLinear(nn.Module):
         """The weight Ŵ_OI as a dense tensor."""
 
     @property
-    @abstractmethod
     def bits(self) -> float:
         """Stored bits per weight, scales included."""
+        stored = sum(8 * buffer.numel() * buffer.element_size() for buffer in self.buffers())
+        return stored / (self.in_features * self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _Frozen.apply(x, self) if x.requires_grad else F.linear(x, self.dense(x.dtype))
+        y: Tensor = _Frozen.apply(x, self)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _hold(self, bias: Tensor | None) -> None:
@@ -52,7 +53,7 @@ class LowBitLinear(nn.Module):
         probe = fn(torch.empty(0, dtype=self.compute_dtype))
         if probe.is_floating_point():
             self.compute_dtype = probe.dtype
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in kept.items():
             now = self._buffers[name]
             if now is not None and now.dtype != buffer.dtype:
@@ -72,7 +73,7 @@ class _Frozen(torch.autograd.Function):
         return F.linear(x, module.dense(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad,) = grads
         return grad @ ctx.module.dense(grad.dtype), None
 

@@ -58,7 +58,9 @@ class FourBit:
         return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
 
-def quantise(weight: Tensor, kind: Kind = "nf4", *, block: int = BLOCK, nested: bool = True) -> FourBit:
+def quantise(
+    weight: Tensor, kind: Kind = "nf4", *, block: int = BLOCK, nested: bool = True
+) -> FourBit:
     """Round a weight to four bits; ``nested`` quantises the scales too."""
     flat = weight.detach().reshape(-1)
     size = PIECE // block * block
@@ -79,7 +81,9 @@ def dequantise(packed: FourBit, dtype: torch.dtype = torch.float32) -> Tensor:
     count = 1
     for size in packed.shape:
         count *= size
-    out = torch.empty(-(-count // packed.block) * packed.block, dtype=dtype, device=packed.codes.device)
+    out = torch.empty(
+        -(-count // packed.block) * packed.block, dtype=dtype, device=packed.codes.device
+    )
     rows, codes = out.view(-1, packed.block), packed.codes
     if rows.numel() > 2 * codes.numel():
         codes = torch.nn.functional.pad(codes, (0, rows.numel() // 2 - codes.numel()))
@@ -151,7 +155,12 @@ def _pairs(kind: str, device: torch.device) -> Tensor:
     """The two fp32 values of each byte as one word of 64 bits: a gather of words is several times as fast."""
     table = torch.tensor(TABLES[kind], dtype=torch.float32, device=device)
     byte = torch.arange(256, device=device)
-    return torch.stack([table[byte >> 4], table[byte & 15]], 1).contiguous().view(torch.int64).flatten()
+    return (
+        torch.stack([table[byte >> 4], table[byte & 15]], 1)
+        .contiguous()
+        .view(torch.int64)
+        .flatten()
+    )
 
 
 @cache
