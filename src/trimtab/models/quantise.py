@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from trimtab.frozen.eightbit import Fp8Linear, Int8Linear
 from trimtab.frozen.fourbit import FourBitLinear
 from trimtab.frozen.lowbit import LowBitLinear
+from trimtab.models.stored import PARTS, read
 
 Format = Literal["nf4", "fp4", "int8", "fp8"]
 NAME = "trimtab"
@@ -37,12 +38,28 @@ FORMATS: Mapping[str, Callable[[Tensor, Tensor | None], LowBitLinear]] = {
 
 @register_quantization_config(NAME)
 class StorageConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """How weights are stored: the format, and which modules are left alone (names, ends of names, or globs)."""
+    """How weights are to be stored: the format, and which modules are left alone (names, ends of names, or globs);
+    or how those of a checkpoint of bitsandbytes are stored already (see `trimtab.models.stored`)."""
 
-    def __init__(self, format: Format = "nf4", exempt: Sequence[str] = (), **_: Any) -> None:
+    def __init__(
+        self,
+        format: Format = "nf4",
+        exempt: Sequence[str] = (),
+        stored: str | None = None,
+        **_: Any,
+    ) -> None:
         self.quant_method = NAME
         self.format = format
         self.exempt = list(exempt)
+        self.stored = stored
+
+    @classmethod
+    def of_checkpoint(cls, config: Mapping[str, Any]) -> StorageConfig | None:
+        """What the ``quantization_config`` of a checkpoint says, if Trimtab reads it itself."""
+        if config.get("quant_method") != "bitsandbytes":
+            return None
+        stored = "8bit" if config.get("load_in_8bit") else "4bit"
+        return cls(exempt=config.get("llm_int8_skip_modules") or (), stored=stored)
 
 
 @register_quantizer(NAME)
@@ -76,12 +93,47 @@ class Quantiser(HfQuantizer):  # type: ignore[misc]
     def get_quantize_ops(self) -> ConversionOps:
         return _Round(self.quantization_config.format)
 
+    @property
+    def serialized_names(self) -> dict[str, list[str]]:
+        stored = self.quantization_config.stored
+        return {} if stored is None else {"weight": [*PARTS[stored]]}
+
+    def get_load_operations(self) -> dict[str, Any]:
+        return {"deserialize": _Take}
+
     def is_serializable(self) -> bool:
         return False
 
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+class _Take(ConversionOps):  # type: ignore[misc]
+    """Take one weight as it is stored and put the layer that holds it into the model."""
+
+    def __init__(self, quantiser: Quantiser) -> None:
+        self.hf_quantizer = quantiser  # by which transformers knows that nothing is to be cast before
+        self.stored = str(quantiser.quantization_config.stored)
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        parts = {name: v[0] if isinstance(v, list) else v for name, v in input_dict.items()}
+        name = kwargs["full_layer_name"]
+        if len(parts) == 1 and parts["weight"].is_floating_point():
+            # a norm, an embedding, or a layer that was left alone
+            return {"weight": parts["weight"].to(kwargs["model"].get_parameter(name).dtype)}
+        path = name.rpartition(".")[0]
+        old = kwargs["model"].get_submodule(path)
+        dtype = kwargs["model"].dtype
+        _put(kwargs["model"], path, read(self.stored, path, parts, old.bias, dtype))
+        kwargs["missing_keys"].discard(f"{path}.weight")
+        return {}
+
+
+def _put(model: nn.Module, path: str, layer: nn.Module) -> None:
+    layer._is_hf_initialized = True  # type: ignore[assignment]
+    parent, _, child = path.rpartition(".")
+    model.get_submodule(parent).add_module(child, layer)
 
 
 class _Round(ConversionOps):  # type: ignore[misc]
@@ -98,8 +150,6 @@ class _Round(ConversionOps):  # type: ignore[misc]
         path = name.rpartition(".")[0]
         old = model.get_submodule(path)
         new = FORMATS[self.format](weight, old.bias)  # type: ignore[arg-type]
-        new._is_hf_initialized = True  # type: ignore[assignment]
-        parent, _, child = path.rpartition(".")
-        model.get_submodule(parent).add_module(child, new)
+        _put(model, path, new)
         kwargs["missing_keys"].discard(name)
         return {}  # it is in its place already
