@@ -12,6 +12,7 @@ from trimtab.kernels import eightbit
 class Int8Linear(LowBitLinear):
     """A linear layer in int8 with one scale a row."""
 
+    kind = "int8"
     codes: Tensor
     scales: Tensor
 
@@ -35,6 +36,7 @@ class Int8Linear(LowBitLinear):
 class Fp8Linear(LowBitLinear):
     """A linear layer in fp8 (E4M3) with one scale for each block of 128 × 128."""
 
+    kind = "fp8"
     codes: Tensor
     scales: Tensor
 

@@ -9,6 +9,7 @@ There is no gradient for W. A format is one class: how it makes a stored weight 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from trimtab.frozen.linear import LinearMap
 class LowBitLinear(nn.Module):
     """A frozen linear layer in few bits. Abstract; its buffers are the stored weight."""
 
+    kind: str
+    """The name of the format."""
     bias: Tensor | None
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
@@ -106,6 +109,9 @@ class LowBitLayer(LinearMap):
     def bias(self) -> Tensor | None:
         bias = self.module.bias
         return None if bias is None else bias.to(self.dtype)
+
+    def holding(self) -> Iterable[Tensor]:
+        return self.module.buffers()
 
     def stored(self) -> dict[str, Tensor]:
         raise UnsupportedError(

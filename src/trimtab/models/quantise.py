@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,14 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from trimtab.errors import TargetError, suggest
+from trimtab.frozen import Layer, view
 from trimtab.frozen.eightbit import Fp8Linear, Int8Linear
 from trimtab.frozen.fourbit import FourBitLinear
+from trimtab.frozen.linear import Conv1DLayer, LinearLayer
 from trimtab.frozen.lowbit import LowBitLinear
 from trimtab.models.stored import PARTS, read
 
-Format = Literal["nf4", "fp4", "int8", "fp8"]
 NAME = "trimtab"
 FORMATS: Mapping[str, Callable[[Tensor, Tensor | None], LowBitLinear]] = {
     "nf4": partial(FourBitLinear.of, kind="nf4"),
@@ -36,6 +38,63 @@ FORMATS: Mapping[str, Callable[[Tensor, Tensor | None], LowBitLinear]] = {
 """Name -> how a layer in that format is made of a dense weight and a bias."""
 
 
+def targets(model: PreTrainedModel, exempt: Sequence[str]) -> set[str]:
+    """The linear layers that are stored in few bits.
+
+    Raises:
+        TargetError: an exemption matches nothing.
+    """
+    whole = (
+        getattr(model, "_keep_in_fp32_modules", None) or ()
+    )  # what the architecture itself wants wide
+    kept = [name for name in (*HfQuantizer.get_modules_to_not_convert(model), *whole) if name]
+    linear = [name for name, module in model.named_modules() if _dense(module) is not None]
+    for pattern in exempt:
+        found = [name for name in linear if _matches(name, pattern)]
+        if not found:
+            raise TargetError(
+                f"exempt: {pattern!r} matches no linear layer of {type(model).__name__}."
+                f"{suggest(pattern, {name.rpartition('.')[2] for name in linear})}"
+            )
+        kept += found
+    return {name for name in linear if not any(_within(name, one) for one in kept)}
+
+
+def _dense(module: nn.Module) -> Layer | None:
+    """The view of a dense linear layer."""
+    found = view(module)
+    return found if isinstance(found, LinearLayer | Conv1DLayer) else None
+
+
+def _round(module: nn.Module, weight: Tensor, format: str) -> LowBitLinear:
+    """A layer like this one with this weight, in few bits."""
+    old = _dense(module)
+    if old is None:
+        raise AssertionError("chosen because it is one")
+    return FORMATS[format](old.orient(weight), module._parameters.get("bias"))
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return _within(name, pattern) or fnmatch.fnmatchcase(name, pattern)
+
+
+def _within(name: str, path: str) -> bool:
+    """Whether a module is the one at a path, or at the end of one, or inside it."""
+    return f".{path}." in f".{name}."
+
+
+@torch.no_grad()
+def rounded(model: PreTrainedModel, format: str, exempt: Sequence[str]) -> list[str]:
+    """Round the linear layers of a dense model in place, one by one; the formats of the new layers."""
+    kinds = []
+    for name in sorted(targets(model, exempt)):
+        old: Any = model.get_submodule(name)
+        new = _round(old, old.weight, format)
+        _put(model, name, new)
+        kinds.append(new.kind)
+    return kinds
+
+
 @register_quantization_config(NAME)
 class StorageConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How weights are to be stored: the format, and which modules are left alone (names, ends of names, or globs);
@@ -43,7 +102,7 @@ class StorageConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __init__(
         self,
-        format: Format = "nf4",
+        format: str = "nf4",
         exempt: Sequence[str] = (),
         stored: str | None = None,
         **_: Any,
@@ -70,21 +129,7 @@ class Quantiser(HfQuantizer):  # type: ignore[misc]
     requires_calibration = False
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        kept = set(self.get_modules_to_not_convert(model))
-        self.targets = {
-            name
-            for name, module in model.named_modules()
-            if type(module) is nn.Linear and not self._exempt(name, kept)
-        }
-
-    def _exempt(self, name: str, kept: set[str]) -> bool:
-        ends = {name.rpartition(".")[2], name}
-        if any(name == one or name.startswith(f"{one}.") for one in kept):
-            return True
-        return any(
-            pattern in ends or name.endswith(f".{pattern}") or fnmatch.fnmatchcase(name, pattern)
-            for pattern in self.quantization_config.exempt
-        )
+        self.targets = targets(model, self.quantization_config.exempt)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
         path, name = param_name.rpartition(".")[::2]
@@ -113,7 +158,9 @@ class _Take(ConversionOps):  # type: ignore[misc]
     """Take one weight as it is stored and put the layer that holds it into the model."""
 
     def __init__(self, quantiser: Quantiser) -> None:
-        self.hf_quantizer = quantiser  # by which transformers knows that nothing is to be cast before
+        self.hf_quantizer = (
+            quantiser  # by which transformers knows that nothing is to be cast before
+        )
         self.stored = str(quantiser.quantization_config.stored)
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
@@ -139,7 +186,7 @@ def _put(model: nn.Module, path: str, layer: nn.Module) -> None:
 class _Round(ConversionOps):  # type: ignore[misc]
     """Round one weight and put the layer that holds it into the model."""
 
-    def __init__(self, format: Format) -> None:
+    def __init__(self, format: str) -> None:
         self.format = format
 
     @torch.no_grad()
@@ -148,8 +195,6 @@ class _Round(ConversionOps):  # type: ignore[misc]
         weight: Tensor = value[0] if isinstance(value, list) else value
         model: nn.Module = kwargs["model"]
         path = name.rpartition(".")[0]
-        old = model.get_submodule(path)
-        new = FORMATS[self.format](weight, old.bias)  # type: ignore[arg-type]
-        _put(model, path, new)
+        _put(model, path, _round(model.get_submodule(path), weight, self.format))
         kwargs["missing_keys"].discard(name)
         return {}  # it is in its place already

@@ -73,7 +73,9 @@ def _eight_bits(
     path: str, parts: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype
 ) -> Int8Linear:
     if "SCB" not in parts:
-        raise ModelError(f"{path}: the checkpoint lacks SCB, the scales of its rows; download it again.")
+        raise ModelError(
+            f"{path}: the checkpoint lacks SCB, the scales of its rows; download it again."
+        )
     layout = parts.get("weight_format")
     if layout is not None and int(layout) != 0:
         raise ModelError(
