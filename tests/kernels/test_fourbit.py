@@ -11,6 +11,7 @@ from trimtab.kernels.fourbit import (
     dequantise,
     dynamic_table,
     quantise,
+    unpacked,
 )
 
 SHAPES = [(512, 384), (33, 70), (7, 9), (1, 1), (64, 1)]
@@ -71,6 +72,7 @@ def test_it_is_bitsandbytes(kind: str, shape: tuple[int, int], dtype: torch.dtyp
     assert torch.equal(codes.flatten(), packed.codes)
     assert torch.equal(state.absmax, packed.scales)
     theirs = functional.dequantize_4bit(codes, state)
+    assert torch.equal(theirs, unpacked(packed, block_scales(packed), dtype))
     assert torch.equal(theirs, dequantise(packed, dtype))
     assert torch.equal(functional.create_dynamic_map(), dynamic_table(torch.device("cpu")))
     nested = quantise(weight, kind)  # type: ignore[arg-type]

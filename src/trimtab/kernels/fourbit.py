@@ -10,7 +10,7 @@ too, in blocks of 256 with 8-bit codes of a table of their own, after their mean
     s ≈ table8[code8] · s₂ + mean                                   4 + 8/64 + 32/(64 · 256) = 4.127 bits a weight
 
 The table of NF4 has quantiles of the normal distribution (its zero is exact); that of FP4 has a sign, two bits of
-exponent and one of fraction. Everything here is plain torch and runs anywhere.
+exponent and one of fraction. All is plain torch and runs anywhere; bitsandbytes unpacks faster where it is installed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from trimtab.kernels import bnb
 
 BLOCK, OUTER = 64, 256
 PIECE = 1 << 17
@@ -76,8 +78,14 @@ def quantise(
 
 
 def dequantise(packed: FourBit, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The dense weight: products in fp32, rounded once to ``dtype``."""
+    """The dense weight: products in fp32, rounded once to ``dtype``; by bitsandbytes where it is there."""
     scales = block_scales(packed)
+    fast = bnb.dequantised(packed.codes, scales, packed.block, packed.kind, packed.shape, dtype)
+    return unpacked(packed, scales, dtype) if fast is None else fast
+
+
+def unpacked(packed: FourBit, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same in plain torch, a cache's worth at a time."""
     count = 1
     for size in packed.shape:
         count *= size

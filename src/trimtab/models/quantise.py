@@ -179,6 +179,7 @@ class _Take(ConversionOps):  # type: ignore[misc]
 
 def _put(model: nn.Module, path: str, layer: nn.Module) -> None:
     layer._is_hf_initialized = True  # type: ignore[assignment]
+    layer.train(model.get_submodule(path).training)
     parent, _, child = path.rpartition(".")
     model.get_submodule(parent).add_module(child, layer)
 

@@ -57,8 +57,8 @@ def quantising(
 
 
 def settle(model: PreTrainedModel, storage: str | None, exempt: Sequence[str]) -> str | None:
-    """How a loaded model is stored. Layers that came densely are rounded; transformers forgets that it had a hand in it,
-    because it forbids things to models in few bits that ours can do."""
+    """How a loaded model is stored. Layers that came densely are rounded; transformers forgets that it had a hand in
+    it, because it forbids things to models in few bits that ours can do."""
     from trimtab.frozen.lowbit import LowBitLinear
 
     kinds = [module.kind for module in model.modules() if isinstance(module, LowBitLinear)]
