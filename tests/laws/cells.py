@@ -157,7 +157,7 @@ if not hasattr(
 
 REFUSED |= {
     ("full", name): "cannot be trained itself"  # nothing can learn in codes of four bits
-    for name in ("llama-nf4", "gpt2-int8", "bert-fp8", "t5-fp4")
+    for name in ("llama-nf4", "gpt2-int8", "bert-fp8")
 }
 
 NOT_MERGEABLE = {

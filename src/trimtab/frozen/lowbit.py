@@ -48,7 +48,7 @@ class LowBitLinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _hold(self, bias: Tensor | None) -> None:
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.bias = bias if bias is None else nn.Parameter(bias.detach(), bias.requires_grad)
 
     def _apply(self, fn: Any, recurse: bool = True) -> LowBitLinear:
         """``.to(dtype)`` changes what it computes in, never the stored scales."""

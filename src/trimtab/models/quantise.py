@@ -20,7 +20,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from trimtab.errors import TargetError, suggest
+from trimtab.errors import ModelError, TargetError, suggest
 from trimtab.frozen import Layer, view
 from trimtab.frozen.eightbit import Fp8Linear, Int8Linear
 from trimtab.frozen.fourbit import FourBitLinear
@@ -128,6 +128,10 @@ class Quantiser(HfQuantizer):  # type: ignore[misc]
     quantization_config: StorageConfig
     requires_calibration = False
 
+    def __init__(self, quantization_config: StorageConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.problems: list[ModelError] = []
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self.targets = targets(model, self.quantization_config.exempt)
 
@@ -163,6 +167,10 @@ class _Take(ConversionOps):  # type: ignore[misc]
         )
         self.stored = str(quantiser.quantization_config.stored)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Take:
+        """transformers copies an operation for each weight; all report to the one quantizer."""
+        return self
+
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         parts = {name: v[0] if isinstance(v, list) else v for name, v in input_dict.items()}
         name = kwargs["full_layer_name"]
@@ -171,9 +179,14 @@ class _Take(ConversionOps):  # type: ignore[misc]
             return {"weight": parts["weight"].to(kwargs["model"].get_parameter(name).dtype)}
         path = name.rpartition(".")[0]
         old = kwargs["model"].get_submodule(path)
-        dtype = kwargs["model"].dtype
-        _put(kwargs["model"], path, read(self.stored, path, parts, old.bias, dtype))
         kwargs["missing_keys"].discard(f"{path}.weight")
+        layer: nn.Module
+        try:
+            layer = read(self.stored, path, parts, old.bias, kwargs["model"].dtype)
+        except ModelError as error:  # transformers would bury it in a report
+            self.hf_quantizer.problems.append(error)
+            layer = nn.Identity()
+        _put(kwargs["model"], path, layer)
         return {}
 
 

@@ -58,21 +58,28 @@ def quantising(
 
 def settle(model: PreTrainedModel, storage: str | None, exempt: Sequence[str]) -> str | None:
     """How a loaded model is stored. Layers that came densely are rounded; transformers forgets that it had a hand in
-    it, because it forbids things to models in few bits that ours can do."""
+    it, because it forbids things to models in few bits that ours can do.
+
+    Raises:
+        ModelError: what was stored in few bits could not be read.
+        ConfigError: nothing could be stored so.
+    """
     from trimtab.frozen.lowbit import LowBitLinear
 
-    kinds = [module.kind for module in model.modules() if isinstance(module, LowBitLinear)]
-    if not kinds and storage is None:
+    quantiser = getattr(model, "hf_quantizer", None)
+    if quantiser is None and storage is None:
         return None
     from trimtab.models.quantise import Quantiser, rounded
 
-    if not kinds:
-        kinds = rounded(model, storage or "", exempt)
-    quantiser = getattr(model, "hf_quantizer", None)
     if isinstance(quantiser, Quantiser):
+        if quantiser.problems:
+            raise quantiser.problems[0]
         quantiser.remove_quantization_config(model)
-    if not kinds:
-        raise ConfigError(
-            f"storage={storage!r}: {type(model).__name__} has no linear layer that can be stored in few bits."
-        )
-    return max(set(kinds), key=kinds.count)
+    kinds = [module.kind for module in model.modules() if isinstance(module, LowBitLinear)]
+    if storage is not None:
+        kinds = kinds or rounded(model, storage, exempt)
+        if not kinds:
+            raise ConfigError(
+                f"storage={storage!r}: {type(model).__name__} has no linear layer that can be stored in few bits."
+            )
+    return max(set(kinds), key=kinds.count) if kinds else None
