@@ -1,4 +1,4 @@
-"""Bases in few bits: rounded while they are loaded, read as bitsandbytes stored them, and refused where that is wrong."""
+"""Bases in few bits: rounded while they are loaded, read as bitsandbytes stored them, refused where that is wrong."""
 
 from __future__ import annotations
 
