@@ -8,7 +8,7 @@ from importlib import import_module
 from benchmarks.core import SideError
 from recipes import assets
 
-NAMES = ("lora_step", "dora_step", "full_vs_peft", "plan_accuracy", "stream", "methods")
+NAMES = ("lora_step", "dora_step", "full_vs_peft", "plan_accuracy", "stream", "methods", "face")
 
 
 def main(argv: list[str]) -> int:

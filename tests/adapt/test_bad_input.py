@@ -529,3 +529,21 @@ def test_nothing_was_trained_in_silence() -> None:
     with pytest.raises(UnsupportedError, match="holds its weight densely"):
         tt.attach(model, "full(targets='0')")
     assert bare_state(model).keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    "method", ["lora(rank=2, train=['embed_tokens'])", "lora(rank=2)|tokens(ids=[3])"]
+)
+def test_what_an_adapter_has_its_own_values_of_makes_no_other_base(method: str) -> None:
+    """New rows of a grown vocabulary are drawn anew; an adapter that trains them does not miss the old ones."""
+    adapter = tt.attach(models.llama(), method, "a").detached()
+    other = models.llama()
+    with torch.no_grad():
+        other.model.embed_tokens.weight.add_(1)
+    tt.attach(other, adapter)
+    plain = tt.attach(models.llama(), "lora(rank=2)", "a").detached()
+    with torch.no_grad():
+        moved = models.llama()
+        moved.model.embed_tokens.weight.add_(1)
+    with pytest.raises(BaseMismatchError, match="embed_tokens"):
+        tt.attach(moved, plain)

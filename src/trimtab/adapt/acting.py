@@ -89,7 +89,4 @@ def drop_layers(model: nn.Module, name: str, count: int) -> None:
 
 def stack(model: nn.Module, names: Sequence[str]) -> None:
     """Which adapters act, and in which order they nest (first innermost), where no scope says otherwise."""
-    bank = bank_of(model)
-    chosen = bank.owner(tuple(names))
-    bank.active = [*chosen, *(name for name in bank.adapters if name not in chosen)]
-    bank.disabled = set(bank.adapters) - set(chosen)
+    bank_of(model).stack(names)

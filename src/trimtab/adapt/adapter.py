@@ -7,7 +7,7 @@ is attached, its tensors are the model's own parameters; detaching hands them ba
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -18,6 +18,7 @@ from trimtab.adapt import slots
 from trimtab.adapt.contract import Method, Place
 from trimtab.adapt.fingerprint import Fingerprint
 from trimtab.adapt.parse import methods
+from trimtab.errors import UnsupportedError
 
 T = TypeVar("T")
 
@@ -47,7 +48,7 @@ class TensorName:
 class Origin:
     """Where an adapter comes from: written into its folder, never needed to use it.
 
-    The last but one are what PEFT's config says of the base: target modules by the ends of their names,
+    Four of them are what PEFT's config says of the base: target modules by the ends of their names,
     weights stored (in, out), and whether PEFT can read the adapter at all.
     """
 
@@ -56,6 +57,10 @@ class Origin:
     suffixes: tuple[str, ...] | None = None
     transposed: bool = False
     in_peft: bool = True
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """Path -> checksum, in bf16, of the copy of the base's weight that PEFT's file held."""
+    rebuilt: frozenset[str] = frozenset()
+    """Slots that the file left out, because its base makes them again when the adapter is attached."""
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
@@ -164,6 +169,22 @@ class Adapter:
         for tensor in self.named().values():
             if isinstance(tensor, nn.Parameter):
                 yield tensor
+
+    def share(self, site: SiteSpec, path: str) -> None:
+        """Let it act at another path as it does at a site, with tensors that are equal at first."""
+        self.sites = (*self.sites, SiteSpec(path, site.role, site.method))
+        for name, tensor in self.named().items():
+            if name.path == site.path:
+                self._tensors[TensorName(path, name.slot)] = tensor.clone()
+        self.origin = replace(self.origin, in_peft=False)
+
+    def check_whole(self, deed: str) -> None:
+        """Raise where tensors are left to be made from the base, so that this cannot be done without it."""
+        if self.origin.rebuilt:
+            raise UnsupportedError(
+                f"adapter {self.name!r} keeps first factors that PEFT left out of its file, because its base makes "
+                f"them again; attach it to that base before you {deed} it."
+            )
 
     def places(self, method: int = 0) -> list[Place]:
         return [Place(site.path, site.role) for site in self.sites if site.method == method]

@@ -31,6 +31,7 @@ def scaled(adapter: Adapter, weight: float, *, name: str | None = None) -> Adapt
     """
     if not math.isfinite(weight):
         raise ConfigError(f"an adapter's weight must be a finite number, not {weight!r}.")
+    adapter.check_whole("scale or add")
     result = adapter.detached(name=name)
     if weight == 1:
         return result

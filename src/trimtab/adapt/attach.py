@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from trimtab.adapt.parse import method_from
 from trimtab.adapt.plan import check_whole, checked, layer_at, placed, planned
 from trimtab.adapt.site import ExpertsSite, Site, SiteBase
 from trimtab.adapt.tensors import initial_tensors, specs_of
-from trimtab.adapt.tree import anatomy_of, replace, sites_of, uncover
+from trimtab.adapt.tree import Children, anatomy_of, sites_of, uncover
 from trimtab.errors import (
     AttachError,
     DuplicateNameError,
@@ -138,7 +140,8 @@ def _insert(
     placed: dict[TensorName, nn.Module],
 ) -> None:
     """Put edits and tensors in their places; ``placed`` tells how far it came."""
-    existing = sites_of(model)
+    tree = _Tree(model, bank, anatomy)
+    orders = _orders(adapter)
     holders: dict[TensorName, nn.Module] = {}
     for number in range(len(adapter.methods)):
         for spec in specs[-1 - number, ""].values():
@@ -151,17 +154,17 @@ def _insert(
             role=spec_site.role,
             block=anatomy.block_of(spec_site.path),
             blocks=len(anatomy.blocks),
-            order=_order(adapter, number),
+            order=orders[number],
             causal=anatomy.causal,
             answers=anatomy.answers(spec_site.path),
             specs=specs[number, spec_site.path],
             shared=specs[-1 - spec_site.method, ""],
         )
-        holder = _put(model, bank, edit, anatomy, existing)
+        holder = _put(model, bank, edit, anatomy, tree)
         holders |= {TensorName(spec_site.path, held.name): holder for held in edit.tensors.values()}
     for path in anatomy.apart:
-        if path not in existing and any(s.path.startswith(f"{path}.") for s in adapter.sites):
-            replace(model, anatomy.modules[path], Apart(anatomy.modules[path], path, bank))
+        if path not in tree.sites and any(s.path.startswith(f"{path}.") for s in adapter.sites):
+            tree.wrap(path, Apart(anatomy.modules[path], path, bank))
     known = {
         TensorName(path, spec.name): spec
         for (_, path), of_site in specs.items()
@@ -179,9 +182,7 @@ def _insert(
     bank.active.append(adapter.name)
 
 
-def _put(
-    model: nn.Module, bank: Bank, edit: Edit, anatomy: Anatomy, existing: dict[str, SiteBase]
-) -> nn.Module:
+def _put(model: nn.Module, bank: Bank, edit: Edit, anatomy: Anatomy, tree: _Tree) -> nn.Module:
     """Put one edit in its place: before the text, inside attention, or around a layer.
 
     Returns the module that holds its tensors.
@@ -193,7 +194,7 @@ def _put(
         attention.insert(model, bank, edit, anatomy)
         front.prepare(model, bank, edit, anatomy)
         return attention.holder(bank, edit.path) if edit.tensors else bank
-    site = _site(model, bank, edit.path, anatomy, existing)
+    site = tree.site(edit.path)
     site.edits.setdefault(edit.adapter, []).append(edit)
     return site.holder(edit.path.rpartition(".")[2]) if isinstance(site, ExpertsSite) else site
 
@@ -208,11 +209,13 @@ def _withdraw(
     for tensor_name, holder in placed.items():
         slots.remove(holder, tensor_name.slot, name)
     slots.prune(bank)
-    for site in list(sites_of(model).values()):
-        site.edits.pop(name, None)
-        slots.prune(site)
+    sites = list(sites_of(model).values())
+    children = Children(model)
+    for site in sites:
+        if site.edits.pop(name, None) is not None:
+            slots.prune(site)
         if site.bare():
-            replace(model, site, site.release())
+            children.replace(site, site.release())
     attention.remove(model, bank, name)
     front.remove(bank, name)
     bank.active = [other for other in bank.active if other != name]
@@ -223,37 +226,55 @@ def _withdraw(
         strip(model, bank)
 
 
-def _order(adapter: Adapter, number: int) -> tuple[int, int]:
-    """The number of a site among those of its method and role, and how many there are."""
-    site = adapter.sites[number]
-    alike = [
-        other for other in adapter.sites if (other.method, other.role) == (site.method, site.role)
-    ]
-    return alike.index(site), len(alike)
+def _orders(adapter: Adapter) -> list[tuple[int, int]]:
+    """For each site its number among those of its method and role, and how many there are."""
+    kinds = [(site.method, site.role) for site in adapter.sites]
+    counts, seen = Counter(kinds), Counter[tuple[int, str]]()
+    found = []
+    for kind in kinds:
+        found.append((seen[kind], counts[kind]))
+        seen[kind] += 1
+    return found
 
 
-def _site(
-    model: nn.Module, bank: Bank, path: str, anatomy: Anatomy, existing: dict[str, SiteBase]
-) -> SiteBase:
-    """The wrapper at a path, made if there is none yet."""
-    where = anatomy.experts.get(path, path)
-    if where in anatomy.apart:
-        raise TargetError(
-            f"{path!r} is called once per adapter in a mixed batch, so no adapter can edit it as a whole; target "
-            "the layers inside it."
-        )
-    if where not in existing:
-        module = anatomy.modules[where]
-        site = (
-            ExpertsSite(module, where, bank)
-            if path in anatomy.experts
-            else Site(module, where, bank, anatomy.width_at(where))
-        )
-        if anatomy.inside(where, nn.TransformerEncoderLayer):
-            site.register_forward_pre_hook(_no_fast_path)
-        replace(model, module, site)
-        existing[where] = site
-    return existing[where]
+class _Tree:
+    """The model's modules and wrappers, as one attachment changes them."""
+
+    def __init__(self, model: nn.Module, bank: Bank, anatomy: Anatomy) -> None:
+        self._model = model
+        self._bank = bank
+        self._anatomy = anatomy
+        self.sites = sites_of(model)
+
+    @cached_property
+    def _children(self) -> Children:
+        return Children(self._model)
+
+    def wrap(self, path: str, site: SiteBase) -> None:
+        """Put a new wrapper in the place of the module at a path."""
+        self._children.replace(self._anatomy.modules[path], site)
+        self.sites[path] = site
+
+    def site(self, path: str) -> SiteBase:
+        """The wrapper at a path, made if there is none yet."""
+        anatomy = self._anatomy
+        where = anatomy.experts.get(path, path)
+        if where in anatomy.apart:
+            raise TargetError(
+                f"{path!r} is called once per adapter in a mixed batch, so no adapter can edit it as a whole; target "
+                "the layers inside it."
+            )
+        if where not in self.sites:
+            module = anatomy.modules[where]
+            site = (
+                ExpertsSite(module, where, self._bank)
+                if path in anatomy.experts
+                else Site(module, where, self._bank, anatomy.width_at(where))
+            )
+            if anatomy.inside(where, nn.TransformerEncoderLayer):
+                site.register_forward_pre_hook(_no_fast_path)
+            self.wrap(where, site)
+        return self.sites[where]
 
 
 def _no_fast_path(module: nn.Module, args: Any) -> None:
@@ -292,7 +313,7 @@ def _new_bank(model: nn.Module) -> Bank:
     bank.blocks = [
         module for module in model.modules() if hasattr(module, "gradient_checkpointing")
     ]
-    model.add_module(CHILD, bank)
+    model.add_module(CHILD, bank.train(model.training))
     return bank
 
 

@@ -48,6 +48,8 @@ class Bank(nn.Module):
         self.active: list[str] = []
         self.scales: dict[str, float] = {}
         self.disabled: set[str] = set()
+        self.off = False
+        """Whether nobody acts where no scope says otherwise."""
         self.merged: Owner = ()
         """The adapters whose merged weights stand in the place of the base's; see `trimtab.adapt.merge`."""
         self.dropped: dict[str, int] = {}
@@ -82,7 +84,18 @@ class Bank(nn.Module):
     @property
     def default(self) -> Route:
         """The route when no scope is open: every active adapter that is not disabled, nested in order."""
-        return Route.everyone(tuple(name for name in self.active if name not in self.disabled))
+        return Route.everyone(() if self.off else self.chosen)
+
+    @property
+    def chosen(self) -> Owner:
+        """The active adapters that are not disabled, in the order in which they nest."""
+        return tuple(name for name in self.active if name not in self.disabled)
+
+    def stack(self, names: Sequence[str]) -> None:
+        """Which adapters act, and in which order they nest (first innermost), where no scope says otherwise."""
+        chosen = self.owner(tuple(names))
+        self.active = [*chosen, *(name for name in self.adapters if name not in chosen)]
+        self.disabled = set(self.adapters) - set(chosen)
 
     def __getstate__(self) -> dict[str, Any]:
         """A saved or copied bank forgets generations in progress."""
@@ -206,6 +219,9 @@ class Bank(nn.Module):
                     self._encoded = (states, self._context.memory)
             self._last = self._context
             self._context = None
+            self._outermost[
+                :
+            ] = []  # as it was before, or a compiled model would be compiled once more
 
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Context:
         for norm in self.norms:  # the base's running statistics are not ours to change

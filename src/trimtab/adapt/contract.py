@@ -29,6 +29,7 @@ from torch import Tensor
 from trimtab.adapt.at import At as At
 from trimtab.adapt.observed import Observation as Observation
 from trimtab.adapt.observed import Observed as Observed
+from trimtab.adapt.patterns import check_patterns as check_patterns
 from trimtab.adapt.patterns import exactly as exactly
 from trimtab.adapt.patterns import pattern_value as pattern_value
 from trimtab.adapt.peft_config import read_options
@@ -107,7 +108,8 @@ class Method(Config, ABC):
     ``scales`` is the short name of a tensor in which the edit is linear, ``adds`` whether edits of equal methods
     add when that tensor does. ``peft_options`` maps PEFT's options to (our field, PEFT's default), ``peft_lacks``
     are those that we lack with their defaults, ``peft_kinds`` the layer kinds on which PEFT has the same
-    function, and ``peft_drawn`` the names of tensors that PEFT may write and we draw again.
+    function, and ``peft_drawn`` the names of tensors that PEFT may write and we draw again. ``instead_of`` are a
+    layer's own tensors in whose place the method's stand: another value of them makes no other base.
     """
 
     kind: ClassVar[str]
@@ -123,6 +125,9 @@ class Method(Config, ABC):
     peft_lacks: ClassVar[Mapping[str, Any]] = {}
     peft_kinds: ClassVar[tuple[str, ...]] = ()
     peft_drawn: ClassVar[tuple[str, ...]] = ()
+    instead_of: ClassVar[tuple[str, ...]] = ()
+    disk_beside: ClassVar[Mapping[str, str]] = {}
+    """Slot on disk of a part -> its slot where it stands beside others."""
     short_names: ClassVar[Mapping[str, str]] = {}
     scales: ClassVar[str] = ""
     adds: ClassVar[bool] = False
@@ -198,6 +203,11 @@ class Method(Config, ABC):
     def shared(self, anatomy: Anatomy, places: Sequence[Place]) -> dict[str, Spec]:
         """Tensors of the whole adapter, kept beside the model's root."""
         return {}
+
+    @property
+    def rebuilt(self) -> frozenset[str]:
+        """Slots that PEFT leaves out of its file and makes from the base when it loads, as is done here too."""
+        return frozenset()
 
     @property
     def fixed(self) -> frozenset[str]:
@@ -345,6 +355,21 @@ class Method(Config, ABC):
         )
 
     # -- PEFT's configuration file ---------------------------------------------------------------------
+
+    @property
+    def peft_kind(self) -> str | None:
+        """What PEFT calls it with these fields; None where it has no such method."""
+        return self.peft_type
+
+    @property
+    def peft_nests(self) -> bool:
+        """Whether PEFT has it, with these fields, on the parameters of experts too (see `trimtab.adapt.nested`)."""
+        return False
+
+    @property
+    def peft_parts(self) -> int:
+        """How many of its parts, the first ones, act on what PEFT calls target modules."""
+        return len(self.members)
 
     def wrapped(self, places: Sequence[Place]) -> list[str]:
         """The paths among these that PEFT wraps, and so calls target modules."""

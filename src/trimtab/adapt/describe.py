@@ -31,7 +31,7 @@ def describe(model: nn.Module) -> str:
         scale = bank.scales.get(name, 1.0)
         notes = [] if scale == 1.0 else [f"scale {scale:g}"]
         notes += [f"not in the first {bank.dropped[name]} blocks"] if bank.dropped.get(name) else []
-        notes += ["disabled"] if name in bank.disabled else []
+        notes += ["disabled"] if bank.off or name in bank.disabled else []
         lines.append(
             f"  {name}: {' + '.join(m.kind for m in adapter.methods)}, {adapter.count:,} parameters "
             f"({adapter.count / total:.3%}) at {len(adapter.sites)} sites{', ' + ', '.join(notes) if notes else ''}"

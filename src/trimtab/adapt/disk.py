@@ -7,8 +7,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,30 +91,70 @@ def placing(folder: Path) -> Iterator[Path]:
     Each file is whole or the old one. A crash between two of them leaves files whose checksums do not fit.
 
     Raises:
-        StorageError: the disk refused.
+        StorageError: the disk refused, or something that is no file is in the way; all is as it was.
     """
-    if folder.is_file():
+    if folder.exists() and not folder.is_dir():
         raise StorageError(f"{folder} is a file; name a folder to write into.")
     temporary: Path | None = None
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".new.", dir=folder))
         yield temporary
         mode = 0o666 & ~_umask()
-        for file in sorted(temporary.iterdir(), reverse=True):  # trimtab.json first
+        files = sorted(temporary.iterdir(), reverse=True)  # trimtab.json first
+        for file in files:
             file.chmod(mode)
             _flush(file)
-            os.replace(file, folder / file.name)
+            if (folder / file.name).is_dir():
+                raise StorageError(
+                    f"{folder / file.name} is a folder, in the way of a file of that name; remove it, or choose "
+                    "another folder."
+                )
+        _take_places(files, folder)
         _flush(folder)
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, StorageError):
-            raise
-        raise StorageError(
-            f"could not write into {folder}: {error}. Free space or choose another folder, and save again."
-        ) from error
-    finally:
+    except BaseException as error:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()  # only where it is empty
+        if isinstance(error, StorageError) or not isinstance(error, OSError | SafetensorError):
+            raise
+        raise StorageError(
+            f"could not write into {folder}: {error}. What was there before is intact; free space or choose another "
+            "folder, and save again."
+        ) from error
+    else:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _take_places(files: Sequence[Path], folder: Path) -> None:
+    """Move files into a folder: all of them, or, if the disk refuses one, none."""
+    aside: dict[Path, Path | None] = {}
+    try:
+        for file in files:
+            target = folder / file.name
+            kept = file.with_name(f"{file.name}.old") if target.exists() else None
+            if kept is not None:
+                _also(target, kept)
+            aside[target] = kept
+            os.replace(file, target)
+    except BaseException:
+        for target, kept in aside.items():
+            if kept is not None:
+                os.replace(kept, target)
+            else:
+                target.unlink(missing_ok=True)
+        raise
+
+
+def _also(file: Path, other: Path) -> None:
+    """A second name for a file's content; a copy, where the file system knows no second names."""
+    try:
+        os.link(file, other)
+    except OSError:
+        shutil.copy2(file, other)
 
 
 def _swap(temporary: Path, folder: Path) -> None:

@@ -54,6 +54,8 @@ class Edit:
         self.readies = method.readies
         self.source = (adapter, *(held.name for held in self.shared.values()))
         """Which adapter's shared tensors, and which of them: the key of what `Method.ready` makes of them."""
+        self.scale = 1.0
+        """How far this one edit goes, beside what the whole adapter's scale says (`trimtab.adapt.looks`)."""
         self.cache: dict[str, tuple[object, Tensor]] = {}
         """What `At.kept` keeps; not part of a copy."""
 

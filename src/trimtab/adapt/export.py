@@ -20,6 +20,7 @@ from trimtab.errors import UnsupportedError
 
 def exported(adapter: Adapter, *, name: str | None = None) -> Adapter:
     """An independent adapter with the same edits, of the simplest methods that have them."""
+    adapter.check_whole("export")
     copy = adapter.detached(name=name)
     if adapter.method.plain() == adapter.method:
         return copy

@@ -10,8 +10,10 @@ Reading checks keys both ways and unpickles nothing. A folder without ``trimtab.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -19,17 +21,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trimtab.adapt.adapter import Adapter, Origin, SiteSpec, TensorName
-from trimtab.adapt.contract import Method
+from trimtab.adapt.contract import Place
 from trimtab.adapt.disk import checksum, placing, read_json, read_tensors, replacing, write_json
 from trimtab.adapt.fingerprint import Fingerprint
 from trimtab.adapt.lowbit import Packing, pack, unpack
+from trimtab.adapt.nested import experts_of, folded, unfolded
 from trimtab.adapt.parse import method_from, methods
+from trimtab.adapt.peft_config import CONFIG as CONFIG
+from trimtab.adapt.peft_files import WEIGHTS as WEIGHTS
+from trimtab.adapt.peft_files import from_peft, peft_type
 from trimtab.adapt.slots import check_name
 from trimtab.config import Config
-from trimtab.errors import ConfigError, FileFormatError, suggest
+from trimtab.errors import AttachError, ConfigError, FileFormatError
 
 SCHEMA: Literal[1] = 1
-CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "trimtab.json"
+OURS = "trimtab.json"
+TRAINING = frozenset({"total_step"})
+"""Options of PEFT's that only training needs."""
 OWN_TYPE = "TRIMTAB_"
 """What ``peft_type`` begins with where PEFT lacks the method: it then refuses the folder, as it should."""
 
@@ -70,10 +78,18 @@ class Description(Config):
         return value
 
 
-def save(adapter: Adapter, folder: Path, bits: int | None = None, *, beside: bool = False) -> Path:
+def save(
+    adapter: Adapter,
+    folder: Path,
+    bits: int | None = None,
+    *,
+    beside: bool = False,
+    said: Mapping[str, Any] = MappingProxyType({}),
+) -> Path:
     """Write the adapter; an adapter that was in ``folder`` before is replaced whole or not at all.
 
-    With ``beside``, what else lies in the folder stays.
+    With ``beside``, what else lies in the folder stays. ``said`` are options of ``adapter_config.json`` that change
+    nothing of the function, such as a revision.
 
     ``bits`` (8 or 4) rounds its matrices; how far off they are then is noted in the provenance.
 
@@ -81,6 +97,7 @@ def save(adapter: Adapter, folder: Path, bits: int | None = None, *, beside: boo
         StorageError: the disk refused (full, read-only); what was there before is intact.
         ConfigError: a method is not registered under its kind, so no process could read it back.
     """
+    adapter.check_whole("save")
     for method in (adapter.method, *adapter.methods):
         if methods.get(method.kind) is not type(method):
             raise ConfigError(
@@ -91,6 +108,11 @@ def save(adapter: Adapter, folder: Path, bits: int | None = None, *, beside: boo
     index: dict[str, Entry] = {}
     for name, tensor in adapter.named().items():
         key = disk_key(adapter, name)
+        if tensor.is_meta:
+            raise AttachError(
+                f"adapter {adapter.name!r} lies on the meta device and has no values to save; give its model weights, "
+                "and the adapter values, first."
+            )
         if key in tensors:
             raise FileFormatError(
                 f"two tensors of adapter {adapter.name!r} would share the key {key!r} on disk."
@@ -120,9 +142,12 @@ def save(adapter: Adapter, folder: Path, bits: int | None = None, *, beside: boo
         packing=packing,
         drawn=adapter.drawn,
     )
+    options = {**_peft_config(adapter, bits), **said}
+    if (paths := experts_of(adapter)) and not options["peft_type"].startswith(OWN_TYPE):
+        tensors, options["target_parameters"] = folded(tensors, adapter.method.peft_root, paths)
     with (placing if beside else replacing)(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-        write_json(temporary / CONFIG, _peft_config(adapter, bits))
+        write_json(temporary / CONFIG, options)
         write_json(temporary / OURS, ours.model_dump(mode="json", by_alias=True))
     return folder
 
@@ -146,7 +171,7 @@ def load(folder: Path, *, name: str | None = None) -> Adapter:
     if (folder / OURS).is_file():
         config = read_json(folder / CONFIG)
         return _from_ours(folder, read_json(folder / OURS), config, tensors, name)
-    return _from_peft(folder, read_json(folder / CONFIG), tensors, name)
+    return from_peft(folder, read_json(folder / CONFIG), tensors, name)
 
 
 # -- keys ---------------------------------------------------------------------------------------------
@@ -159,6 +184,7 @@ def disk_key(adapter: Adapter, name: TensorName) -> str:
     for number, method in enumerate(adapter.methods):
         if slot in method.disk and (not name.path or number in here):
             slot = method.disk[slot]
+            slot = adapter.method.disk_beside.get(slot, slot)
             break
     if not name.path:
         return slot if slot != name.slot else f"base_model.{slot}"
@@ -185,15 +211,18 @@ def _from_ours(
     except ConfigError as error:
         raise FileFormatError(str(error)) from None
     tensors = unpack(tensors, ours.packing, str(folder / WEIGHTS))
+    if config.get("target_parameters"):
+        tensors = unfolded(config, tensors, str(folder / WEIGHTS))
     _same_keys(folder / WEIGHTS, set(ours.tensors), set(tensors))
     named = {}
     for key, entry in ours.tensors.items():
         if checksum(tensors[key]) != entry.sha256:
             raise FileFormatError(
-                f"{folder / WEIGHTS}: tensor {key!r} does not match its checksum; the file is damaged."
+                f"{folder / WEIGHTS}: tensor {key!r} does not match its checksum: the file is damaged, or "
+                f"written by another program since (then remove {OURS}, which is not of this file)."
             )
         named[TensorName(entry.path, entry.slot)] = tensors[key]
-    in_peft = not _peft_type(folder, config).startswith(OWN_TYPE)
+    in_peft = not peft_type(folder, config).startswith(OWN_TYPE)
     origin = Origin(
         base_name=ours.base_name,
         task_type=config.get("task_type"),
@@ -208,103 +237,19 @@ def _from_ours(
     if any(not 0 <= site.method < len(adapter.methods) for site in sites):
         raise FileFormatError(f"{folder / OURS}: a site is of a method that is not there.")
     adapter.drawn = dict(ours.drawn)
+    _same_options(folder, adapter, config)
     return adapter
 
 
-def _peft_type(folder: Path, config: Mapping[str, Any]) -> str:
-    if not isinstance(kind := config.get("peft_type"), str):
-        raise FileFormatError(f"{folder / CONFIG} does not say which 'peft_type' it describes.")
-    return kind
-
-
-def _from_peft(
-    folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor], name: str | None
-) -> Adapter:
-    kind = _peft_type(folder, config)
-    known = {cls.peft_type for _, cls in methods.items() if cls.peft_type}
-    if kind not in known:
-        hint = (
-            suggest(kind, [k for k in known if k])
-            or f" Known: {', '.join(sorted(k for k in known if k))}."
-        )
-        raise FileFormatError(
-            f"{folder / CONFIG}: peft_type {kind!r} is not a method that Trimtab reads.{hint}"
-        )
-    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    method = next(
-        found
-        for _, cls in methods.items()
-        if cls.peft_type == kind and (found := cls.from_peft(config, shapes)) is not None
-    )
-    full = tuple(config.get("modules_to_save") or ())
-    return _parsed(folder, method.replace(train=full) if full else method, tensors, name, config)
-
-
-def _parsed(
-    folder: Path,
-    method: Method,
-    tensors: dict[str, Tensor],
-    name: str | None,
-    config: Mapping[str, Any],
-) -> Adapter:
-    full = methods.get("full").parse({"targets": method.train}) if method.train else None
-    named: dict[TensorName, Tensor] = {}
-    slots_at: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {}
-    drawn: dict[str, str] = {}
-    for key, tensor in tensors.items():
-        if _copied(key, tensors):
-            continue
-        if (leaf := key.rpartition(".")[2]) in method.peft_drawn:
-            found = checksum(tensor.float())
-            if drawn.setdefault(leaf, found) != found:
-                raise FileFormatError(f"{folder / WEIGHTS}: the copies of {leaf!r} differ.")
-            continue
-        path, slot, number = _place_key(folder, key, method, full)
-        named[TensorName(path, slot)] = method.tensor_from_peft(config, slot, tensor)
-        if path:
-            slots_at.setdefault((path, number), {})[slot] = tuple(tensor.shape)
-    sites = [
-        SiteSpec(path, role, number)
-        for (path, number), slots in slots_at.items()
-        for role in ([""] if number else method.roles_in_file(path, slots))
-    ]
-    own_name = name or (folder.name if folder.name.isidentifier() else "default")
-    origin = Origin(
-        base_name=config.get("base_model_name_or_path"),
-        task_type=config.get("task_type"),
-        transposed=bool(config.get("fan_in_fan_out")),
-    )
-    adapter = Adapter(own_name, method, sites, named, origin=origin)
-    adapter.drawn = drawn
-    return adapter
-
-
-def _copied(key: str, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a key is the copy of a frozen embedding that PEFT adds to the factors beside it."""
-    path, copied, _ = key.partition(".base_layer.weight")
-    return bool(copied) and (
-        f"{path}.lora_embedding_A" in tensors or f"{path}.lora_A.weight" in tensors
-    )
-
-
-def _place_key(folder: Path, key: str, method: Method, full: Method | None) -> tuple[str, str, int]:
-    """(path, slot, number of the method) of a key in a PEFT file."""
-    by_disk = {disk: slot for slot, disk in method.disk.items()}
-    if key in by_disk:
-        return "", by_disk[key], 0
-    if key.startswith(method.peft_root):
-        rest = key.removeprefix(method.peft_root)
-        path, _, leaf = rest.rpartition(".")
-        if full is not None and any(f".{module}." in f".{path}." for module in full.targets):
-            for slot, disk in full.disk.items():
-                if leaf == disk:
-                    return path, slot, 1
-        for disk in sorted(by_disk, key=len, reverse=True):
-            if rest.endswith(f".{disk}"):
-                return rest[: -len(disk) - 1], by_disk[disk], 0
-    raise FileFormatError(
-        f"{folder / WEIGHTS}: key {key!r} belongs to no tensor of the method in {CONFIG}."
-    )
+def _same_options(folder: Path, adapter: Adapter, config: Mapping[str, Any]) -> None:
+    """Refuse a folder whose two descriptions of the method differ: one of them was changed by hand."""
+    said = json.loads(json.dumps(adapter.method.to_peft(_places(adapter))))
+    for key, value in said.items():
+        if key in config and config[key] != value and key not in TRAINING:
+            raise FileFormatError(
+                f"{folder / CONFIG} says {key}={config[key]!r}, and {OURS} says {value!r}. If the former was changed "
+                f"on purpose, remove {OURS}: the folder is then read as PEFT reads it."
+            )
 
 
 def _same_keys(file: Path, expected: set[str], found: set[str]) -> None:
@@ -315,25 +260,50 @@ def _same_keys(file: Path, expected: set[str], found: set[str]) -> None:
         raise FileFormatError(f"{file}: its tensors are not those of {OURS}: {'; '.join(parts)}.")
 
 
+def _places(adapter: Adapter) -> list[Place]:
+    """Where the parts of its method act, modules that are trained in full left out."""
+    parts = range(adapter.method.peft_parts)
+    return [place for number in parts for place in adapter.places(number)]
+
+
 # -- writing ------------------------------------------------------------------------------------------
+
+
+def in_peft_form(adapter: Adapter) -> bool:
+    """Whether PEFT reads the adapter as it is written."""
+    method = adapter.method
+    nests = method.peft_nests or not experts_of(adapter)
+    return adapter.origin.in_peft and method.peft_reads and nests
 
 
 def _peft_config(adapter: Adapter, bits: int | None) -> dict[str, Any]:
     method = adapter.method
-    places = [place for number in range(len(method.members)) for place in adapter.places(number)]
+    places = _places(adapter)
     paths = method.wrapped(places)
-    known = adapter.origin.in_peft and method.peft_reads
+    experts, known = experts_of(adapter), in_peft_form(adapter)
     own = f"{OWN_TYPE}{method.kind.upper()}" + (f"_INT{bits}" if bits else "")
     base = {
-        "peft_type": method.peft_type if known and not bits else own,
+        "peft_type": method.peft_kind if known and not bits else own,
         "task_type": adapter.origin.task_type,
         "base_model_name_or_path": adapter.origin.base_name,
         "inference_mode": True,
     }
+    named = [path for path in paths if path not in experts]
     targets: dict[str, Any] = (
-        {"target_modules": list(adapter.origin.suffixes or paths)} if paths else {}
+        {"target_modules": list(adapter.origin.suffixes or named) if named else []} if paths else {}
     )
     if adapter.origin.transposed:
         targets["fan_in_fan_out"] = True
     full: dict[str, Any] = {"modules_to_save": list(method.train)} if method.train else {}
-    return {**base, **targets, **full, **method.to_peft(places)}
+    return {**base, **targets, **full, **method.to_peft(places), **_rows(adapter)}
+
+
+def _rows(adapter: Adapter) -> dict[str, Any]:
+    """The rows of embeddings that are trained beside a method of PEFT's."""
+    parts = range(adapter.method.peft_parts, len(adapter.method.members))
+    rows = {
+        place.path: list(dict(adapter.methods[number])["ids"])
+        for number in parts
+        for place in adapter.places(number)
+    }
+    return {"trainable_token_indices": rows} if rows else {}

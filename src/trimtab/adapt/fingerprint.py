@@ -9,7 +9,7 @@ so that another storage format is a note and not another base.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,11 +37,11 @@ class Fingerprint:
             "weights": dict(self.weights),
         }
 
-    def mismatch(self, other: Fingerprint) -> str:
-        """Why ``other`` is another base than this one; empty when it is not."""
+    def mismatch(self, other: Fingerprint, apart: Collection[str] = ()) -> str:
+        """Why ``other`` is another base than this one; empty when it is not. ``apart`` are names left out of it."""
         if self.architecture != other.architecture:
             return f"its architecture ({self.model_class}) has other parameters than this model's ({other.model_class})"
-        common = [name for name in self.weights if name in other.weights]
+        common = [n for n in self.weights if n in other.weights and n not in apart]
         different = [name for name in common if self.weights[name] != other.weights[name]]
         if different:
             return f"the weights differ in {len(different)} of {len(common)} sampled tensors, e.g. {different[0]}"

@@ -26,11 +26,12 @@ from trimtab.adapt.contract import (
     Params,
     Place,
     Spec,
+    check_patterns,
     copy_of,
     exactly,
     pattern_value,
 )
-from trimtab.adapt.factors import KEPT, factor_specs, joined, plain_factors
+from trimtab.adapt.factors import FACTORS, KEPT, factor_specs, joined, plain_factors
 from trimtab.adapt.initial import DEFAULT, Initialisation, initialisation
 from trimtab.adapt.peft_config import refuse_unknown, selectors
 from trimtab.errors import TargetError, UnsupportedError
@@ -118,6 +119,11 @@ class LowRank(Method):
     def fixed(self) -> frozenset[str]:
         return frozenset(KEPT) if self._away else frozenset()
 
+    @property
+    def rebuilt(self) -> frozenset[str]:
+        # PEFT begins embeddings as usual, whatever it is told
+        return frozenset(FACTORS[2:]) if self._away else frozenset()
+
     def observes(self, role: str) -> Observation | None:
         return None if self._start is None or role in BIASES else self._start.observes(self.rank)
 
@@ -141,12 +147,7 @@ class LowRank(Method):
 
     def place(self, anatomy: Anatomy) -> Sequence[Place]:
         paths = anatomy.select(self.targets, self.exclude, self.layers)
-        for patterns in (self.rank_pattern, self.alpha_pattern):
-            for pattern in patterns:
-                if not any(pattern_value({pattern: True}, path, False) for path in paths):
-                    raise TargetError(
-                        f"pattern {pattern!r} matches none of the {len(paths)} targets."
-                    )
+        check_patterns(paths, self.rank_pattern, self.alpha_pattern)
         adapted = [Place(path) for path in paths]
         biased = self._biased(anatomy, set(paths))
         return [*adapted, *(Place(path, INNER if path in paths else OWN) for path in biased)]
@@ -255,7 +256,7 @@ class LowRank(Method):
     def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
         return {
             "r": self.rank,
-            "lora_alpha": self.alpha,
+            "lora_alpha": int(self.alpha) if self.alpha.is_integer() else self.alpha,
             "lora_dropout": self.dropout,
             "use_rslora": self.rslora,
             "bias": self.bias,
@@ -272,13 +273,11 @@ class LowRank(Method):
             "init_lora_weights", "lora_ga_config", "eva_config",
         }  # fmt: skip
         refuse_unknown(config, PEFT_DEFAULTS, read, "LoRA")
-        init = config.get("init_lora_weights", True)
-        if isinstance(init, str) and init.lower().startswith(
-            ("pissa", "olora", "corda", "lora_ga")
-        ):
+        init = str(config.get("init_lora_weights", True)).lower()
+        if init.startswith(("pissa_niter", "corda", "lora_ga")):
             raise UnsupportedError(
-                f"this adapter was initialised by {init!r}, which changed its base; save it from PEFT in converted "
-                "form (path_initial_model_for_weight_conversion), and load that."
+                f"this adapter was initialised by {init!r}, which changed its base as only chance, or data, can tell; "
+                "save it from PEFT in converted form (path_initial_model_for_weight_conversion), and load that."
             )
         layers = config.get("layers_to_transform")
         return {
@@ -292,6 +291,7 @@ class LowRank(Method):
             "bias": config.get("bias", "none"),
             "rank_pattern": config.get("rank_pattern") or {},
             "alpha_pattern": config.get("alpha_pattern") or {},
+            "init": init if init in ("pissa", "olora") else DEFAULT,
         }  # fmt: skip
 
     def roles_in_file(self, path: str, slots: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ new model.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -20,7 +21,7 @@ from trimtab.adapt.context import Context
 from trimtab.adapt.edit import Bound, Edit, around, enter, leave
 from trimtab.adapt.route import Owner, Part, Route
 from trimtab.adapt.site import ExpertsSite, Site, SiteBase
-from trimtab.adapt.tree import replace, sites_of, uncover
+from trimtab.adapt.tree import Children, sites_of, uncover, walk
 from trimtab.errors import MergeError, NotMergeableError, RouteError, TargetError
 from trimtab.frozen import Layer, view
 from trimtab.frozen.experts import ExpertLayer
@@ -63,12 +64,16 @@ def fold(model: nn.Module, names: str | Sequence[str], *, finite: bool = False) 
     owner = bank.owner(names)
     check_mergeable(bank, owner)
     unmerge(model)
+    children = Children(model)
+    own = (p for module in walk(model) for p in module._parameters.values())
+    uses = Counter(id(p) for p in own if p is not None)
     for site in sites_of(model).values():
         if site.acting(owner):
-            _untie(model, site)
-            replace(model, site, _merged(site, owner, finite))
+            if uses[id(site.base_layer._parameters.get("weight"))] > 1:
+                _untie(model)
+            children.replace(site, _merged(site, owner, finite))
         else:
-            replace(model, site, site.release())
+            children.replace(site, site.release())
     from trimtab.adapt.attach import strip
 
     strip(model, bank)
@@ -93,7 +98,7 @@ def merge_in_place(model: nn.Module, names: str | Sequence[str], *, finite: bool
         if site.acting(owner)
     }
     for site, layer in layers.items():
-        site.cover(layer)
+        site.cover(layer.requires_grad_(False))
     bank.merged = owner
 
 
@@ -241,15 +246,8 @@ def _bias(layer: Layer, bias: Tensor | None, dtype: torch.dtype) -> Tensor | Non
     return bias.to(dtype).clone()
 
 
-def _untie(model: nn.Module, site: SiteBase) -> None:
+def _untie(model: nn.Module) -> None:
     """A merged layer no longer shares its weight: the model's config must say so, or saving would tie it again."""
-    weight = site.base_layer._parameters.get("weight")
-    sharing = [
-        module
-        for module in model.modules()
-        if module is not site.base_layer
-        and any(p is weight for p in module._parameters.values() if p is not None)
-    ]
     config = model.__dict__.get("config")
-    if sharing and getattr(config, "tie_word_embeddings", False):
+    if getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False  # type: ignore[union-attr]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from trimtab.adapt.contract import Method
@@ -57,6 +57,15 @@ METHODS = {
     "union": "trimtab.methods.union:Union",
 }
 methods: Registry[type[Method]] = Registry("method", "trimtab.methods", METHODS)
+
+
+def of_peft_type(kind: str) -> Iterator[type[Method]]:
+    """The methods of one ``peft_type``. Those whose names are like it come first: all need not be imported."""
+    squeezed = kind.lower().replace("_", "")
+    for name in sorted(methods.names(), key=lambda name: (name not in squeezed, name)):
+        if methods.get(name).peft_type == kind:
+            yield methods.get(name)
+
 
 PRESETS = {
     "fish": "shira(mask='fisher', share=0.005)",

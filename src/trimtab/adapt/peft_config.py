@@ -47,8 +47,13 @@ def read_options(
         "targets": selectors(config.get("target_modules")),
         "exclude": selectors(config.get("exclude_modules")),
         "layers": (layers,) if isinstance(layers, int) else layers,
-        **{ours: config.get(theirs, default) for theirs, (ours, default) in options.items()},
+        **{ours: _given(config, theirs, default) for theirs, (ours, default) in options.items()},
     }
+
+
+def _given(config: Mapping[str, Any], name: str, default: Any) -> Any:
+    value = config.get(name)
+    return default if value is None else value
 
 
 def refuse_unknown(

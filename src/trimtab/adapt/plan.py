@@ -10,6 +10,8 @@ from torch import nn
 
 from trimtab.adapt.adapter import Adapter, Origin, SiteSpec, whole
 from trimtab.adapt.contract import Method, Place
+from trimtab.adapt.disk import checksum
+from trimtab.adapt.fingerprint import Fingerprint
 from trimtab.errors import (
     AttachError,
     BaseMismatchError,
@@ -60,17 +62,23 @@ def _origin(
     """What an adapter's folder is to say of this base."""
     parts = len(method.members)
     places = [Place(site.path, site.role) for site in sites if site.method < parts]
-    paths = method.wrapped(places)
-    layers = [layer_at(anatomy, path) for path in paths]
+    paths = method.wrapped(
+        [Place(site.path, site.role) for site in sites if site.method < method.peft_parts]
+    )
+    named = [path for path in paths if path not in anatomy.experts]
+    layers = [layer_at(anatomy, path) for path in named]
     kind = type(model).__name__
     task = next((task for ending, task in _TASKS.items() if kind.endswith(ending)), None)
     headless = not any(site.method >= parts and site.path in anatomy.head for site in sites)
     return Origin(
         base_name=getattr(anatomy.config, "_name_or_path", None) or None,
         task_type=None if headless and task in _HEADS_TOO else task,
-        suffixes=_suffixes(paths, anatomy),
+        suffixes=_suffixes(named, anatomy),
         transposed=any(layer.transposed for layer in layers),
-        in_peft=method.in_peft(anatomy, places) and all(layer.in_peft for layer in layers),
+        in_peft=method.in_peft(anatomy, places)
+        and all(layer.in_peft for layer in layers)
+        and (method.peft_nests or named == paths)
+        and not (anatomy.experts and {path.rpartition(".")[2] for path in named} & _FUSED),
     )
 
 
@@ -83,6 +91,8 @@ _TASKS = {
     "ForQuestionAnswering": "QUESTION_ANS",
 }
 """PEFT's task by the end of a model class's name; without one, PEFT ignores a prefix."""
+_FUSED = frozenset({"gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3"})
+"""Layers that PEFT takes for parts of experts, wherever they lie in a model that has experts."""
 _HEADS_TOO = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 """Tasks for which PEFT expects the trained head in the file."""
 
@@ -100,10 +110,22 @@ def _suffixes(paths: Sequence[str], anatomy: Anatomy) -> tuple[str, ...] | None:
     return leaves if reached == wanted else None
 
 
+def other_base(adapter: Adapter, base: Fingerprint) -> str:
+    """Why a base is another than the adapter's, but for what it has its own values of; empty if it is not."""
+    if adapter.base is None:
+        return ""
+    own = {
+        f"{site.path}.{name}"
+        for site in adapter.sites
+        for name in adapter.methods[site.method].at(site.path).instead_of
+    }
+    return adapter.base.mismatch(base, own)
+
+
 def checked(adapter: Adapter, name: str | None, base: Any, any_base: bool) -> Adapter:
-    """A saved adapter, copied and checked against this base."""
+    """A saved adapter, copied and checked against this base, but for what it has its own values of."""
     if adapter.base is not None:
-        reason = adapter.base.mismatch(base)
+        reason = other_base(adapter, base)
         same_shape = adapter.base.architecture == base.architecture
         if reason and not (any_base and same_shape):
             advice = " Pass any_base=True to attach it all the same." if same_shape else ""
@@ -118,7 +140,19 @@ def placed(adapter: Adapter, anatomy: Anatomy) -> Adapter:
     if all(site.method for site in adapter.sites):
         found = [SiteSpec(p.path, p.role, 0) for p in adapter.method.place(anatomy)]
         adapter.sites = (*found, *adapter.sites)
+    if adapter.base is None:
+        _tie(adapter, anatomy)
     return adapter
+
+
+def _tie(adapter: Adapter, anatomy: Anatomy) -> None:
+    """Rows of an embedding in PEFT's file are those of a head that is tied to it, too; here each has its own."""
+    for site in adapter.sites:
+        if adapter.methods[site.method].kind != "tokens" or site.path not in anatomy.modules:
+            continue
+        for path in anatomy.tied(site.path):
+            if all(other.path != path for other in adapter.sites):
+                adapter.share(site, path)
 
 
 def check_whole(adapter: Adapter, anatomy: Anatomy) -> None:
@@ -126,6 +160,7 @@ def check_whole(adapter: Adapter, anatomy: Anatomy) -> None:
 
     A name that nothing here has is passed over: published configs list those of several architectures.
     """
+    _same_copies(adapter, anatomy)
     method = adapter.method
     wanted: set[str] = set()
     for selectors, change in (
@@ -142,6 +177,23 @@ def check_whole(adapter: Adapter, anatomy: Anatomy) -> None:
             f"adapter {adapter.name!r} has no tensors for {len(lacking)} modules that its config names, e.g. "
             f"{lacking[0]!r}: its weights are incomplete, or were made for another model."
         )
+
+
+def _same_copies(adapter: Adapter, anatomy: Anatomy) -> None:
+    """The base's weights that PEFT copied into its file must be those of this base."""
+    for path, found in adapter.origin.copies.items():
+        layer = layer_at(anatomy, path)
+        weight = layer.stored().get("weight")
+        if (
+            weight is not None
+            and weight.device.type != "meta"
+            and found != checksum(weight.bfloat16())
+        ):
+            raise BaseMismatchError(
+                f"adapter {adapter.name!r} was trained beside another {path!r} than this model's: its file holds a "
+                "copy of that weight. Was the vocabulary resized, or the embedding changed? Give the base that weight "
+                "first."
+            )
 
 
 def layer_at(anatomy: Anatomy, path: str) -> Layer:

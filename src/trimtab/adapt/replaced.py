@@ -20,6 +20,7 @@ class Replaced(Method):
     """A subclass names the slots: ``slot`` and the layer's own name of the tensor."""
 
     slot: ClassVar[str]
+    instead_of: ClassVar[tuple[str, ...]] = ("weight", "bias")
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         stored = layer.stored()

@@ -95,7 +95,8 @@ class SiteBase(Looks, nn.Module):
                 params = {short: tensor[expert] for short, tensor in params.items()}
             call = At(edit, layer, context, part, bank, dtype, self.training)
             call.holder = holder or self if expert is None else None
-            bound.append(Bound(edit, params, bank.scales.get(edit.adapter, 1.0), call))
+            scale = bank.scales.get(edit.adapter, 1.0) * edit.scale
+            bound.append(Bound(edit, params, scale, call))
         return bound
 
     # A site stands in for its layer: code that peeks at `weight`, or ties it, sees the layer's own.
@@ -256,7 +257,7 @@ class ExpertsSite(SiteBase):
     def holder(self, parameter: str) -> nn.Module:
         """The module that holds the adapter tensors of one expert parameter."""
         if parameter not in self._modules:
-            self._modules[parameter] = Slot()
+            self._modules[parameter] = Slot().train(self.training)
         return self.get_submodule(parameter)
 
 

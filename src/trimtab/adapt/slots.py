@@ -80,7 +80,7 @@ def add(root: nn.Module, slot: str, adapter: str, tensor: Tensor, *, stored: boo
     node = root
     for segment in [*head.split("."), *([adapter] if tail else [])]:
         if segment not in node._modules:
-            node.add_module(segment, Slot())
+            node.add_module(segment, Slot().train(node.training))
         node = node.get_submodule(segment)
     if isinstance(tensor, nn.Parameter):
         node.register_parameter(tail or adapter, tensor)
@@ -93,7 +93,7 @@ def nested(root: nn.Module, path: str) -> nn.Module:
     node = root
     for segment in path.split("."):
         if segment not in node._modules:
-            node.add_module(segment, Slot())
+            node.add_module(segment, Slot().train(node.training))
         node = node.get_submodule(segment)
     return node
 

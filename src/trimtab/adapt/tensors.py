@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 import torch
@@ -76,13 +77,15 @@ def initial_tensors(
     devices = [layer.device for layer in layers.values()]
     default = devices[0] if devices else torch.device("cpu")
     given = adapter.named()
+    rebuilt = {n for n in expected if n.slot in adapter.origin.rebuilt} - set(given)
+    wanted = {n: s for n, s in expected.items() if s.stored and n not in rebuilt}
     if not new:
-        _same_tensors(adapter, {n: s for n, s in expected.items() if s.stored}, given)
+        _same_tensors(adapter, wanted, given)
     made: dict[TensorName, Tensor] = {}
     for tensor_name, spec in expected.items():
         layer = layers.get(tensor_name.path)
         device = default if layer is None else layer.device
-        if not new and spec.stored:
+        if not new and tensor_name in wanted:
             value = given[tensor_name]
             if value.is_floating_point():
                 value = value.to(torch.promote_types(value.dtype, torch.float32))
@@ -94,6 +97,7 @@ def initial_tensors(
                 _same_draw(adapter, tensor_name.key, value)
         moved = value.to(device)
         made[tensor_name] = moved.clone() if spec.stored else moved  # a draw may be shared
+    adapter.origin = replace(adapter.origin, rebuilt=frozenset())
     return made
 
 

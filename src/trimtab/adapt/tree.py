@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -63,7 +64,22 @@ def canonical(path: str) -> str:
 
 def sites_of(root: nn.Module) -> dict[str, SiteBase]:
     """Canonical path -> wrapper, for all wrappers in the tree."""
-    return {m.path: m for m in root.modules() if isinstance(m, SiteBase)}
+    return {m.path: m for m in walk(root) if isinstance(m, SiteBase)}
+
+
+def walk(root: nn.Module) -> Iterator[nn.Module]:
+    """The model's modules and wrappers, each once; but nothing that holds adapters' tensors: many are not a cost."""
+    from trimtab.adapt.bank import Bank
+
+    seen: set[int] = set()
+    waiting = [root]
+    while waiting:
+        module = waiting.pop()
+        if id(module) in seen or isinstance(module, Bank | Slot):
+            continue
+        seen.add(id(module))
+        yield module
+        waiting.extend(child for child in reversed(module._modules.values()) if child is not None)
 
 
 def uncover(root: nn.Module, bank: Bank) -> None:
@@ -74,11 +90,19 @@ def uncover(root: nn.Module, bank: Bank) -> None:
         bank.merged = ()
 
 
-def replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` wherever ``old`` is a child (a module may be shared by several parents)."""
-    for parent in list(root.modules()):
-        if parent is new:
-            continue
-        for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
+class Children:
+    """Where each module of a model is a child (several parents may share one), to replace many after one pass."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._places: dict[int, list[tuple[nn.Module, str]]] = {}
+        for parent in walk(root):
+            for name, child in parent._modules.items():
+                if child is not None:
+                    self._places.setdefault(id(child), []).append((parent, name))
+
+    def replace(self, old: nn.Module, new: nn.Module) -> None:
+        """Put ``new`` wherever ``old`` is a child."""
+        places = self._places.pop(id(old))
+        for parent, name in places:
+            parent._modules[name] = new
+        self._places[id(new)] = places

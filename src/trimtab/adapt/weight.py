@@ -8,19 +8,42 @@ A convolution's ΔW may be given as the matrix (out, in · kernel).
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from trimtab.adapt.contract import At, Method, Params
+from trimtab.adapt.contract import At, Method, Params, Place, check_patterns, pattern_value
 from trimtab.frozen import Layer
+from trimtab.models.anatomy import Anatomy
 
 
 class WeightDelta(Method):
-    """A subclass says `change`; where ΔW need not be built, it overrides ``delta`` too."""
+    """A subclass says `change`; where ΔW need not be built, it overrides ``delta`` too.
+
+    ``patterns`` names fields that map ends of paths to values -> the field whose value that is.
+    """
+
+    patterns: ClassVar[Mapping[str, str]] = {}
 
     targets: str | tuple[str, ...] = "all-linear"
+
+    def place(self, anatomy: Anatomy) -> Sequence[Place]:
+        places, fields = super().place(anatomy), dict(self)
+        paths = [place.path for place in places]
+        check_patterns(paths, *(fields[pattern] for pattern in self.patterns))
+        return places
+
+    def at(self, path: str) -> Self:
+        fields = dict(self)
+        if not any(fields[pattern] for pattern in self.patterns):
+            return self
+        own = {
+            name: pattern_value(fields[p], path, fields[name]) for p, name in self.patterns.items()
+        }
+        return self.replace(**own, **{pattern: {} for pattern in self.patterns})
 
     @abstractmethod
     def change(self, p: Params, layer: Layer) -> Tensor:
@@ -36,6 +59,8 @@ class WeightDelta(Method):
 class Lycoris(WeightDelta):
     """What LoHa and LoKr share."""
 
+    patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "rank", "alpha_pattern": "alpha"}
+
     rank: int = Field(default=8, ge=1)
     """Rank of the factors."""
     alpha: float = 8.0
@@ -44,6 +69,10 @@ class Lycoris(WeightDelta):
     """Share of the rows of ΔW that are left out, in training."""
     module_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """How often all of ΔW is left out, in training."""
+    rank_pattern: Mapping[str, int] = Field(default_factory=dict)
+    """End of a path -> its rank."""
+    alpha_pattern: Mapping[str, float] = Field(default_factory=dict)
+    """End of a path -> its alpha."""
 
     @property
     def scaling(self) -> float:

@@ -29,8 +29,9 @@ class FourierFT(WeightDelta):
     peft_kinds: ClassVar[tuple[str, ...]] = ("linear",)
     peft_options: ClassVar[Mapping[str, tuple[str, Any]]] = {
         "n_frequency": ("entries", 1000), "scaling": ("alpha", 150.0), "random_loc_seed": ("seed", 777),
+        "n_frequency_pattern": ("entries_pattern", {}),
     }  # fmt: skip
-    peft_lacks: ClassVar[Mapping[str, Any]] = {"n_frequency_pattern": {}}
+    patterns: ClassVar[Mapping[str, str]] = {"entries_pattern": "entries"}
     disk: ClassVar[Mapping[str, str]] = {"fourierft_spectrum": "fourierft_spectrum"}
     short_names: ClassVar[Mapping[str, str]] = {"fourierft_spectrum": "spectrum"}
     scales: ClassVar[str] = "spectrum"
@@ -38,6 +39,8 @@ class FourierFT(WeightDelta):
 
     entries: int = Field(default=1000, ge=1)
     """How many entries of the spectrum are trained at each layer."""
+    entries_pattern: Mapping[str, int] = Field(default_factory=dict)
+    """End of a path -> how many there."""
     alpha: float = 150.0
     """What the change is multiplied with."""
     seed: int = 777

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trimtab.adapt.contract import At, Layer, Method, Params, Place, Spec, ones
 from trimtab.adapt.peft_config import refuse_unknown, selectors
-from trimtab.errors import FileFormatError, UnsupportedError
+from trimtab.errors import UnsupportedError
 from trimtab.models.anatomy import Anatomy
 from trimtab.models.fused import Fused
 
@@ -104,15 +104,10 @@ class IA3(Method):
         cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]
     ) -> IA3 | None:
         refuse_unknown(config, _PEFT_DEFAULTS, set(_PEFT_DEFAULTS), "IA3")
-        inner = config.get("feedforward_modules") or ()
-        if isinstance(inner, str):
-            raise FileFormatError(
-                "adapter_config.json: feedforward_modules as a regular expression is not read."
-            )
         return cls(
             targets=selectors(config.get("target_modules")),
             exclude=selectors(config.get("exclude_modules")),
-            feedforward=tuple(sorted(inner)),
+            feedforward=selectors(config.get("feedforward_modules")),
         )
 
     def roles_in_file(self, path: str, slots: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:

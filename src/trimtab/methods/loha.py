@@ -27,10 +27,9 @@ class LoHa(Lycoris):
     peft_options: ClassVar[Mapping[str, tuple[str, Any]]] = {
         "r": ("rank", 8), "alpha": ("alpha", 8),
         "rank_dropout": ("rank_dropout", 0.0), "module_dropout": ("module_dropout", 0.0),
+        "rank_pattern": ("rank_pattern", {}), "alpha_pattern": ("alpha_pattern", {}),
     }  # fmt: skip
-    peft_lacks: ClassVar[Mapping[str, Any]] = {
-        "use_effective_conv2d": False, "rank_pattern": {}, "alpha_pattern": {},
-    }  # fmt: skip
+    peft_lacks: ClassVar[Mapping[str, Any]] = {"use_effective_conv2d": False}
     short_names: ClassVar[Mapping[str, str]] = {
         name: name[5:] for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
     }

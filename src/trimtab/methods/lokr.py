@@ -29,9 +29,10 @@ class LoKr(Lycoris):
     peft_options: ClassVar[Mapping[str, tuple[str, Any]]] = {
         "r": ("rank", 8), "alpha": ("alpha", 8), "decompose_both": ("both", False), "decompose_factor": ("factor", -1),
         "rank_dropout": ("rank_dropout", 0.0), "module_dropout": ("module_dropout", 0.0),
+        "rank_pattern": ("rank_pattern", {}), "alpha_pattern": ("alpha_pattern", {}),
     }  # fmt: skip
     peft_lacks: ClassVar[Mapping[str, Any]] = {
-        "use_effective_conv2d": False, "rank_dropout_scale": False, "rank_pattern": {}, "alpha_pattern": {},
+        "use_effective_conv2d": False, "rank_dropout_scale": False,
     }  # fmt: skip
     short_names: ClassVar[Mapping[str, str]] = {
         name: name[5:]

@@ -69,6 +69,10 @@ class LoRA(LowRank):
     def fixed(self) -> frozenset[str]:
         return super().fixed | (RANDOM if self.frozen_a else frozenset())
 
+    @property
+    def peft_nests(self) -> bool:
+        return not (self.dropout or self.rank_pattern or self.alpha_pattern or self.bias != "none")
+
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         specs = super().tensors(layer, role)
         if not self.bits:

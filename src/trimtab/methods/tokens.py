@@ -28,10 +28,11 @@ class Tokens(Method):
     kind: ClassVar[str] = "tokens"
     lr: ClassVar[float] = 1e-3
     peft_type: ClassVar[str | None] = "TRAINABLE_TOKENS"
-    peft_kinds: ClassVar[tuple[str, ...]] = ("embedding",)
+    peft_kinds: ClassVar[tuple[str, ...]] = ("embedding", "linear")
     peft_options: ClassVar[Mapping[str, tuple[str, Any]]] = {"token_indices": ("ids", ())}
     disk: ClassVar[Mapping[str, str]] = {"trainable_tokens_delta": "trainable_tokens_delta"}
     short_names: ClassVar[Mapping[str, str]] = {"trainable_tokens_delta": "rows"}
+    instead_of: ClassVar[tuple[str, ...]] = ("weight",)
 
     targets: str | tuple[str, ...] = "input_embedding"
     ids: tuple[int, ...] = Field(default=(0,), min_length=1)
@@ -66,5 +67,6 @@ class Tokens(Method):
 
     def in_peft(self, anatomy: Anatomy, places: Any) -> bool:
         """PEFT changes a tied head with the embedding; here each is trained apart."""
-        tied = bool(getattr(anatomy.config, "tie_word_embeddings", False))
-        return not tied and super().in_peft(anatomy, places)
+        return not any(anatomy.tied(place.path) for place in places) and super().in_peft(
+            anatomy, places
+        )

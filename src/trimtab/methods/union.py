@@ -15,11 +15,12 @@ from pydantic import Field, field_validator, model_validator
 
 from trimtab.adapt.contract import Method, Params, Place
 from trimtab.adapt.parse import method_from
+from trimtab.adapt.rows_beside import RowsBeside
 from trimtab.models.anatomy import Anatomy
 
 
 @final
-class Union(Method):
+class Union(RowsBeside):
     """``LoRA(rank=8) | Prefix(length=30)``, or ``Union(parts=("lora(rank=8)", "prefix(length=30)"))``."""
 
     kind: ClassVar[str] = "union"

@@ -47,6 +47,7 @@ class Anatomy:
         self.aliases = aliases
         self.config = root.__dict__.get("config")
         self.family: Family = family_of(self.config)
+        self._found: dict[str, list[str]] = {}
         self.model_type: str | None = getattr(self.config, "model_type", None)
 
     # -- facts ---------------------------------------------------------------------------------------
@@ -140,6 +141,14 @@ class Anatomy:
         """Number of query heads of the attention at a module."""
         return self._heads_at(path).queries
 
+    def tied(self, path: str) -> list[str]:
+        """Other modules whose weight is the very one of the module at a path (of experts: none)."""
+        if path not in self.modules:
+            return []
+        weight = self.modules[path]._parameters.get("weight")
+        found = [p for p, m in self.modules.items() if m._parameters.get("weight") is weight]
+        return [] if weight is None else [other for other in found if other != path]
+
     def weighted(self, path: str) -> bool:
         """Whether the module at a path is a layer with a weight that Trimtab knows."""
         return view(self.modules[path]) is not None
@@ -191,10 +200,13 @@ class Anatomy:
 
     def block_of(self, path: str) -> int | None:
         """Index of the block that holds ``path``."""
-        for index, block in enumerate(self.blocks):
-            if path == block or path.startswith(f"{block}."):
-                return index
-        return None
+        while path and path not in self._numbers:
+            path = path.rpartition(".")[0]
+        return self._numbers.get(path)
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {path: number for number, path in enumerate(self.blocks)}
 
     def inputs_of(self, paths: Sequence[str]) -> list[str]:
         """The input embeddings that these modules hear from: of their own tower, where a model has several."""
@@ -215,7 +227,7 @@ class Anatomy:
         """The view of the layer at a path (of expert 0 at an expert parameter, of a sub-layer's output)."""
         if path in self.experts:
             return self.expert_layers(path)[0]
-        if path in self.role("self_attention"):
+        if path in self.attentions:
             return AttentionLayer.at(self, path)
         module = self.modules[path]
         return view(module) or SubLayer(module, self.width_at(path), self.around(path))
@@ -270,8 +282,18 @@ class Anatomy:
         found = [path for path in self.modules if self.weighted(path) and path not in lenders]
         return [*found, *self.experts]
 
+    @cached_property
+    def attentions(self) -> frozenset[str]:
+        """Paths of the self-attentions."""
+        return frozenset(self.role("self_attention"))
+
     def role(self, role: str) -> list[str]:
         """Paths of a role, in model order; empty where this architecture has none."""
+        if role not in self._found:
+            self._found[role] = self._role(role)
+        return list(self._found[role])
+
+    def _role(self, role: str) -> list[str]:
         if role == "all-linear":
             return self.linears
         if role == "head":

@@ -11,9 +11,53 @@ from importlib import import_module
 from typing import Any
 
 _PLACES = {
+    "AdaLoraConfig": "configs.adalora",
     "LoraConfig": "configs.lora",
+    **dict.fromkeys(("initialize_lora_eva_weights", "preprocess_loraga"), "informed"),
+    **dict.fromkeys(
+        (
+            "AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction",
+            "AutoPeftModelForQuestionAnswering", "AutoPeftModelForSeq2SeqLM",
+            "AutoPeftModelForSequenceClassification", "AutoPeftModelForTokenClassification",
+        ),
+        "auto",
+    ),
+    **dict.fromkeys(
+        ("EvaConfig", "LoftQConfig", "LoraGAConfig", "LoraRuntimeConfig"), "configs.lora_parts"
+    ),
+    **dict.fromkeys(
+        (
+            "FourierFTConfig", "HiraConfig", "LoHaConfig", "LoKrConfig", "MissConfig", "RandLoraConfig", "ShiraConfig",
+            "VeraConfig",
+        ),
+        "configs.weights",
+    ),
+    **dict.fromkeys(("BOFTConfig", "HRAConfig", "OFTConfig"), "configs.rotations"),
+    **dict.fromkeys(("IA3Config", "LNTuningConfig", "TrainableTokensConfig"), "configs.scales"),
+    **dict.fromkeys(
+        (
+            "AdaptionPromptConfig", "PrefixTuningConfig", "PromptEncoderConfig",
+            "PromptEncoderReparameterizationType", "PromptLearningConfig", "PromptTuningConfig", "PromptTuningInit",
+        ),
+        "configs.prompts",
+    ),
+    **dict.fromkeys(
+        (
+            "AdaFitConfig", "AdapterPlusConfig", "BitFitConfig", "BottleneckConfig", "CompacterConfig",
+            "DiReftConfig", "DiffPruningConfig", "FullConfig", "GatedConfig", "LoReftConfig", "MoraConfig",
+            "NoReftConfig", "ParallelConfig", "PfeifferConfig", "PiggybackConfig", "SpotTuneConfig", "UnionConfig",
+        ),
+        "configs.ours",
+    ),
     **dict.fromkeys(("PeftConfig", "get_peft_config"), "config"),
+    "PEFT_TYPE_TO_CONFIG_MAPPING": "mapping",
     **dict.fromkeys(("PeftType", "TaskType"), "types"),
+    **dict.fromkeys(("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"), "status"),
+    **dict.fromkeys(("convert_to_lora", "save_as_lora"), "conversion"),
+    "find_kappa_target_modules": "helpers",
+    **dict.fromkeys(
+        ("cast_mixed_precision_params", "prepare_model_for_kbit_training", "shift_tokens_right"), "utils.other"
+    ),
     **dict.fromkeys(
         (
             "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftMixedModel", "PeftModel", "PeftModelForCausalLM",
@@ -22,6 +66,13 @@ _PLACES = {
             "inject_adapter_in_model",
         ),
         "model",
+    ),
+    **dict.fromkeys(
+        (
+            "get_base_model_state_dict", "get_peft_model_state_dict", "load_peft_weights", "set_base_model_state_dict",
+            "set_peft_model_state_dict",
+        ),
+        "state",
     ),
 }  # fmt: skip
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from trimtab.adapt.adapter import Adapter
-from trimtab.adapt.files import save
-from trimtab.adapt.slots import memory_name
-from trimtab.errors import FileFormatError
+from trimtab.adapt.adapter import Adapter, Origin
+from trimtab.adapt.files import TRAINING, save
+from trimtab.errors import ConfigError
 from trimtab.peft.config import PeftConfig
 from trimtab.peft.hub import local_adapter
+from trimtab.peft.state import gathered, whole
 
 if TYPE_CHECKING:
     from trimtab.peft.tuner import Tuner
@@ -31,9 +32,41 @@ def read_folder(
 ) -> tuple[PeftConfig, Adapter]:
     """The configuration and the adapter of a folder, or of a repository."""
     folder = local_adapter(place, subfolder, **hub)
-    found = PeftConfig.from_pretrained(folder) if config is None else config.copied()
+    found = PeftConfig.from_pretrained(folder)
+    if config is not None:
+        _agree(config, found, folder)
+        found = config.copied()
     found.inference_mode = not trainable
     return found, Adapter.load(folder, name=name)
+
+
+def compare_names(adapter: Adapter, model: nn.Module) -> None:
+    """Warn where all that is known of an adapter's base is its name, and that is another than this model's."""
+    made_for, present = adapter.origin.base_name, model.__dict__.get("name_or_path")
+    if adapter.base is not None or not made_for or not present:
+        return
+    ends = {str(name).rstrip("/").rpartition("/")[2] for name in (made_for, present)}
+    if len(ends) > 1:
+        warnings.warn(
+            f"adapter {adapter.name!r} was made for {made_for!r}, and this model is {present!r}. Its file says nothing "
+            "of the weights it was made for, so they cannot be compared.",
+            stacklevel=3,
+        )
+
+
+def _agree(given: PeftConfig, found: PeftConfig, folder: Path) -> None:
+    """Refuse a configuration that is not that of the file: the two are one adapter."""
+    if type(given) is not type(found):
+        raise ConfigError(
+            f"config is a {type(given).__name__}, and {folder} holds a {type(found).__name__}."
+        )
+    mine, theirs = given.options(), found.options()
+    for name, value in mine.items():
+        if value != theirs[name] and (value or theirs[name]):
+            raise ConfigError(
+                f"config says {name}={value!r}, and {folder} {name}={theirs[name]!r}. An adapter is loaded as it was "
+                "saved: leave config out, or pass PeftConfig.from_pretrained(folder)."
+            )
 
 
 def write_folder(
@@ -41,33 +74,32 @@ def write_folder(
 ) -> None:
     """Write an adapter beside what else lies in a folder; ``state`` holds its tensors where they are sharded."""
     adapter, config = tuner.require(name), tuner.peft_config[name]
-    adapter.origin = replace(
+    # without a task, PEFT passes over prompts
+    inferred = adapter.origin.task_type if adapter.method.peft_root == "base_model." else None
+    origin = replace(
         adapter.origin,
         base_name=config.base_model_name_or_path or adapter.origin.base_name,
-        task_type=config.task_type or adapter.origin.task_type,
+        task_type=config.task_type or inferred,
     )
-    if state is not None:
-        adapter = _from_state(adapter, state)
-    save(adapter, folder, beside=True)
+    values = (
+        {key: whole(tensor, key.key) for key, tensor in adapter.named().items()}
+        if state is None
+        else gathered(adapter, tuner.model, state)
+    )
+    written = Adapter(
+        adapter.name, adapter.method, adapter.sites, values, base=adapter.base, origin=origin
+    )
+    written.drawn = dict(adapter.drawn)
+    save(written, folder, beside=True, said=_said(config, origin, tuner.model))
 
 
-def _from_state(adapter: Adapter, state: Mapping[str, Tensor]) -> Adapter:
-    """An adapter with the tensors of a state dict of its model, by their names there."""
-    copy = Adapter(
-        adapter.name, adapter.method, adapter.sites, {}, base=adapter.base, origin=adapter.origin
-    )
-    found = {}
-    for name in adapter.named():
-        slot = memory_name(name.slot, adapter.name)
-        key = f"{name.path}.{slot}" if name.path else f"trimtab.{slot}"
-        for prefix in ("base_model.model.", "model.", ""):
-            if prefix + key in state:
-                found[name] = state[prefix + key].detach()
-                break
-        else:
-            raise FileFormatError(
-                f"state_dict has no {key!r}, which adapter {adapter.name!r} needs."
-            )
-    copy._tensors = found
-    copy.drawn = dict(adapter.drawn)
-    return copy
+def _said(config: PeftConfig, origin: Origin, model: nn.Module) -> dict[str, Any]:
+    """What PEFT writes beside the method's own options."""
+    kind = type(model)
+    mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    said: dict[str, Any] = {
+        "auto_mapping": None if origin.task_type else config.auto_mapping or mapping,
+        "revision": config.revision,
+    }
+    options = config.options()
+    return said | {name: options[name] for name in TRAINING if options.get(name) is not None}

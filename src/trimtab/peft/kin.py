@@ -6,8 +6,8 @@ so nothing of PEFT's runs. PEFT's abstract classes take ours by ``register``, wh
 
 TRL's trainers hand a ``peft_config`` to ``peft.get_peft_model`` itself, which looks up the tuner of
 ``config.peft_type`` in the table ``peft.PEFT_TYPE_TO_TUNER_MAPPING``. Our types have names of their own there
-(`trimtab.peft.types.PeftType`), so such a model has our tuner inside. Nothing that PEFT has is changed, and without
-``peft`` none of this is needed or done.
+(`trimtab.peft.types.PeftType`), so such a model has our tuner inside (`trimtab.peft.guest`). Nothing that PEFT has is
+changed, and without ``peft`` none of this is needed or done.
 """
 
 from __future__ import annotations
@@ -44,9 +44,12 @@ def register(cls: type, name: str) -> None:
         getattr(THEIRS.tuners.tuners_utils, name).register(cls)
 
 
-def enter(peft_type: str, config: type, tuner: type, prefix: str) -> None:
-    """Put a type of ours into the tables by which ``peft.get_peft_model`` finds its tuner."""
+def enter(peft_type: str, tuner: type, prefix: str) -> None:
+    """Put a type of ours into the tables by which ``peft.get_peft_model`` finds its tuner.
+
+    Not into the table by which PEFT reads folders: one that names a type of ours is in a form that PEFT has not, so
+    it goes on refusing it.
+    """
     if THEIRS is not None:
-        THEIRS.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config
         THEIRS.mapping.PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = tuner
         THEIRS.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = prefix

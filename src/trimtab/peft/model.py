@@ -14,18 +14,26 @@ from transformers.utils.hub import PushToHubMixin
 
 from trimtab.adapt.acting import using
 from trimtab.adapt.adapter import Adapter
-from trimtab.errors import AttachError, ConfigError, DuplicateNameError
+from trimtab.errors import AttachError, ConfigError, DuplicateNameError, UnknownNameError
 from trimtab.peft.card import write_card
 from trimtab.peft.config import PeftConfig
-from trimtab.peft.files import read_folder, write_folder
+from trimtab.peft.delegates import Delegates
+from trimtab.peft.files import compare_names, read_folder, write_folder
+from trimtab.peft.hub import push
 from trimtab.peft.kin import related
-from trimtab.peft.state import LoadResult, replace_tensors
+from trimtab.peft.state import LoadResult, check_embeddings, replace_tensors
+from trimtab.peft.status import (
+    TunerLayerStatus,
+    TunerModelStatus,
+    get_layer_status,
+    get_model_status,
+)
 from trimtab.peft.tuner import Tuner
 from trimtab.peft.types import PeftType, TaskType
 
 
 @related
-class PeftModel(PushToHubMixin, nn.Module):  # type: ignore[misc]
+class PeftModel(Delegates, PushToHubMixin, nn.Module):  # type: ignore[misc]
     """A model with adapters. What is not here is asked of the tuner, and of the model inside it."""
 
     heads: ClassVar[tuple[str, ...]] = ()
@@ -59,9 +67,14 @@ class PeftModel(PushToHubMixin, nn.Module):  # type: ignore[misc]
         config.base_model_name_or_path = name or config.base_model_name_or_path
         names = {path.rpartition(".")[2] for path, _ in model.named_modules()}
         own = [head for head in self.heads if head in names]
-        if own:
+        if own and "modules_to_save" in config.options():
             listed = list(getattr(config, "modules_to_save", None) or ())
             config.modules_to_save = [*listed, *(h for h in own if h not in listed)]  # type: ignore[attr-defined]
+        elif own:
+            warnings.warn(
+                f"{type(config).__name__} has no modules_to_save, as PEFT's has none: {own[0]!r} stays as it is.",
+                stacklevel=4,
+            )
         return config
 
     # -- adapters --------------------------------------------------------------------------------------
@@ -130,19 +143,20 @@ class PeftModel(PushToHubMixin, nn.Module):  # type: ignore[misc]
         """
         _refuse(key_mapping=key_mapping, ephemeral_gpu_offload=ephemeral_gpu_offload)
         config, adapter = read_folder(model_id, adapter_name, is_trainable, **hub)
+        compare_names(adapter, self.get_base_model())
         present = self.base_model.adapters.get(adapter_name)
         if present is not None and replace_tensors(present, adapter):
             self.peft_config[adapter_name] = config
             return LoadResult([], [])
         if present is not None:
             active = list(self.active_adapters)
+            self.base_model.replace(adapter_name, config, adapter)
+            self.base_model.set_adapter(active)
             warnings.warn(
                 f"adapter {adapter_name!r} was of another configuration; it is now the one in {model_id}. An "
                 "optimizer made before does not know its parameters.",
                 stacklevel=2,
             )
-            self.base_model.replace(adapter_name, config, adapter)
-            self.base_model.set_adapter(active)
         else:
             self.base_model.add(adapter_name, config, adapter)
         self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -188,15 +202,15 @@ class PeftModel(PushToHubMixin, nn.Module):  # type: ignore[misc]
         """
         if not safe_serialization:
             raise ConfigError("adapters are written as safetensors only; nothing is ever pickled.")
-        if save_embedding_layers not in ("auto", False):
-            raise ConfigError(
-                "save_embedding_layers: embeddings are not copied into adapters; to train them, name them in "
-                "modules_to_save."
-            )
+        check_embeddings(save_embedding_layers)
         if path_initial_model_for_weight_conversion is not None:
             raise ConfigError(
                 "path_initial_model_for_weight_conversion is not needed: the base was never changed. "
                 "trimtab.peft.save_as_lora writes the plain LoRA of twice the rank."
+            )
+        if hub and not push_to_hub:
+            raise UnknownNameError(
+                f"save_pretrained has no option {next(iter(hub))!r}; those of push_to_hub need push_to_hub=True."
             )
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         folder = Path(save_directory)
@@ -207,11 +221,10 @@ class PeftModel(PushToHubMixin, nn.Module):  # type: ignore[misc]
         for name in names:
             where = folder if name == "default" else folder / name
             write_folder(self.base_model, name, where, state_dict)
-        write_card(folder, self)
+        if names:
+            write_card(folder, self.base_model, names)
         if push_to_hub:
             self.push_to_hub(**{"repo_id": folder.name, **hub})
-        elif hub:
-            raise ConfigError(f"save_pretrained has no option {next(iter(hub))!r}.")
 
     @classmethod
     def from_pretrained(
@@ -230,12 +243,32 @@ class PeftModel(PushToHubMixin, nn.Module):  # type: ignore[misc]
         """A model with the adapter of a folder or a repository, in the class of its task."""
         _refuse(key_mapping=key_mapping, ephemeral_gpu_offload=ephemeral_gpu_offload)
         found, adapter = read_folder(model_id, adapter_name, is_trainable, config=config, **hub)
+        compare_names(adapter, model)
         made = class_of(found.task_type) if cls is PeftModel else cls
         return made(model, found, adapter_name, autocast_adapter_dtype, adapter=adapter)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        max_shard_size: int | str | None = None,
+        **options: Any,
+    ) -> Any:
+        """Write the adapters, as `save_pretrained` does, into a repository on the hub.
+
+        Adapters are one file each, whatever ``max_shard_size``. ``options`` are those of `trimtab.peft.hub.push`.
+        """
+        return push(
+            self.save_pretrained,
+            repo_id,
+            commit_message=commit_message or "Upload model",
+            **options,
+        )
+
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
         """Write or complete the README of a folder of adapters."""
-        write_card(Path(output_dir), self)
+        write_card(Path(output_dir), self.base_model)
 
     # -- facts -----------------------------------------------------------------------------------------
 
@@ -245,8 +278,7 @@ class PeftModel(PushToHubMixin, nn.Module):  # type: ignore[misc]
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """How many values are trained, and how many there are."""
-        counts = [(_count(p), p.requires_grad) for p in self.parameters()]
-        return sum(n for n, learns in counts if learns), sum(n for n, _ in counts)
+        return count_values(self)
 
     def print_trainable_parameters(self) -> None:
         """Print how many values are trained, of how many."""
@@ -254,6 +286,14 @@ class PeftModel(PushToHubMixin, nn.Module):  # type: ignore[misc]
         print(  # noqa: T201 (what it is for)
             f"trainable params: {trained:,d} || all params: {every:,d} || trainable%: {100 * trained / every:.4f}"
         )
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """The layers that adapters edit; see `trimtab.peft.status`."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """What is attached, in all; see `trimtab.peft.status`."""
+        return get_model_status(self)
 
     @property
     def base_model_torch_dtype(self) -> torch.dtype | None:
@@ -290,6 +330,12 @@ def _refuse(**given: Any) -> None:
     for name, value in given.items():
         if value:
             raise ConfigError(f"{name} is not supported by trimtab.peft.")
+
+
+def count_values(model: nn.Module) -> tuple[int, int]:
+    """How many values of a model are trained, and how many there are."""
+    counts = [(_count(p), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, learns in counts if learns), sum(n for n, _ in counts)
 
 
 def _count(parameter: nn.Parameter) -> int:
@@ -387,5 +433,5 @@ def inject_adapter_in_model(
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """The model itself with a new adapter in it, and nothing around it."""
-    Tuner(model, {adapter_name: peft_config}, adapter_name)
+    Tuner(model, peft_config.copied(), adapter_name)
     return model

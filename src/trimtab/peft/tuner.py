@@ -16,17 +16,24 @@ from torch import Tensor, nn
 from trimtab.adapt.acting import rows, stack
 from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.attach import attach, detach
-from trimtab.adapt.bank import Bank, find_bank
+from trimtab.adapt.bank import Bank, bank_of, find_bank
 from trimtab.adapt.merge import fold, merge_in_place, unmerge
 from trimtab.adapt.site import BASE, SiteBase
 from trimtab.adapt.tree import sites_of
 from trimtab.errors import AttachError, DuplicateNameError, UnknownNameError, suggest
+from trimtab.peft.combination import Combination, Signs
 from trimtab.peft.config import PeftConfig
 from trimtab.peft.kin import register
+from trimtab.peft.schedule import Schedule, with_losses
+from trimtab.peft.weighted import combined, config_of
 
 
 class Tuner(nn.Module):
-    """Adapters of one model. ``peft_config`` maps names to configurations, as PEFT's tuners take them."""
+    """Adapters of one model. ``peft_config`` maps names to configurations, as PEFT's tuners take them.
+
+    With one configuration instead, the adapter is put into the model, beside any that were put there so, and the tuner
+    is of no more use: the model's attribute ``peft_config`` then says what is in it.
+    """
 
     prefix = ""
 
@@ -40,21 +47,25 @@ class Tuner(nn.Module):
         *,
         adapter: Adapter | None = None,
     ) -> None:
-        super().__init__()
-        if find_bank(model) is not None:
+        injected = isinstance(peft_config, PeftConfig)
+        present = model.__dict__.get("peft_config") if injected else None
+        if (find_bank(model) is None) != (not present):
             raise AttachError(
                 f"{type(model).__name__} has adapters already. Add another with model.add_adapter(name, config), or "
                 "take them out first with model.unload()."
             )
+        super().__init__()
         self.model = model
-        self.peft_config: dict[str, PeftConfig] = {}
-        self.active_adapters: list[str] = []
-        self.off = False
+        self.peft_config: dict[str, PeftConfig] = present or {}
+        self.active_adapters: list[str] = list(bank_of(model).chosen) if present else []
         self._inference: set[str] = set()
+        self._schedule = Schedule()
         self.register_state_dict_post_hook(_show_base)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_take_base)  # type: ignore[no-untyped-call]
         config = peft_config if isinstance(peft_config, PeftConfig) else peft_config[adapter_name]
         self.add(adapter_name, config, adapter)
+        if injected:  # nothing is around the model: by this name others find the configurations
+            model.__dict__["peft_config"] = self.peft_config
 
     # -- adapters --------------------------------------------------------------------------------------
 
@@ -73,7 +84,10 @@ class Tuner(nn.Module):
             # PEFT draws from torch's own generator, so that a script's seed decides
             seed = int(torch.randint(2**31, ()))
             method = config.method(self.model)
-            adapter = attach(self.model, method, name, seed=seed, trainable=trainable)
+            adapter = attach(
+                self.model, method, name, seed=seed, trainable=trainable, batches=config.batches
+            )
+            config.begin(adapter, seed)
         else:
             adapter = attach(self.model, adapter, name, trainable=trainable)
         self.peft_config[name] = config
@@ -81,9 +95,8 @@ class Tuner(nn.Module):
             self._inference.add(name)
         self.active_adapters = self.active_adapters or [name]
         self._refresh()
-        for other in self.adapters.values():
-            if other.name not in self.active_adapters:
-                self._train(other, False)
+        if name not in self.active_adapters:
+            self._train(adapter, False)
         return adapter
 
     def replace(self, name: str, config: PeftConfig, adapter: Adapter) -> None:
@@ -94,6 +107,35 @@ class Tuner(nn.Module):
         except BaseException:
             self.add(name, self.peft_config[name], old)
             raise
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: Signs = "total",
+    ) -> None:
+        """Attach a new adapter that is a weighted combination of attached ones; `trimtab.peft.weighted` has the kinds.
+
+        It acts once `set_adapter` says so. ``svd_full_matrices`` changes nothing: the vectors it would add are cut
+        off again.
+
+        Raises:
+            DuplicateNameError: there is an adapter of that name.
+            ConfigError: options that do not fit one another, or the adapters.
+            UnsupportedError: an adapter is no change of weights and has no sum with the others.
+        """
+        how = Combination(
+            combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method
+        )
+        made = combined(self.model, list(adapters), list(weights), adapter_name, how)
+        self.add(adapter_name, config_of(made, self.peft_config[adapters[0]]), made)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter out; if it was the only active one, the first of the others becomes active."""
@@ -106,6 +148,12 @@ class Tuner(nn.Module):
         self.active_adapters = left or list(self.peft_config)[:1]
         if self.peft_config:
             self.set_adapter(self.active_adapters)
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The modules that any adapter edits."""
+        paths = (site.path for adapter in self.adapters.values() for site in adapter.sites)
+        return list(dict.fromkeys(paths))
 
     @property
     def bank(self) -> Bank | None:
@@ -162,16 +210,21 @@ class Tuner(nn.Module):
 
     def _refresh(self) -> None:
         if self.bank is not None:
-            stack(self.model, [] if self.off else self.active_adapters)
+            stack(self.model, self.active_adapters)
+
+    @property
+    def off(self) -> bool:
+        """Whether the model is the bare base, whoever is active."""
+        return self.bank is not None and self.bank.off
 
     def disable_adapter_layers(self) -> None:
         """The model is the bare base, until `enable_adapter_layers`."""
-        self.off = True
-        self._refresh()
+        if self.bank is not None:
+            self.bank.off = True
 
     def enable_adapter_layers(self) -> None:
-        self.off = False
-        self._refresh()
+        if self.bank is not None:
+            self.bank.off = False
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -250,6 +303,38 @@ class Tuner(nn.Module):
             if dtype is not None and dtype.is_floating_point:
                 holder.to(dtype)
 
+    # What ``peft``'s own functions ask of a tuner's class, with a model of ours; accelerate calls them. -----
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: Mapping[str, Tensor],
+        unwanted_adapter_names: Sequence[str],
+    ) -> dict[str, Tensor]:
+        from trimtab.peft.state import get_peft_model_state_dict
+
+        return get_peft_model_state_dict(model, state_dict, adapter_name)
+
+    @staticmethod
+    def _remove_adapter_name_from_key(key: str, adapter_name: str) -> str:
+        return key
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        from trimtab.peft.state import set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, state_dict, adapter_name)
+        return {}  # nothing is left to load
+
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
         """The model's configuration as a mapping; PEFT's models ask for it."""
@@ -257,7 +342,11 @@ class Tuner(nn.Module):
         return dict(config.to_dict() if hasattr(config, "to_dict") else config)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+        return with_losses(self.bank, self.model(*args, **kwargs))
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """AdaLoRA's budget: call it after each step of the optimizer, before gradients are cleared."""
+        self._schedule.allocate(self, global_step)
 
     def __getattr__(self, name: str) -> Any:
         try:

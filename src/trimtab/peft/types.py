@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from trimtab.adapt.parse import methods
-
 OURS = "TRIMTAB_"
 
 
@@ -63,10 +61,19 @@ class PeftType(StrEnum):
     UNION = "TRIMTAB_UNION"
 
 
+LACKING = frozenset(
+    (
+        "ADAFIT", "ADAPTERPLUS", "BITFIT", "BOTTLENECK", "COMPACTER", "DIFF", "DIREFT", "FULL", "GATED", "LOREFT",
+        "MORA", "NOREFT", "PARALLEL", "PFEIFFER", "PIGGYBACK", "SPOTTUNE", "UNION",
+    )
+)  # fmt: skip
+"""The methods that PEFT lacks."""
+
+
 def on_disk(peft_type: str) -> str:
     """``peft_type`` in ``adapter_config.json``: PEFT's own name where it has the method."""
     bare = str(peft_type).removeprefix(OURS)
-    return bare if any(cls.peft_type == bare for _, cls in methods.items()) else OURS + bare
+    return OURS + bare if bare in LACKING else bare
 
 
 def from_disk(name: str) -> PeftType | None:

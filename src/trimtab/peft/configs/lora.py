@@ -2,46 +2,223 @@
 
 from __future__ import annotations
 
+import re
+import warnings
+from collections.abc import Mapping
 from dataclasses import field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from trimtab.adapt.contract import Method
-from trimtab.errors import ConfigError
-from trimtab.peft.config import PeftConfig, config
+from torch import nn
+
+from trimtab.adapt.contract import Init, Method, kaiming_uniform, normal
+from trimtab.adapt.parse import methods
+from trimtab.adapt.tree import anatomy_of
+from trimtab.errors import ConfigError, UnknownNameError, UnsupportedError, suggest
+from trimtab.peft.config import PeftConfig, config, option
+from trimtab.peft.configs.common import Excluding, Layered, Transposed, listed
+from trimtab.peft.configs.lora_parts import EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig
 from trimtab.peft.types import PeftType
 
-_INITS = {"gaussian": "gaussian", "orthogonal": "orthogonal", "pissa": "pissa", "olora": "olora", "eva": "eva",
-          "lora_ga": "lora-ga"}  # fmt: skip
+_INITS = ("gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga")
+_NITER = re.compile(r"pissa_niter_\d+")
+_ELSEWHERE = {
+    "loftq": "LoftQ quantises the base anew, and a base is never changed here; 'pissa' begins near, too",
+    "corda": "'eva' begins from data, too",
+    "mica": "'orthogonal' keeps directions apart, too",
+}
+"""Initialisations that PEFT has and we lack -> what there is instead."""
+_CONFIGS: dict[str, Any] = {"eva_config": EvaConfig, "lora_ga_config": LoraGAConfig}
+_NONE = "It is another method than LoRA."
 
 
 @config(PeftType.LORA)
-class LoraConfig(PeftConfig):
-    """LoRA, and DoRA with ``use_dora``."""
+class LoraConfig(Excluding, Layered, Transposed):
+    """LoRA; DoRA with ``use_dora``, rsLoRA with ``use_rslora``."""
 
     prefix: ClassVar[str] = "lora_"
+    sizes: ClassVar[tuple[str, ...]] = ("r",)
+    shares: ClassVar[tuple[str, ...]] = ("lora_dropout",)
+    lacks: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(
+            ("corda_config", "velora_config", "monteclora_config", "arrow_config", "kasa_config", "use_bdlora"), _NONE
+        ),
+        "use_qalora": _NONE,
+        "alora_invocation_tokens": _NONE,
+        "loftq_config": "The base is never changed; quantise it when it is loaded.",
+        "megatron_config": "Layers of Megatron are not known here.",
+        "layer_replication": "The base is never changed, nor are its layers repeated.",
+        "lora_bias": "Use bias='lora_only', which trains the layers' own biases.",
+        "ensure_weight_tying": "Name both ends of tied weights, and each is trained apart.",
+    }  # fmt: skip
 
-    r: int = 8
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    lora_alpha: int = 8
-    lora_dropout: float = 0.0
-    fan_in_fan_out: bool = False
-    bias: str = "none"
-    use_rslora: bool = False
-    modules_to_save: list[str] | None = None
-    init_lora_weights: bool | str = True
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    use_dora: bool = False
-    trainable_token_indices: Any = None
+    r: int = option("Rank: rows of A and columns of B.", default=8)
+    lora_alpha: int = option("The product is scaled by lora_alpha / r.", default=8)
+    lora_dropout: float = option("Of what enters A, in training.", default=0.0)
+    bias: Literal["none", "all", "lora_only"] = option(
+        "Biases that are trained too: 'none', 'all' or 'lora_only' (those of the targets).",
+        default="none",
+    )
+    use_rslora: bool = option("Scale by lora_alpha / √r instead.", default=False)
+    init_lora_weights: bool | str = option(
+        "How factors begin: True, False (at random), gaussian, orthogonal, pissa, pissa_niter_N, olora, eva, lora_ga.",
+        default=True,
+    )
+    rank_pattern: dict[str, int] | None = option("End of a module's name -> its rank.", default={})
+    alpha_pattern: dict[str, float] | None = option(
+        "End of a module's name -> its alpha.", default={}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = option(
+        "Tokens whose embeddings are trained too; by the name of a layer where there are several.",
+        default=None,
+    )
+    use_dora: bool = option(
+        "DoRA: train the magnitude of each output channel apart.", default=False
+    )
+    eva_config: EvaConfig | dict[str, Any] | None = option(
+        "Options of init_lora_weights='eva'.", default=None
+    )
+    lora_ga_config: LoraGAConfig | dict[str, Any] | None = option(
+        "Options of init_lora_weights='lora_ga'.", default=None
+    )
+    target_parameters: list[str] | None = option(
+        "Parameters of experts, by the end of their names.", default=None
+    )
+    megatron_config: dict[str, Any] | None = option("Not in Trimtab.", default=None)
+    megatron_core: str | None = option("Not in Trimtab; no effect.", default="megatron.core")
+    loftq_config: LoftQConfig | dict[str, Any] = option("Not in Trimtab.", default={})
+    corda_config: Any = option("Not in Trimtab.", default=None)
+    velora_config: Any = option("Not in Trimtab.", default=None)
+    alora_invocation_tokens: list[int] | None = option("Not in Trimtab.", default=None)
+    use_qalora: bool = option("Not in Trimtab.", default=False)
+    qalora_group_size: int = option("Not in Trimtab; no effect.", default=16)
+    monteclora_config: Any = option("Not in Trimtab.", default=None)
+    layer_replication: list[tuple[int, int]] | None = option("Not in Trimtab.", default=None)
+    runtime_config: LoraRuntimeConfig = field(
+        default_factory=LoraRuntimeConfig,
+        metadata={"help": "Settings of the process; not in a file."},
+    )
+    lora_bias: bool = option("Not in Trimtab.", default=False)
+    use_bdlora: Any = option("Not in Trimtab.", default=None)
+    arrow_config: Any = option("Not in Trimtab.", default=None)
+    kasa_config: Any = option("Not in Trimtab.", default=None)
+    ensure_weight_tying: bool = option("Not in Trimtab.", default=False)
 
-    def begun(self, method: Method) -> Method:
-        if self.init_lora_weights is True:
-            return method
-        if self.init_lora_weights not in _INITS:
+    def check(self) -> None:
+        super().check()
+        kind = type(self).__name__
+        for name, made in _CONFIGS.items():
+            if isinstance(value := getattr(self, name), dict):
+                setattr(self, name, made(**value))
+        if self.bias not in ("none", "all", "lora_only"):
+            hint = suggest(str(self.bias), ("none", "all", "lora_only"))
             raise ConfigError(
-                f"init_lora_weights={self.init_lora_weights!r}: choose {', '.join(_INITS)} or True."
+                f"{kind}: bias must be none, all or lora_only, not {self.bias!r}.{hint}"
             )
-        return method.replace(init=_INITS[str(self.init_lora_weights)])
+        self._check_init(kind)
+        if self.runtime_config.ephemeral_gpu_offload:
+            raise UnsupportedError(
+                f"{kind}: ephemeral_gpu_offload is not in Trimtab; DoRA finds its norms without the whole product."
+            )
+
+    def _check_init(self, kind: str) -> None:
+        init = self.init_lora_weights
+        if isinstance(init, bool):
+            return
+        text = str(init).lower()
+        if text in _ELSEWHERE:
+            raise UnsupportedError(
+                f"{kind}: init_lora_weights={init!r} is not in Trimtab ({_ELSEWHERE[text]}). There are: True, False, "
+                f"{', '.join(_INITS)}, pissa_niter_N."
+            )
+        if text not in _INITS and not _NITER.fullmatch(text):
+            hint = (
+                suggest(text, _INITS)
+                or f" There are: True, False, {', '.join(_INITS)}, pissa_niter_N."
+            )
+            raise UnknownNameError(f"{kind}: init_lora_weights={init!r} is not known.{hint}")
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = super().to_dict()
+        del fields["runtime_config"]
+        return fields
+
+    def options(self) -> dict[str, Any]:
+        found = super().options()
+        for name in ("runtime_config", "init_lora_weights"):
+            del found[name]
+        return found
+
+    @property
+    def _init(self) -> str:
+        """Our name of the initialisation."""
+        text = str(self.init_lora_weights).lower()
+        if isinstance(self.init_lora_weights, bool):
+            return "default"
+        if text == "eva" and isinstance(self.eva_config, EvaConfig):
+            return self.eva_config.init
+        if text == "lora_ga":
+            given = self.lora_ga_config
+            return (given if isinstance(given, LoraGAConfig) else LoraGAConfig()).init
+        return text
+
+    def begun(self, method: Method, model: nn.Module) -> Method:
+        init = self._init
+        if self.batches is None and init.startswith("eva"):
+            init = "default"
+            warnings.warn(
+                "init_lora_weights='eva': the adapter begins without data; call initialize_lora_eva_weights(model, "
+                "dataloader) before training.",
+                stacklevel=2,
+            )
+        if self.batches is None and init.startswith("lora-ga"):
+            raise ConfigError(
+                "init_lora_weights='lora_ga' begins from data: call preprocess_loraga(model, config, train_step) first."
+            )
+        return self._with_tokens(method.replace(init=init), model)
+
+    def first_values(self) -> Mapping[str, Init]:
+        if self.init_lora_weights is not False:
+            return {}
+        linear = dict.fromkeys(("lora_A.weight", "lora_B.weight"), kaiming_uniform)
+        return linear | dict.fromkeys(("lora_embedding_A", "lora_embedding_B"), normal(1.0))
+
+    def _with_tokens(self, method: Method, model: nn.Module) -> Method:
+        """A union with trained rows of embeddings, where there are any."""
+        given = self.trainable_token_indices
+        if not given:
+            return method
+        anatomy, embedding = anatomy_of(model), self._embedding(model)
+        if embedding in anatomy.modules and anatomy.tied(embedding):
+            warnings.warn(
+                "trainable_token_indices: this model's head is tied to its embedding. PEFT changes both; here rows of "
+                "the embedding are trained, and the head stays as it is, unless its name has tokens of its own.",
+                stacklevel=2,
+            )
+        named = given if isinstance(given, dict) else {self._embedding(model): given}
+        for name, ids in named.items():
+            method = method | methods.get("tokens").parse({"targets": (name,), "ids": ids})
+        return method
+
+    @staticmethod
+    def _embedding(model: nn.Module) -> str:
+        (first, *_) = anatomy_of(model).role("input_embedding") or ["embed_tokens"]
+        return first
+
+    @classmethod
+    def told(cls, method: Method, options: Mapping[str, Any]) -> PeftConfig:
+        lora, *tokens = method.members
+        if tokens:
+            named = {str(t.targets[0]): list(dict(t)["ids"]) for t in tokens}
+            where = {
+                "target_modules": listed(lora.targets),
+                "exclude_modules": listed(lora.exclude),
+            }
+            options = {**options, **lora.to_peft(()), **where, "trainable_token_indices": named}
+        made = super().told(method, options)
+        init = str(dict(lora).get("init", "default"))
+        if isinstance(made, LoraConfig) and init != "default":
+            name, _, rest = init.replace("lora-ga", "lora_ga").partition("(")
+            made.init_lora_weights = (
+                f"pissa_niter_{rest[6:-1]}" if rest.startswith("niter=") else name
+            )
+        return made

@@ -1,0 +1,25 @@
+"""Where users look for the tables of methods and the functions that begin with a configuration."""
+
+from collections.abc import Mapping
+
+from trimtab.peft.config import CONFIGS, PeftConfig, get_peft_config
+from trimtab.peft.configs import ours as ours
+from trimtab.peft.model import (
+    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+    get_peft_model,
+    inject_adapter_in_model,
+)
+from trimtab.peft.types import PeftType
+
+PEFT_TYPE_TO_CONFIG_MAPPING: Mapping[PeftType, type[PeftConfig]] = {
+    PeftType(name): cls for name, cls in CONFIGS.items()
+}
+"""The class of each method's configurations."""
+
+__all__ = [
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "get_peft_config",
+    "get_peft_model",
+    "inject_adapter_in_model",
+]
