@@ -351,3 +351,5 @@ CASES = {
         Case("t5-fp4", lambda: stored(t5(), "fp4"), _text_to_text),
     )
 }
+STORED = frozenset(name for name in CASES if name.endswith(("-nf4", "-int8", "-fp8", "-fp4")))
+"""Models whose linear layers are kept in few bits."""
