@@ -44,6 +44,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from trimtab.models.quantise import rounded
+
 VOCABULARY = 97
 SMALL_DECODER: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -275,6 +277,12 @@ def _text_and_image(generator: Generator, rows: int) -> Inputs:
     return _text(generator, rows) | _image(generator, rows)
 
 
+def stored(model: Any, storage: str) -> Any:
+    """A model whose linear layers are kept in few bits."""
+    rounded(model, storage, ())
+    return model
+
+
 @dataclass(frozen=True)
 class Case:
     """A model, its inputs (four rows), and what it can do.
@@ -337,5 +345,11 @@ CASES = {
         Case("bart", bart, _text_to_text),
         Case("vit", vit, _image),
         Case("clip", clip, _text_and_image),
+        Case("llama-nf4", lambda: stored(llama(), "nf4"), decodes=True, packs=True),
+        Case("gpt2-int8", lambda: stored(gpt2(), "int8"), decodes=True, packs=True),
+        Case("bert-fp8", lambda: stored(bert(), "fp8")),
+        Case("t5-fp4", lambda: stored(t5(), "fp4"), _text_to_text),
     )
 }
+STORED = frozenset(name for name in CASES if name.endswith(("-nf4", "-int8", "-fp8", "-fp4")))
+"""Models whose linear layers are kept in few bits."""

@@ -155,6 +155,11 @@ if not hasattr(
         for name in ("t5", "t5-gated")
     }
 
+REFUSED |= {
+    ("full", name): "cannot be trained itself"  # nothing can learn in codes of four bits
+    for name in ("llama-nf4", "gpt2-int8", "bert-fp8")
+}
+
 NOT_MERGEABLE = {
     "bottleneck": "a non-linear activation",
     "pfeiffer": "a non-linear activation",

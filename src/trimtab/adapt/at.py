@@ -153,7 +153,7 @@ class At:
         masters = [
             slots.get(self.holder, held.name, self.name) for held in self.edit.tensors.values()
         ]
-        now = (self.dtype, *stamp([*masters, *self.layer.stored().values()]))
+        now = (self.dtype, *stamp([*masters, *self.layer.holding()]))
         found = self.edit.cache.get(key)
         if found is None or found[0] != now:
             found = self.edit.cache[key] = (now, compute())

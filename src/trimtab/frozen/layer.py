@@ -89,6 +89,10 @@ class Layer(ABC):
         own = self.module._parameters
         return {name: value for name in ("weight", "bias") if (value := own.get(name)) is not None}
 
+    def holding(self) -> Iterable[Tensor]:
+        """The tensors in which the weight is stored, in whatever form."""
+        return self.stored().values()
+
     def orient(self, stored: Tensor) -> Tensor:
         """A weight as the module stores it -> canonical orientation."""
         return stored
@@ -180,7 +184,7 @@ class Layer(ABC):
         """‖W_o‖²: the weight is frozen, so it is computed once, and again only where another was put there."""
         if torch.compiler.is_compiling():
             return self.row_squares()
-        now = (self.dtype, self.device, *stamp(self.stored().values()))
+        now = (self.dtype, self.device, *stamp(self.holding()))
         if self._squares is None or self._squares[0] != now:
             self._squares = now, self.row_squares()
         return self._squares[1]
@@ -210,6 +214,7 @@ layers: Registry[type[Layer]] = Registry(
         "embedding": "trimtab.frozen.embedding:EmbeddingLayer",
         "conv": "trimtab.frozen.conv:ConvLayer",
         "norm": "trimtab.frozen.norm:NormLayer",
+        "lowbit": "trimtab.frozen.lowbit:LowBitLayer",
         "opaque": "trimtab.frozen.opaque:OpaqueLinear",
     },
 )

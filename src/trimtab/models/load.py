@@ -3,6 +3,9 @@
 The dtype is bfloat16 where the machine multiplies it natively (CUDA that says so; x86 with AVX512-BF16
 or AMX) and float32 elsewhere, where bfloat16 would be emulated and slower. Only safetensors and GGUF
 are read, never a pickle. Weights that lack a tensor are an error: transformers would fill it with noise.
+
+With ``storage`` the linear layers are kept in few bits (`trimtab.models.quantise`): each weight is rounded as it is
+read, so that the dense model is never in memory. Checkpoints that bitsandbytes wrote are read as they are.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from trimtab.errors import ConfigError, ModelError, UnknownNameError, suggest
+from trimtab.errors import ConfigError, ModelError, TrimtabError, UnknownNameError, suggest
+from trimtab.models.storage import Storage, quantising, settle
 
 Task = Literal[
     "causal-lm", "masked-lm", "seq2seq-lm", "sequence-classification", "token-classification"
@@ -37,11 +41,13 @@ NEW_HEADS = ("sequence-classification", "token-classification")
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """A frozen model in eval mode, its tokenizer, and the path or id that it was loaded from."""
+    """A frozen model in eval mode, its tokenizer, the path or id that it was loaded from, and how its linear layers are
+    stored (None: densely)."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
+    storage: str | None = None
 
 
 def load(
@@ -51,6 +57,8 @@ def load(
     device: torch.device | str | None = None,
     task: Task = "causal-lm",
     labels: Sequence[str] | None = None,
+    storage: Storage | None = None,
+    exempt: Sequence[str] = (),
 ) -> Base:
     """Load a base.
 
@@ -60,6 +68,9 @@ def load(
         device: None is the first CUDA device, else the CPU.
         task: which head; a classification head that the weights lack starts at random, the same each time.
         labels: names of the classes of a classification head, in order; None is what the config says.
+        storage: keep linear layers in ``nf4`` (QLoRA's), ``fp4``, ``int8`` or ``fp8``; the head, embeddings and routers
+            stay in ``dtype``, in which everything is computed.
+        exempt: further modules that stay so: names, ends of names, or globs.
 
     Raises:
         ModelError: no such model, no weights, torn weights, no tokenizer; says what to do.
@@ -79,7 +90,12 @@ def load(
         auto = getattr(transformers, AUTO[task])
         with _quiet():
             model, facts = auto.from_pretrained(
-                where, dtype=kind, output_loading_info=True, **_weights(options), **_classes(labels)
+                where,
+                dtype=kind,
+                output_loading_info=True,
+                **_weights(options),
+                **_classes(labels),
+                **quantising(where, options, storage, exempt),
             )
         _check_whole(facts, str(source), str(model.base_model_prefix), new_head=task in NEW_HEADS)
         tokenizer = _tokenizer(where, options, str(source))
@@ -87,8 +103,9 @@ def load(
         _new_head(model, facts["missing_keys"])
         if model.config.get_text_config().pad_token_id is None:  # what a decoder's head pools by
             model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    stored = settle(model, storage, exempt)
     model.requires_grad_(False)
-    return Base(model.to(place).eval(), tokenizer, str(source))
+    return Base(model.to(place).eval(), tokenizer, str(source), stored)
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
@@ -269,7 +286,7 @@ def _explained(source: str) -> Iterator[None]:
             f"the weights of {source!r} are torn or are not safetensors ({error}); download the model again."
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        if isinstance(error, ModelError):
+        if isinstance(error, TrimtabError):
             raise
         if not Path(source).exists() and isinstance(error, OSError):
             raise ModelError(

@@ -17,6 +17,7 @@ from trimtab.adapt.tree import anatomy_of
 from trimtab.data import TokenStats
 from trimtab.engine import keep_memory
 from trimtab.errors import ConfigError, TargetError
+from trimtab.frozen.lowbit import LowBitLinear
 from trimtab.models.anatomy import Anatomy
 from trimtab.models.load import Base, load
 from trimtab.train import facts
@@ -41,6 +42,8 @@ def opened_base(recipe: Recipe) -> tuple[Recipe, Base, Adapter]:
         device=recipe.device,
         task=recipe.task,
         labels=recipe.data.labels if classifies else None,
+        storage=recipe.storage,
+        exempt=recipe.exempt,
     )
     if classifies:
         method = with_head(method, anatomy_of(base.model))
@@ -159,12 +162,18 @@ def plan_rows(
             f"{recipe.batch.micro_tokens} tokens",
         ),
         ("optimiser", f"AdamW, learning rate {recipe.optim.lr:g}, {recipe.optim.schedule}"),
-        ("precision", f"{recipe.dtype} in the base, float32 in what is trained"),
+        ("precision", f"{_shown_storage(recipe)} in the base, float32 in what is trained"),
         *([("folder", recipe.out)] if recipe.out else []),
     ]
     if sources.overlap:
         rows.append(("careful", f"{sources.overlap} held-out examples are trained on as well"))
     return rows
+
+
+def _shown_storage(recipe: Recipe) -> str:
+    """How the base is stored and computed with."""
+    stored = f"linear layers in {recipe.storage}, computed in " if recipe.storage else ""
+    return f"{stored}{recipe.dtype}"
 
 
 def _shown_labels(recipe: Recipe) -> str:
@@ -193,8 +202,10 @@ def shown_method(method: Method) -> str:
 
 
 def base_parameters(base: Base, adapter: Adapter) -> int:
-    """Parameters of the model without this adapter's."""
-    return sum(p.numel() for p in base.model.parameters()) - adapter.count
+    """Parameters of the model without this adapter's; of a weight in few bits, the values that it stands for."""
+    packed = [m for m in base.model.modules() if isinstance(m, LowBitLinear)]
+    stored = sum(layer.in_features * layer.out_features for layer in packed)
+    return sum(p.numel() for p in base.model.parameters()) + stored - adapter.count
 
 
 def check_sites(base: Base, adapter: Adapter) -> None:

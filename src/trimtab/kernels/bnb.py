@@ -1,0 +1,55 @@
+"""bitsandbytes as an accelerator of `trimtab.kernels.fourbit`, where it is installed and new enough."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from functools import cache
+from importlib import import_module, metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OLDEST = (0, 46)
+"""The first release whose operations are registered with torch."""
+
+
+@cache
+def operation() -> Any:
+    """``dequantize_4bit(codes, scales, block, kind, shape, dtype)``, or None."""
+    try:
+        version = metadata.version("bitsandbytes")
+    except metadata.PackageNotFoundError:
+        return None
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        wanted = ".".join(map(str, OLDEST))
+        warnings.warn(
+            f"bitsandbytes {version} is too old to speed up 4-bit weights (from {wanted} on); plain torch is used.",
+            stacklevel=2,
+        )
+        return None
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # of a faster product that is not what is used here
+    try:
+        import_module("bitsandbytes")
+    except (ImportError, OSError, RuntimeError) as error:
+        warnings.warn(
+            f"bitsandbytes cannot be imported ({error}); 4-bit weights go through plain torch.",
+            stacklevel=2,
+        )
+        return None
+    finally:
+        logger.setLevel(level)
+    return torch.ops.bitsandbytes.dequantize_4bit.default
+
+
+def dequantised(
+    codes: Tensor, scales: Tensor, block: int, kind: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor | None:
+    """The dense weight, or None where bitsandbytes cannot make it."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or shape[-1] % 2:
+        return None
+    made = operation()
+    return None if made is None else made(codes[:, None], scales, block, kind, shape, dtype)
