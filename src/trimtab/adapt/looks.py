@@ -7,6 +7,7 @@ an adapter goes at this one place can be set: by `set_scale`, or in ``scaling``.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +30,9 @@ class Looks:
     _modules: dict[str, nn.Module | None]
 
     @property
+    @abstractmethod
     def bank(self) -> Bank:
-        raise NotImplementedError
+        """The bank of the model."""
 
     def get_base_layer(self) -> nn.Module:
         """The wrapped layer, as it stands there now."""
@@ -65,8 +67,9 @@ class Looks:
         """Of low-rank methods: what the product of the factors is multiplied by; a view that can be written to."""
         return Scaling(self)
 
+    @abstractmethod
     def uncover(self) -> None:
-        raise NotImplementedError
+        """Put the frozen layer back where a merged one stands in its place."""
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """How far an adapter goes at this place: 0 is the base, 1 the adapter as trained.
