@@ -8,7 +8,19 @@ from importlib import import_module
 from benchmarks.core import SideError
 from recipes import assets
 
-NAMES = ("lora_step", "dora_step", "full_vs_peft", "plan_accuracy", "stream", "methods", "face")
+NAMES = (
+    "lora_step",
+    "dora_step",
+    "full_vs_peft",
+    "plan_accuracy",
+    "stream",
+    "methods",
+    "face",
+    "qlora_step",
+    "qlora_quality",
+    "big_base",
+    "quantisers",
+)
 
 
 def main(argv: list[str]) -> int:

@@ -36,8 +36,10 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
 ROWS = (320, 200)
 
 
-def one(method: dict[str, Any], lr: float, files: tuple[Path, Path], out: Path) -> dict[str, Any]:
-    """Train once, here; the numbers of the run from what it left on disk."""
+def one(
+    method: dict[str, Any], lr: float, files: tuple[Path, Path], out: Path, **options: Any
+) -> dict[str, Any]:
+    """Train once, here, with further options of the recipe; the numbers of the run from what it left on disk."""
     from trimtab.train.api import train_recipe
     from trimtab.train.events import read_events
     from trimtab.train.recipe_file import make_recipe
@@ -53,6 +55,7 @@ def one(method: dict[str, Any], lr: float, files: tuple[Path, Path], out: Path) 
             "checkpoint": {"every": 10_000, "keep": 1},
             "dtype": "bfloat16",
             "out": str(out),
+            **options,
         }
     )
     train_recipe(recipe, quiet=True)
@@ -141,12 +144,13 @@ def table(found: dict[str, Any]) -> str:
             f"| {entry['tokens_per_second']:.0f} "
             f"| {accuracy['value']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}] "
             f"| {loss['value']:.4f} [{loss['low']:.4f}, {loss['high']:.4f}] | {entry['gap']:+.4f} "
-            f"| {_perplexities(entry)} |"
+            f"| {perplexities(entry)} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def _perplexities(entry: dict[str, Any]) -> str:
+def perplexities(entry: dict[str, Any]) -> str:
+    """Of unrelated text, without the adapter and with it."""
     values = entry["forgetting"]
     if not values:
         return "–"

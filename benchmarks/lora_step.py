@@ -54,6 +54,8 @@ class Work:
     rank: int = 16
     lr: float = 2e-4
     seed: int = 0
+    storage: str | None = None
+    """The format that the base is stored in, where not in bf16."""
 
     def batch(self, number: int, vocabulary: int) -> Tensor:
         """Random token ids (rows, tokens) of step ``number``."""
@@ -114,7 +116,7 @@ class Trimtab(_Lora):
         from trimtab.optim.params import AdamParams
 
         self.work = work = Work(**options)
-        base = tt.load(work.model, dtype=torch.bfloat16, device="cpu")
+        base = tt.load(work.model, dtype=torch.bfloat16, device="cpu", storage=work.storage)
         self.model = base.model
         tt.attach(base.model, tt.LoRA(rank=work.rank, alpha=2.0 * work.rank), name=ADAPTER)
         self.fill()
@@ -149,7 +151,10 @@ class Peft(_Lora):
         from transformers import AutoModelForCausalLM
 
         self.work = work = Work(**options)
-        base = AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.bfloat16)
+        given: dict[str, Any] = {"dtype": torch.bfloat16}
+        if work.storage:
+            given["quantization_config"] = _bitsandbytes(work.storage)
+        base = AutoModelForCausalLM.from_pretrained(work.model, **given)
         base.config.use_cache = False
         config = LoraConfig(
             task_type=TaskType.CAUSAL_LM,
@@ -180,6 +185,18 @@ class Peft(_Lora):
         """Those of step 0."""
         self._backward(0)
         self.store(path, 1.0)
+
+
+def _bitsandbytes(kind: str) -> Any:
+    """What QLoRA's user asks for: four bits, scales quantised too, products in bf16."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
 
 
 # -- measuring ---------------------------------------------------------------------------------------
@@ -330,7 +347,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--check", action="store_true", help="only compare first gradients")
     options = parser.parse_args(argv)
-    work = Work(_model(options.model), options.rows, options.tokens, options.rank)
+    work = Work(model_folder(options.model), options.rows, options.tokens, options.rank)
     if options.check:
         print(check(sides(work), options.threads))
         return 0
@@ -358,7 +375,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _model(folder: str | None) -> str:
+def model_folder(folder: str | None) -> str:
+    """The folder given, or that of the real model."""
     from recipes import assets
 
     return folder or str(assets.smollm2())
