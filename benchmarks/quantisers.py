@@ -153,8 +153,8 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         "# What rounding a base to few bits costs",
         "",
-        f"Errors are relative to fp32 (Frobenius), mean and worst of MiniLM's {_count(found)} linear layers; accuracy "
-        f"is that of LoRA on the base so stored ({MINILM.what}; {MINILM.rows[2]} rows, mean of two seeds, each with its "
+        f"Errors are relative to fp32 (Frobenius), mean and worst of MiniLM's {_count(found)} linear layers; "
+        f"accuracy is that of LoRA on the base so stored ({MINILM.what}; {MINILM.rows[2]} rows, two seeds, each with its "
         "95 % interval); perplexity is that of SmolLM2-135M-Instruct on a plain text. "
         f"{found['machine']['cpu']}, commit {found['commit']}. Made by `python -m benchmarks quantisers`.",
         "",

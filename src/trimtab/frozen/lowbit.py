@@ -44,8 +44,9 @@ class LowBitLinear(nn.Module):
         return stored / (self.in_features * self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _Frozen.apply(x, self)  # type: ignore[no-untyped-call]
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y: Tensor = _Frozen.apply(x, bias, self)  # type: ignore[no-untyped-call]
+        return y
 
     def _hold(self, bias: Tensor | None) -> None:
         self.bias = bias if bias is None else nn.Parameter(bias.detach(), bias.requires_grad)
@@ -68,17 +69,22 @@ class LowBitLinear(nn.Module):
 
 
 class _Frozen(torch.autograd.Function):
-    """x Ŵᵀ, which remembers the layer and nothing else."""
+    """x Ŵᵀ + b, which remembers the layer and nothing else."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: LowBitLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, module: LowBitLinear) -> Tensor:
         ctx.module = module
-        return F.linear(x, module.dense(x.dtype))
+        return F.linear(x, module.dense(x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (grad,) = grads
-        return grad @ ctx.module.dense(grad.dtype), None
+        dx, db = ctx.needs_input_grad[:2]
+        return (
+            grad @ ctx.module.dense(grad.dtype) if dx else None,
+            grad.sum_to_size(grad.shape[-1:]) if db else None,
+            None,
+        )
 
 
 class LowBitLayer(LinearMap):
