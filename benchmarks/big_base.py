@@ -135,8 +135,8 @@ def train(folder: str, tokens: int, steps: int, rank: int, plain: bool) -> dict[
         base = tt.load(folder, dtype=torch.bfloat16, device="cpu", storage="nf4")
         found |= {"load_seconds": time.perf_counter() - start, "load_peak": most[0]}
         found["loaded"] = anonymous_bytes()
-        tt.attach(base.model, tt.LoRA(rank=rank, alpha=2.0 * rank), name="default")
         prepare_model_for_kbit_training(base.model)  # recompute activations
+        tt.attach(base.model, tt.LoRA(rank=rank, alpha=2.0 * rank), name="default")
         engine = Engine(base)
         adam = AdamParams(lr=2e-4)
         generator = torch.Generator().manual_seed(1)

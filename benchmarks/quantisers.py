@@ -30,6 +30,7 @@ from benchmarks.report import commit, machine
 from recipes import assets
 
 FORMATS = ("fp32", "int8", "fp8", "nf4", "fp4")
+LABELS = ("plain", "sarcastic")
 METHOD, FACTOR = "lora", 10.0
 """And the rate that was best for it, as a factor of the default."""
 
@@ -40,10 +41,11 @@ def errors(storage: str) -> dict[str, Any]:
     from trimtab.frozen import view
     from trimtab.frozen.lowbit import LowBitLinear
 
-    dense = tt.load(assets.minilm(), dtype=torch.float32, device="cpu", task="masked-lm")
-    small = tt.load(
-        assets.minilm(), dtype=torch.float32, device="cpu", task="masked-lm", storage=storage
-    )
+    given: dict[str, Any] = {
+        "dtype": torch.float32, "device": "cpu", "task": "sequence-classification", "labels": LABELS
+    }  # fmt: skip
+    dense = tt.load(assets.minilm(), **given)
+    small = tt.load(assets.minilm(), **given, storage=storage)
     _, (_, _, report) = files(MINILM, MINILM.rows)
     texts = [json.loads(line)["text"] for line in report.read_text("utf-8").splitlines()[:32]]
     inputs = dense.tokenizer(
@@ -154,7 +156,7 @@ def table(found: dict[str, Any]) -> str:
         "# What rounding a base to few bits costs",
         "",
         f"Errors are relative to fp32 (Frobenius), mean and worst of MiniLM's {_count(found)} linear layers; "
-        f"accuracy is that of LoRA on the base so stored ({MINILM.what}; {MINILM.rows[2]} rows, two seeds, each with its "
+        f"accuracy is that of LoRA on the base so stored ({MINILM.what}; {MINILM.rows[2]} rows, two seeds, each with "
         "95 % interval); perplexity is that of SmolLM2-135M-Instruct on a plain text. "
         f"{found['machine']['cpu']}, commit {found['commit']}. Made by `python -m benchmarks quantisers`.",
         "",

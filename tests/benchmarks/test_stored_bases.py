@@ -1,0 +1,55 @@
+"""The benchmarks of bases in few bits, tiny: they run from end to end, and their figures are sound."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as command
+from benchmarks import big_base, qlora_quality, quantisers
+
+TINY = {
+    "vocab_size": 49152, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 4,
+}  # fmt: skip
+
+
+def test_a_big_base_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(big_base, "SHAPE", TINY)
+    options = ["--tokens", "16", "--steps", "2", "--rank", "2", "--out", str(tmp_path)]
+    assert command.main(["big_base", *options]) == 0
+    found = json.loads((tmp_path / "big_base.json").read_text("utf-8"))
+    block = 4 * 64 * 64 + 3 * 64 * 128 + 2 * 64
+    assert found["parameters"] == 2 * block + 2 * 49152 * 64 + 64
+    for run in found["runs"]:
+        assert run["trained"] == 2 * (4 * (64 + 64) + 3 * (64 + 128)) * 2
+        assert run["before"] < run["loaded"] <= run["peak"] < 4e9
+        assert run["steps"][0]["loss"] == pytest.approx(10.8, abs=0.3)  # ln 49152: it knows nothing
+    assert "| plain torch |" in (tmp_path / "big_base.md").read_text("utf-8")
+
+
+def test_more_bits_round_less() -> None:
+    found = {name: quantisers.errors(name) for name in ("int8", "nf4", "fp4")}
+    for name, bits in (("int8", 8), ("nf4", 4.127), ("fp4", 4.127)):
+        assert found[name]["bits"] == pytest.approx(bits, rel=0.02), name
+    assert all(len(entry["layers"]) == 37 for entry in found.values())
+    for layer, fp4 in found["fp4"]["layers"].items():
+        nf4, int8 = found["nf4"]["layers"][layer], found["int8"]["layers"][layer]
+        assert int8["weight"] < nf4["weight"] / 4 and nf4["weight"] < fp4["weight"] < 0.2
+
+
+def test_the_difference_of_quality_is_that_of_the_means() -> None:
+    interval = {"value": 0.9, "low": 0.8, "high": 0.95}
+    runs = [
+        {
+            "base": base, "seed": seed, "held_out_loss": {**interval, "value": loss},
+            "accuracy": interval, "forgetting": {}, "peak_bytes": 2**30,
+        }
+        for base, losses in (("bf16", (0.2, 0.3)), ("NF4", (0.21, 0.31)))
+        for seed, loss in enumerate(losses)
+    ]  # fmt: skip
+    found = {"rows": [8, 8], "machine": {"cpu": "a", "cores": 2}, "commit": "c", "runs": runs}
+    text = qlora_quality.table(found)
+    assert "bf16 0.2500, NF4 0.2600; difference +0.0100" in text
