@@ -82,7 +82,7 @@ SMOLLM2 = Bench(
     "smollm2",
     "SmolLM2-135M, film reviews",
     "SmolLM2-135M-Instruct answers whether a film review is positive",
-    factors=(1 / 3, 1.0, 3.0, 10.0),
+    factors=(1.0, 3.0, 10.0),
     rows=(240, 64, 200),
     recipe={
         **COMMON,

@@ -26,7 +26,7 @@ class Piggyback(WeightDelta):
     """``Piggyback(threshold=5e-3)``; ``gradient`` divides that of the scores by the mean of |W|, or by |W|."""
 
     kind: ClassVar[str] = "piggyback"
-    lr: ClassVar[float] = 1e-3
+    lr: ClassVar[float] = 1e-4
     short_names: ClassVar[Mapping[str, str]] = {
         "piggyback_scores": "scores", "piggyback_kept": "kept", "piggyback_negative": "negative",
     }  # fmt: skip
