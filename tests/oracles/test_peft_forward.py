@@ -31,7 +31,9 @@ def test_outputs_and_gradients_equal_those_of_peft(case: Case, dtype: torch.dtyp
     kit.give(pairs)
     batch = kit.batch_of(model)
     assert kit.acts(model, "default", batch)
-    kit.assert_same_function(model, theirs, pairs, batch, torch.float32 if case.fp32 else dtype)
+    kit.assert_same_function(
+        model, theirs, pairs, batch, torch.float32 if case.fp32 else dtype, case.other_gradients
+    )
 
 
 @pytest.mark.parametrize("name", ["all-linear", "conv1d", "classifier"])
@@ -88,6 +90,37 @@ def test_experts_equal_those_of_peft() -> None:
             mine.grad.flatten(0, 1) if key.endswith("A") else mine.grad.permute(1, 2, 0).flatten(1)
         )
         kit.assert_close(flat, other.grad, key)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.other_gradients], ids=lambda case: case.name
+)
+def test_where_gradients_are_not_peft_s_ours_are_those_of_its_outputs(case: Case) -> None:
+    """The backward of PEFT's LoHa with cores takes the other matrix's factors for two of the gradients."""
+    theirs = kit.peft_model(case.make, case.theirs).double()
+    model = case.make()
+    adapter = tt.attach(model, case.ours, "default")
+    model.double()
+    kit.stir(adapter)
+    pairs = kit.paired(adapter, theirs)
+    kit.give(pairs)
+    batch = kit.batch_of(model)
+    kit.objective(kit.outputs(model, batch)).backward()
+    kit.objective(kit.outputs(theirs, batch)).backward()
+    generator = torch.Generator().manual_seed(4)
+    for key, (mine, other) in pairs.items():
+        if not key.endswith(case.other_gradients) or "square" not in key:
+            continue
+        direction = torch.randn(other.shape, generator=generator).double()
+        with torch.no_grad():
+            found = []
+            for size in (1e-4, -2e-4):
+                other.add_(direction * size)
+                found.append(kit.objective(kit.outputs(theirs, batch)))
+            other.add_(direction * 1e-4)
+        slope = float(found[0] - found[1]) / 2e-4
+        assert float((mine.grad * direction).sum()) == pytest.approx(slope, rel=1e-5)
+        assert float((other.grad * direction).sum()) != pytest.approx(slope, rel=1e-2)
 
 
 # -- differences by intent ----------------------------------------------------------------------------

@@ -171,6 +171,10 @@ class Method(Config, ABC):
         """Why no weight can equal its edits; empty where one can."""
         return "" if self.affine else self.why_not_affine
 
+    def unmergeable_at(self, layer: Layer) -> str:
+        """Why no weight of this layer can equal its edits there, where others can; empty if one can."""
+        return ""
+
     @property
     def default_lr(self) -> float:
         """The learning rate where nobody says one."""
@@ -374,6 +378,10 @@ class Method(Config, ABC):
     def wrapped(self, places: Sequence[Place]) -> list[str]:
         """The paths among these that PEFT wraps, and so calls target modules."""
         return list(dict.fromkeys(place.path for place in places))
+
+    def peft_fits(self, layer: Layer) -> bool:
+        """Whether PEFT's form of a layer of this kind, with this method, is the same function."""
+        return layer.in_peft
 
     def in_peft(self, anatomy: Anatomy, places: Sequence[Place]) -> bool:
         """Whether PEFT has this method, and the same function for it in these places."""

@@ -76,7 +76,7 @@ def _origin(
         suffixes=_suffixes(named, anatomy),
         transposed=any(layer.transposed for layer in layers),
         in_peft=method.in_peft(anatomy, places)
-        and all(layer.in_peft for layer in layers)
+        and all(method.peft_fits(layer) for layer in layers)
         and (method.peft_nests or named == paths)
         and not (anatomy.experts and {path.rpartition(".")[2] for path in named} & _FUSED),
     )

@@ -31,7 +31,12 @@ class ConvLayer(Layer):
         # PEFT's factors of a convolution have neither its groups (so they cannot merge), nor its
         # dilation, nor its way of padding.
         plain = module.groups == 1 and set(module.dilation) == {1}
-        self.in_peft = plain and module.padding_mode == "zeros"
+        self.zero_padded = module.padding_mode == "zeros"
+        self.in_peft = plain and self.zero_padded
+        sizes = (module.kernel_size, module.stride, module.padding)
+        self.even = all(len(set(each)) == 1 for each in sizes) and not isinstance(
+            module.padding, str
+        )
 
     @classmethod
     def view(cls, module: nn.Module) -> ConvLayer | None:

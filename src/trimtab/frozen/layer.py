@@ -43,6 +43,10 @@ class Layer(ABC):
     """Whether a linear layer stores its weight as (in, out), which PEFT calls ``fan_in_fan_out``."""
     in_peft: bool = True
     """Whether PEFT has such a layer, and the same function for it."""
+    even: bool = True
+    """Whether kernel, stride and padding, if there are any, are the same along every axis."""
+    zero_padded: bool = True
+    """Whether its input is padded with zeros, if with anything."""
     module: nn.Module
     in_features: int
     out_features: int
