@@ -65,7 +65,8 @@ class BOFT(InBlocks):
     def kept(self, p: Params) -> Params:
         if not self.dropout:
             return p
-        mask_MN = left_out(*p["Q"].shape[:2], self.dropout, p["Q"].device)
+        factors, count = p["Q"].shape[:2]
+        mask_MN = left_out(factors, count, self.dropout, p["Q"].device)
         return {**p, "Q": p["Q"].masked_fill(mask_MN[..., None, None], 0)}
 
     def leave(self, p: Params, y: Tensor, at: At) -> Tensor:

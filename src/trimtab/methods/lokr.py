@@ -89,11 +89,10 @@ class LoKr(Lycoris):
 
     def change(self, p: Params, layer: Layer) -> Tensor:
         w1, w2 = _whole(p, "w1") * self.scaling, _whole(p, "w2")
-        # A whole W2 of a convolution in one dimension is (out, in, kernel), and PEFT multiplies its last two axes with
-        # W1: not a Kronecker product of channels, but a change of the same size, and what its files mean.
-        axes = w2.dim() - 2 if w2.dim() != 3 else 0
-        w2 = w2.flatten().view(w2.shape)  # kron stumbles over odd strides of axes of size 1
-        return torch.kron(w1.reshape(*w1.shape, *(1,) * axes), w2)
+        # A whole W2 of a convolution in one dimension has three axes, and PEFT pairs the last two with those of W1: no
+        # Kronecker product of channels, but a change with the same entries, and what its files mean.
+        order = "badc..." if w2.dim() == 3 else "abcd..."
+        return torch.einsum(f"ac,bd...->{order}", w1, w2).reshape(layer.shape)
 
     def scaled(self, p: Params, weight: float, role: str) -> dict[str, Tensor]:
         name = "w1" if "w1" in p else "w1_a"

@@ -90,8 +90,9 @@ class OFT(InBlocks):
 
     def after_step(self, sites: Sites, memory: dict[str, Tensor], progress: Progress) -> None:
         """Constrained OFT: pull each Q back into a ball around zero."""
-        for params in sites.values() if self.epsilon is not None else ():
-            params["Q"].copy_(_bounded(params["Q"], self.epsilon))
+        if self.epsilon is not None:
+            for params in sites.values():
+                params["Q"].copy_(_bounded(params["Q"], self.epsilon))
 
     def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
         coft = {} if self.epsilon is None else {"coft": True, "eps": self.epsilon}
@@ -110,10 +111,13 @@ class OFT(InBlocks):
     def from_peft(
         cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]
     ) -> OFT | None:
-        series = "neumann" if config.get("use_cayley_neumann", True) else "inverse"
-        epsilon = config.get("eps", 6e-5) if config.get("coft") else None
-        fields = cls.fields_from_peft(config)
-        return cls(**fields, series=series, epsilon=epsilon, overlap=True)
+        neumann = config.get("use_cayley_neumann", True)
+        return cls(
+            **cls.fields_from_peft(config),
+            series="neumann" if neumann else "inverse",
+            epsilon=config.get("eps", 6e-5) if config.get("coft") else None,
+            overlap=True,
+        )
 
     def _overlaps(self, layer: Layer) -> bool:
         image = layer.kind == "conv" and len(layer.shape) == 4

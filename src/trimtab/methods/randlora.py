@@ -102,8 +102,9 @@ class RandLoRA(Method):
         cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]
     ) -> RandLoRA | None:
         fields = read_options(config, cls.peft_options, cls.peft_lacks, cls.kind)
-        sparse = "sparse" if config.get("sparse") else "dense"
-        return cls(**fields, drawing="very-sparse" if config.get("very_sparse") else sparse)
+        if config.get("very_sparse"):
+            return cls(**fields, drawing="very-sparse")
+        return cls(**fields, drawing="sparse" if config.get("sparse") else "dense")
 
     def delta(self, p: Params, x: Tensor, at: At) -> Tensor | None:
         x = dropped(x, self.dropout, at)
