@@ -171,10 +171,6 @@ class Method(Config, ABC):
         """Why no weight can equal its edits; empty where one can."""
         return "" if self.affine else self.why_not_affine
 
-    def unmergeable_at(self, layer: Layer) -> str:
-        """Why no weight of this layer can equal its edits there, where others can; empty if one can."""
-        return ""
-
     @property
     def default_lr(self) -> float:
         """The learning rate where nobody says one."""
@@ -379,9 +375,9 @@ class Method(Config, ABC):
         """The paths among these that PEFT wraps, and so calls target modules."""
         return list(dict.fromkeys(place.path for place in places))
 
-    def peft_fits(self, layer: Layer) -> bool:
-        """Whether PEFT's form of a layer of this kind, with this method, is the same function."""
-        return layer.in_peft
+    def peft_differs(self, layer: Layer) -> str:
+        """Why PEFT computes something else with this method at such a layer; empty where it does not."""
+        return layer.other_in_peft
 
     def in_peft(self, anatomy: Anatomy, places: Sequence[Place]) -> bool:
         """Whether PEFT has this method, and the same function for it in these places."""

@@ -152,11 +152,6 @@ def merged_weights(
     expert: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``(W', b')`` in fp32 (fp64 where the base is)."""
-    for edit in edits:
-        if why := edit.method.unmergeable_at(layer):
-            raise NotMergeableError(
-                f"adapter {edit.adapter!r} ({edit.method.kind}) cannot be merged at {edit.path}: {why}."
-            )
     bias = layer.bias()
     dense = view(layer.write(layer.wide(layer.dense()), None if bias is None else layer.wide(bias)))
     if dense is None:

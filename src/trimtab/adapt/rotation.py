@@ -50,10 +50,10 @@ class Rotation(Method):
     def leave(self, p: Params, y: Tensor, at: At) -> Tensor:
         return self.turn(self._used(p, at), y, back=False) if at.layer.kind == "embedding" else y
 
-    def peft_fits(self, layer: Layer) -> bool:
-        """PEFT's convolutions are in two dimensions, with one size for both."""
-        image = len(layer.shape) == 4 and layer.even
-        return super().peft_fits(layer) and (layer.kind != "conv" or image)
+    def peft_differs(self, layer: Layer) -> str:
+        if layer.kind == "conv" and not (len(layer.shape) == 4 and layer.even):
+            return "it takes images alone, and one size of kernel, stride and padding for both axes"
+        return super().peft_differs(layer)
 
     def _used(self, p: Params, at: At) -> Params:
         return self.kept(p) if at.training else p

@@ -121,11 +121,15 @@ class Lycoris(WeightDelta):
         change = change * kept[:, None]
         return at.layer.apply(x, change.reshape(at.layer.shape))
 
-    def peft_fits(self, layer: Layer) -> bool:
-        """PEFT's convolutions are in one and two dimensions, grouped and dilated ones too, padded with zeros."""
+    def peft_differs(self, layer: Layer) -> str:
+        """Its convolutions have groups and dilation."""
         if layer.kind != "conv":
-            return super().peft_fits(layer)
-        return len(layer.shape) < 5 and layer.zero_padded
+            return super().peft_differs(layer)
+        return (
+            ""
+            if len(layer.shape) < 5 and layer.zero_padded
+            else "it pads with zeros, in two dimensions"
+        )
 
 
 def with_core(t: Tensor, a: Tensor, b: Tensor) -> Tensor:

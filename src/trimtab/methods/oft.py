@@ -13,11 +13,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, final
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from trimtab.adapt.contract import At, Layer, Params, Place, Progress, Sites, Spec, zeros
+from trimtab.adapt.contract import Layer, Params, Place, Progress, Sites, Spec, zeros
 from trimtab.adapt.rotation import InBlocks, cayley, in_blocks, left_out, wide
 
 SLOTS = {"linear": "oft_R.weight", "conv": "oft_R.weight", "embedding": "oft_embedding_R.weight"}
@@ -51,9 +50,6 @@ class OFT(InBlocks):
     """Terms of `neumann`; 4 of them are the same as 3, as in PEFT."""
     epsilon: float | None = Field(default=None, gt=0)
     """Keep each Q in a ball of this radius over √blocks (constrained OFT)."""
-    overlap: bool = False
-    """How PEFT turns images: patches of the input are turned and added up where they overlap. No weight can do that,
-    and it starts as no identity; without it, the weight is turned. The same for kernels of size 1."""
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         count, size = self.divided(layer)
@@ -75,19 +71,6 @@ class OFT(InBlocks):
         mask_1N = left_out(1, p["Q"].shape[0], self.dropout, p["Q"].device)
         return {"Q": p["Q"].masked_fill(mask_1N.mT, 0)}
 
-    def enter(self, p: Params, x: Tensor, at: At) -> Tensor:
-        if not self._overlaps(at.layer):
-            return super().enter(p, x, at)
-        kernel = at.layer.shape[2:]
-        patches = self.turn(self._used(p, at), F.unfold(x, kernel).mT, back=False)
-        return F.fold(patches.mT, x.shape[-2:], kernel)
-
-    def delta(self, p: Params, x: Tensor, at: At) -> Tensor | None:
-        return None if self._overlaps(at.layer) else super().delta(p, x, at)
-
-    def unmergeable_at(self, layer: Layer) -> str:
-        return "its patches overlap (overlap=True)" if self._overlaps(layer) else ""
-
     def after_step(self, sites: Sites, memory: dict[str, Tensor], progress: Progress) -> None:
         """Constrained OFT: pull each Q back into a ball around zero."""
         if self.epsilon is not None:
@@ -103,9 +86,16 @@ class OFT(InBlocks):
             "peft_version": "0.18.0",  # earlier releases had another series
         }
 
-    def peft_fits(self, layer: Layer) -> bool:
-        turned = layer.kind == "conv" and set(layer.shape[2:]) != {1} and not self.overlap
-        return self.series != "exact" and not turned and super().peft_fits(layer)
+    def in_peft(self, anatomy: Any, places: Sequence[Place]) -> bool:
+        return self.series != "exact" and super().in_peft(anatomy, places)
+
+    def peft_differs(self, layer: Layer) -> str:
+        if layer.kind == "conv" and set(layer.shape[2:]) != {1}:
+            return (
+                "it cuts an image into patches, turns them, and puts their entries back at other places, so that it "
+                "does nothing of use with a kernel larger than 1 until it is merged"
+            )
+        return super().peft_differs(layer)
 
     @classmethod
     def from_peft(
@@ -116,12 +106,7 @@ class OFT(InBlocks):
             **cls.fields_from_peft(config),
             series="neumann" if neumann else "inverse",
             epsilon=config.get("eps", 6e-5) if config.get("coft") else None,
-            overlap=True,
         )
-
-    def _overlaps(self, layer: Layer) -> bool:
-        image = layer.kind == "conv" and len(layer.shape) == 4
-        return self.overlap and image and set(layer.shape[2:]) != {1}
 
 
 def _bounded(q: Tensor, epsilon: float) -> Tensor:

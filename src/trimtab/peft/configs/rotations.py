@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from trimtab.adapt.contract import Init, Method, kaiming_uniform, normal
-from trimtab.adapt.tree import anatomy_of
+from trimtab.adapt.contract import Init, kaiming_uniform, normal
 from trimtab.errors import ConfigError
 from trimtab.peft.config import config, option
 from trimtab.peft.configs.common import Excluding, Layered, Transposed, Unbiased
@@ -55,20 +53,6 @@ class OFTConfig(Excluding, Layered, Transposed, Unbiased):
             )
         if self.coft and not self.eps > 0:
             raise ConfigError(f"OFTConfig: eps must be above 0, not {self.eps!r}.")
-
-    def read(self, options: dict[str, Any], model: nn.Module) -> Method:
-        """Says where the method is not what its paper says."""
-        found = super().read(options, model)
-        anatomy = anatomy_of(model)
-        layers = {place.path: anatomy.layer(place.path) for place in found.place(anatomy)}
-        if over := [path for path, layer in layers.items() if found.unmergeable_at(layer)]:
-            warnings.warn(
-                f"OFTConfig: as in PEFT, {len(over)} convolutions, e.g. {over[0]!r}, turn patches of the image and add "
-                "them up where they overlap. That is not the identity at first, and cannot be merged. To turn the "
-                "weight instead: UnionConfig(parts='oft(...)'), or leave these out.",
-                stacklevel=2,
-            )
-        return found
 
     def first_values(self) -> Mapping[str, Init]:
         return {} if self.init_weights else dict.fromkeys(SLOTS, normal(0.1))
