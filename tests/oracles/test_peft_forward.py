@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +53,71 @@ def test_dropout_draws_the_same_masks_as_peft(name: str) -> None:
     torch.manual_seed(5)
     kit.assert_close(ours, kit.outputs(theirs.train(), batch), "outputs")
     assert (ours - kit.outputs(model.eval(), batch)).abs().max() > 1e-3
+
+
+DROPOUTS = [
+    ("hira", {"hira_dropout": 0.3}, {"dropout": 0.3}),
+    ("hira-convolutions", {"hira_dropout": 0.3}, {"dropout": 0.3}),
+    ("miss-mini", {"miss_dropout": 0.3}, {"dropout": 0.3}),
+    ("randlora-sparse", {"randlora_dropout": 0.3}, {"dropout": 0.3}),
+    ("boft", {"boft_dropout": 0.4}, {"dropout": 0.4}),
+    ("boft-convolutions", {"boft_dropout": 0.4}, {"dropout": 0.4}),
+    ("loha", {"rank_dropout": 0.3}, {"rank_dropout": 0.3}),
+    ("loha-tucker-pictures", {"rank_dropout": 0.3}, {"rank_dropout": 0.3}),
+    ("loha", {"module_dropout": 0.5}, {"module_dropout": 0.5}),
+    ("lokr", {"rank_dropout": 0.3}, {"rank_dropout": 0.3}),
+    ("lokr-convolutions-whole", {"rank_dropout": 0.3, "rank_dropout_scale": True},
+     {"rank_dropout": 0.3, "rank_dropout_scale": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs_too", "ours_too"), DROPOUTS, ids=lambda value: "-".join(value)
+)
+def test_dropouts_of_other_methods_draw_what_peft_draws(
+    name: str, theirs_too: dict[str, Any], ours_too: dict[str, Any]
+) -> None:
+    case = next(case for case in CASES if case.name == name)
+    theirs = kit.peft_model(case.make, dataclasses.replace(case.theirs, **theirs_too))
+    model = case.make()
+    adapter = tt.attach(model, case.ours.replace(**ours_too), "default")
+    kit.stir(adapter)
+    kit.give(kit.paired(adapter, theirs))
+    batch = kit.batch_of(model)
+    drawn = []
+    for each in (model, theirs):
+        torch.manual_seed(5)
+        drawn.append(kit.outputs(each.train(), batch))
+    kit.assert_close(drawn[0], drawn[1], "outputs")
+    assert (drawn[0] - kit.outputs(model.eval(), batch)).abs().max() > 1e-5
+    kit.assert_close(kit.outputs(model, batch), kit.outputs(theirs.eval(), batch), "evaluated")
+
+
+@pytest.mark.parametrize("name", ["oft-constrained", "oft-constrained-shared"])
+def test_constrained_oft_is_trained_as_in_peft(name: str) -> None:
+    """PEFT pulls rotations back when they are used next, we after each step (and wherever they are used)."""
+    case = next(case for case in CASES if case.name == name)
+    theirs = kit.peft_model(case.make, case.theirs)
+    model = case.make()
+    adapter = tt.attach(model, case.ours, "default")
+    steps, batch = tt.Stepper(adapter), kit.batch_of(model)
+    sides = [
+        (model, list(adapter.parameters())),
+        (theirs, [p for p in theirs.parameters() if p.requires_grad]),
+    ]
+    optimisers = [torch.optim.SGD(parameters, lr=3.0) for _, parameters in sides]
+    for _ in range(4):
+        found = []
+        for (side, _), optimiser in zip(sides, optimisers, strict=True):
+            optimiser.zero_grad()
+            found.append(kit.objective(kit.outputs(side, batch)))
+            found[-1].backward()
+            optimiser.step()
+        kit.assert_close(found[0].detach(), found[1].detach(), "loss")
+        before = [p.detach().clone() for p in sides[0][1]]
+        steps.after()
+    assert any(not torch.equal(a, b) for a, b in zip(before, sides[0][1], strict=True))
+    kit.assert_close(kit.outputs(model, batch), kit.outputs(theirs, batch), "trained")
 
 
 def test_experts_equal_those_of_peft() -> None:
