@@ -60,7 +60,10 @@ class Rotation(Method):
 
 
 class InBlocks(Rotation):
-    """A rotation of blocks of the width, each by a Q that may be zero: then it does not turn."""
+    """A rotation of blocks of the width, each by a part of Q that may be zero: then it does not turn.
+
+    Q is (blocks, …) or (factors, blocks, …, …): as many axes are for the entries of a block.
+    """
 
     peft_sizes: ClassVar[tuple[str, str]]
     """What PEFT calls `block` and `blocks`; the other one of the two is 0 there."""
@@ -70,12 +73,23 @@ class InBlocks(Rotation):
     blocks: int | None = Field(default=None, ge=1)
     """How many blocks, instead of their size."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of the blocks, rounded down, that do not turn, in training."""
+    """Share of the blocks (of one factor, where there are several), rounded down, that do not turn, in training."""
 
     def divided(self, layer: Layer) -> tuple[int, int]:
         """How many blocks a layer has, and their size."""
         size = blocks_of(self.kind, layer, self.blocks) if self.blocks else self.block
         return blocks_of(self.kind, layer, size), size
+
+    def kept(self, p: Params) -> Params:
+        """Multiplicative dropout (BOFT, arXiv 2311.06243): some blocks of one of the factors, chosen by chance."""
+        if not self.dropout:
+            return p
+        q = p["Q"]
+        *factors, count = q.shape[: q.dim() // 2]
+        gone = torch.zeros(factors[0] if factors else 1, count, dtype=torch.bool, device=q.device)
+        factor = torch.randint(gone.shape[0], (1,), device=q.device)
+        gone[factor] = torch.randperm(count, device=q.device) < int(self.dropout * count)
+        return {**p, "Q": q.masked_fill(gone.view(*factors, count, *[1] * (q.dim() // 2)), 0)}
 
     def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
         size, count = self.peft_sizes
@@ -86,7 +100,8 @@ class InBlocks(Rotation):
     def fields_from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """Our fields of a PEFT config."""
         size, count = cls.peft_sizes
-        fields = read_options(config, cls.peft_options, cls.peft_lacks, cls.kind)
+        idle = {**cls.peft_lacks, **dict.fromkeys(cls.peft_sizes, ...)}
+        fields = read_options(config, cls.peft_options, idle, cls.kind)
         own = {"block": config.get(size), "blocks": config.get(count)}
         return fields | {name: value for name, value in own.items() if value}
 
@@ -113,17 +128,6 @@ def blocks_of(kind: str, layer: Layer, size: int) -> int:
             f"{' or '.join(map(str, sorted(close)))}, or leave the layer out of the targets."
         )
     return wide // size
-
-
-def left_out(factors: int, count: int, share: float, device: torch.device) -> Tensor:
-    """Which of (factors, count) blocks do not turn: a share of those of one factor, rounded down, by chance.
-
-    This is the multiplicative dropout of BOFT (arXiv 2311.06243): a block whose Q is zero does not turn.
-    """
-    factor = torch.randint(factors, (1,), device=device)
-    mask = torch.zeros(factors, count, dtype=torch.bool, device=device)
-    mask[factor] = torch.randperm(count, device=device) < int(share * count)
-    return mask
 
 
 def in_blocks(x: Tensor, blocks_NSS: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
     y − b = s ⊙ (f(x R) − b),   R = M_m … M_1,   M_i = P_i diag(R_1 … R_k) P_iᵀ,   R_j = (I − Q_j)(I + Q_j)⁻¹
 
 P_i brings together entries that are 2^i blocks apart, so m factors mix blocks of 2^m. Q starts at zero, s at one.
-``dropout`` leaves out blocks of one of the factors.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from trimtab.adapt.contract import At, Layer, Params, Spec, ones, zeros
-from trimtab.adapt.rotation import InBlocks, cayley, in_blocks, left_out, wide
+from trimtab.adapt.rotation import InBlocks, cayley, in_blocks, wide
 from trimtab.errors import ConfigError
 
 
@@ -32,7 +31,6 @@ class BOFT(InBlocks):
         "boft_n_butterfly_factor": ("factors", 1), "boft_dropout": ("dropout", 0.0),
     }  # fmt: skip
     peft_sizes: ClassVar[tuple[str, str]] = ("boft_block_size", "boft_block_num")
-    peft_lacks: ClassVar[Mapping[str, Any]] = dict.fromkeys(peft_sizes, ...)
     disk: ClassVar[Mapping[str, str]] = {"boft_R": "boft_R", "boft_s": "boft_s"}
     short_names: ClassVar[Mapping[str, str]] = {"boft_R": "Q", "boft_s": "s"}
 
@@ -61,13 +59,6 @@ class BOFT(InBlocks):
             turned = in_blocks(x[..., there.argsort()], rotations[i].mT if back else rotations[i])
             x = turned[..., there]
         return x
-
-    def kept(self, p: Params) -> Params:
-        if not self.dropout:
-            return p
-        factors, count = p["Q"].shape[:2]
-        mask_MN = left_out(factors, count, self.dropout, p["Q"].device)
-        return {**p, "Q": p["Q"].masked_fill(mask_MN[..., None, None], 0)}
 
     def leave(self, p: Params, y: Tensor, at: At) -> Tensor:
         y = super().leave(p, y, at)

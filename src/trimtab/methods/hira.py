@@ -15,17 +15,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from trimtab.adapt.contract import (
-    Layer,
-    Method,
-    Params,
-    Place,
-    Spec,
-    kaiming_uniform,
-    normal,
-    zeros,
-)
+from trimtab.adapt.contract import Layer, Method, Params, Place, Spec, kaiming_uniform, zeros
 from trimtab.adapt.peft_config import read_options
+from trimtab.adapt.values import normal
 from trimtab.adapt.weight import Dropping
 from trimtab.models.anatomy import Anatomy
 
@@ -42,15 +34,14 @@ class HiRA(Dropping):
         "r": ("rank", 32), "hira_dropout": ("dropout", 0.0), "rank_pattern": ("rank_pattern", {}),
     }  # fmt: skip
     patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "rank"}
-    disk: ClassVar[Mapping[str, str]] = {
-        n: n for n in ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B")
-    }
-    short_names: ClassVar[Mapping[str, str]] = {name: name[-1] for name in disk}
+    short_names: ClassVar[Mapping[str, str]] = {
+        "hira_A": "A", "hira_B": "B", "hira_embedding_A": "A", "hira_embedding_B": "B",
+    }  # fmt: skip
+    disk: ClassVar[Mapping[str, str]] = {name: name for name in short_names}
     scales: ClassVar[str] = "B"
 
     rank: int = Field(default=32, ge=1)
     """Rank of the factors; that of the change is far higher."""
-
     rank_pattern: Mapping[str, int] = Field(default_factory=dict)
     """End of a path -> its rank."""
 
@@ -58,10 +49,7 @@ class HiRA(Dropping):
         ones = (1,) * (len(layer.shape) - 2)
         a, b = (self.rank, *layer.shape[1:]), (layer.shape[0], self.rank, *ones)
         if layer.kind == "embedding":
-            return {
-                "A": Spec("hira_embedding_A", a, zeros),
-                "B": Spec("hira_embedding_B", b, normal(1.0)),
-            }
+            return {"A": Spec("hira_embedding_A", a, zeros), "B": Spec("hira_embedding_B", b, normal(1))}  # fmt: skip
         return {"A": Spec("hira_A", a, kaiming_uniform), "B": Spec("hira_B", b, zeros)}
 
     def change(self, p: Params, layer: Layer) -> Tensor:

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from trimtab.adapt.contract import Layer, Params, Place, Progress, Sites, Spec, zeros
-from trimtab.adapt.rotation import InBlocks, cayley, in_blocks, left_out, wide
+from trimtab.adapt.rotation import InBlocks, cayley, in_blocks, wide
 
 SLOTS = {"linear": "oft_R.weight", "conv": "oft_R.weight", "embedding": "oft_embedding_R.weight"}
 
@@ -35,7 +35,7 @@ class OFT(InBlocks):
     }  # fmt: skip
     peft_sizes: ClassVar[tuple[str, str]] = ("oft_block_size", "r")
     peft_lacks: ClassVar[Mapping[str, Any]] = dict.fromkeys(
-        (*peft_sizes, "coft", "eps", "use_cayley_neumann"), ...
+        ("coft", "eps", "use_cayley_neumann"), ...
     )
     disk: ClassVar[Mapping[str, str]] = {slot: slot for slot in SLOTS.values()}
     short_names: ClassVar[Mapping[str, str]] = dict.fromkeys(SLOTS.values(), "Q")
@@ -64,12 +64,6 @@ class OFT(InBlocks):
         exact = self.series != "neumann"
         r = cayley(q if self.series == "inverse" else -q) if exact else _neumann(q, self.terms)
         return in_blocks(x, (r.mT if back else r).to(x.dtype))
-
-    def kept(self, p: Params) -> Params:
-        if not self.dropout:
-            return p
-        mask_1N = left_out(1, p["Q"].shape[0], self.dropout, p["Q"].device)
-        return {"Q": p["Q"].masked_fill(mask_1N.mT, 0)}
 
     def after_step(self, sites: Sites, memory: dict[str, Tensor], progress: Progress) -> None:
         """Constrained OFT: pull each Q back into a ball around zero."""
