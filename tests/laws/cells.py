@@ -72,14 +72,17 @@ ON_MODEL = {
     **{
         (name, "mixed"): SMALL[name].replace(")", f", targets={MATRICES})")
         for name in (
-            "lora", "dora", "adalora", "loha", "lokr", "hira", "fourierft", "vera", "randlora", "mora", "miss", "hra",
-            "diff",
+            "lora", "dora", "adalora", "fourierft", "vera", "mora", "miss", "hra", "diff",
         )
     },
+    ("loha", "mixed"): f"loha(rank=4, tucker=True, targets={MATRICES})",
+    ("lokr", "mixed"): f"lokr(rank=1, tucker=True, targets={MATRICES})",
+    ("hira", "mixed"): f"hira(rank=4, rank_pattern={{'conv1': 2}}, targets={MATRICES})",
+    ("randlora", "mixed"): f"randlora(rank=8, alpha=32, drawing='sparse', targets={MATRICES})",
     ("shira", "mixed"): f"shira(rank=2, targets={MATRICES})",
     ("piggyback", "mixed"): f"piggyback(targets={MATRICES})",
-    ("oft", "mixed"): "oft(block=2, targets=['embed', 'conv1', 'conv2', 'grouped', 'head'])",
-    ("boft", "mixed"): f"boft(block=2, targets={MATRICES})",
+    ("oft", "mixed"): "oft(block=2, epsilon=1.0, terms=4, targets=['embed', 'conv1', 'conv2', 'grouped', 'head'])",
+    ("boft", "mixed"): f"boft(blocks=2, targets={MATRICES})",
     ("ia3", "mixed"): "ia3(targets=['embed', 'conv1', 'conv2', 'norm'], feedforward=['head', 'grouped', 'conv3'])",
     ("full", "mixed"): f"full(targets={EVERY_KIND})",
     ("tokens", "mixed"): "tokens(ids=(5, 17, 40, 3, 60), targets='embed')",

@@ -120,3 +120,82 @@ def test_a_block_that_does_not_divide_is_refused_with_advice(method: Rotation) -
     model = nn.Sequential(nn.Linear(16, 5))
     with pytest.raises(ConfigError, match=r"16|blocks"):
         tt.attach(model, method.replace(targets=("0",)), "a")
+
+
+DROPPING = [
+    (tt.OFT(block=2, dropout=0.6), 4),
+    (tt.OFT(block=2, dropout=0.05), 0),
+    (tt.OFT(blocks=8, dropout=0.5, share=True), 0),
+    (tt.BOFT(block=2, dropout=0.5), 4),
+]
+
+
+@pytest.mark.parametrize(("method", "gone"), DROPPING, ids=repr)
+def test_some_blocks_do_not_turn_in_training(method: Any, gone: int) -> None:
+    """A share of them, rounded down, others each time, none in evaluation."""
+    model = nn.Sequential(nn.Linear(16, 16, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(16))
+    adapter = tt.attach(model, method.replace(targets=("0",)), "a")
+    with torch.no_grad():
+        for name, p in adapter.tensors.items():
+            if not name.endswith("boft_s"):
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    eye = torch.eye(16)
+    assert torch.equal(model.eval()(eye), model(eye))
+    whole = _still(model(eye))
+    assert not whole
+    seen = set()
+    torch.manual_seed(0)
+    for _ in range(6):
+        blocks = _still(model.train()(eye))
+        assert len(blocks) == gone
+        seen.add(tuple(blocks))
+        kept = [n for n in range(8) if n not in blocks]
+        rows = model(eye)  # what still turns, turns as ever
+        again = _still(rows)
+        for n in kept:
+            if n not in again:
+                torch.testing.assert_close(
+                    rows[2 * n : 2 * n + 2], model.eval()(eye)[2 * n : 2 * n + 2]
+                )
+    assert len(seen) > 1 or not gone
+
+
+def _still(turned: Tensor) -> list[int]:
+    """Which blocks of two were not turned."""
+    blocks = [turned[2 * n : 2 * n + 2, 2 * n : 2 * n + 2] for n in range(8)]
+    return [n for n, block in enumerate(blocks) if torch.allclose(block, torch.eye(2), atol=1e-5)]
+
+
+def test_of_several_butterfly_factors_one_loses_blocks() -> None:
+    method = tt.BOFT(block=4, factors=3, dropout=0.5)
+    p = shaken(method, nn.Linear(32, 5))
+    torch.manual_seed(0)
+    lost = {tuple((method.kept(p)["Q"] == 0).all(-1).all(-1).sum(1).tolist()) for _ in range(30)}
+    assert lost == {(4, 0, 0), (0, 4, 0), (0, 0, 4)}
+
+
+@pytest.mark.parametrize("terms", [2, 3, 5, 6, 9])
+def test_more_terms_of_the_series_are_nearer_to_its_sum(terms: int) -> None:
+    layer, errors = nn.Linear(16, 5), []
+    for size in (0.1, 0.05):
+        exact = matrix(tt.OFT(block=4, series="exact"), layer, size=size)
+        near = matrix(tt.OFT(block=4, terms=terms), layer, size=size)
+        errors.append(float((exact - near).norm()))
+    order = max(terms - 1, 2) if terms != 3 else 3  # the last power has half of its weight
+    assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.25)
+
+
+def test_a_rotation_outside_of_its_ball_is_used_at_its_edge() -> None:
+    method = tt.OFT(block=4, epsilon=1e-2)
+    far = {"Q": torch.full((4, 6), 0.7, dtype=torch.float64, requires_grad=True)}
+    edge = {"Q": torch.full((4, 6), 1e-2 / 2 / 12**0.5, dtype=torch.float64, requires_grad=True)}
+    eye = torch.eye(16, dtype=torch.float64)
+    turned = [method.turn(p, eye, back=False) for p in (far, edge)]
+    torch.testing.assert_close(turned[0], turned[1], atol=1e-12, rtol=0)
+    for each in turned:
+        (each * torch.arange(256.0).view(16, 16)).sum().backward()
+    assert far["Q"].grad is not None
+    torch.testing.assert_close(far["Q"].grad, edge["Q"].grad)
+    assert tt.OFT(block=4).turn(far, eye, back=False).sub(turned[0]).abs().max() > 0.1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,9 @@ def test_outputs_and_gradients_equal_those_of_peft(case: Case, dtype: torch.dtyp
     kit.give(pairs)
     batch = kit.batch_of(model)
     assert kit.acts(model, "default", batch)
-    kit.assert_same_function(model, theirs, pairs, batch, torch.float32 if case.fp32 else dtype)
+    kit.assert_same_function(
+        model, theirs, pairs, batch, torch.float32 if case.fp32 else dtype, case.other_gradients
+    )
 
 
 @pytest.mark.parametrize("name", ["all-linear", "conv1d", "classifier"])
@@ -50,6 +53,71 @@ def test_dropout_draws_the_same_masks_as_peft(name: str) -> None:
     torch.manual_seed(5)
     kit.assert_close(ours, kit.outputs(theirs.train(), batch), "outputs")
     assert (ours - kit.outputs(model.eval(), batch)).abs().max() > 1e-3
+
+
+DROPOUTS = [
+    ("hira", {"hira_dropout": 0.3}, {"dropout": 0.3}),
+    ("hira-convolutions", {"hira_dropout": 0.3}, {"dropout": 0.3}),
+    ("miss-mini", {"miss_dropout": 0.3}, {"dropout": 0.3}),
+    ("randlora-sparse", {"randlora_dropout": 0.3}, {"dropout": 0.3}),
+    ("boft", {"boft_dropout": 0.4}, {"dropout": 0.4}),
+    ("boft-convolutions", {"boft_dropout": 0.4}, {"dropout": 0.4}),
+    ("loha", {"rank_dropout": 0.3}, {"rank_dropout": 0.3}),
+    ("loha-tucker-pictures", {"rank_dropout": 0.3}, {"rank_dropout": 0.3}),
+    ("loha", {"module_dropout": 0.5}, {"module_dropout": 0.5}),
+    ("lokr", {"rank_dropout": 0.3}, {"rank_dropout": 0.3}),
+    ("lokr-convolutions-whole", {"rank_dropout": 0.3, "rank_dropout_scale": True},
+     {"rank_dropout": 0.3, "rank_dropout_scale": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs_too", "ours_too"), DROPOUTS, ids=lambda value: "-".join(value)
+)
+def test_dropouts_of_other_methods_draw_what_peft_draws(
+    name: str, theirs_too: dict[str, Any], ours_too: dict[str, Any]
+) -> None:
+    case = next(case for case in CASES if case.name == name)
+    theirs = kit.peft_model(case.make, dataclasses.replace(case.theirs, **theirs_too))
+    model = case.make()
+    adapter = tt.attach(model, case.ours.replace(**ours_too), "default")
+    kit.stir(adapter)
+    kit.give(kit.paired(adapter, theirs))
+    batch = kit.batch_of(model)
+    drawn = []
+    for each in (model, theirs):
+        torch.manual_seed(5)
+        drawn.append(kit.outputs(each.train(), batch))
+    kit.assert_close(drawn[0], drawn[1], "outputs")
+    assert (drawn[0] - kit.outputs(model.eval(), batch)).abs().max() > 1e-5
+    kit.assert_close(kit.outputs(model, batch), kit.outputs(theirs.eval(), batch), "evaluated")
+
+
+@pytest.mark.parametrize("name", ["oft-constrained", "oft-constrained-shared"])
+def test_constrained_oft_is_trained_as_in_peft(name: str) -> None:
+    """PEFT pulls rotations back when they are used next, we after each step (and wherever they are used)."""
+    case = next(case for case in CASES if case.name == name)
+    theirs = kit.peft_model(case.make, case.theirs)
+    model = case.make()
+    adapter = tt.attach(model, case.ours, "default")
+    steps, batch = tt.Stepper(adapter), kit.batch_of(model)
+    sides = [
+        (model, list(adapter.parameters())),
+        (theirs, [p for p in theirs.parameters() if p.requires_grad]),
+    ]
+    optimisers = [torch.optim.SGD(parameters, lr=3.0) for _, parameters in sides]
+    for _ in range(4):
+        found = []
+        for (side, _), optimiser in zip(sides, optimisers, strict=True):
+            optimiser.zero_grad()
+            found.append(kit.objective(kit.outputs(side, batch)))
+            found[-1].backward()
+            optimiser.step()
+        kit.assert_close(found[0].detach(), found[1].detach(), "loss")
+        before = [p.detach().clone() for p in sides[0][1]]
+        steps.after()
+    assert any(not torch.equal(a, b) for a, b in zip(before, sides[0][1], strict=True))
+    kit.assert_close(kit.outputs(model, batch), kit.outputs(theirs, batch), "trained")
 
 
 def test_experts_equal_those_of_peft() -> None:
@@ -88,6 +156,37 @@ def test_experts_equal_those_of_peft() -> None:
             mine.grad.flatten(0, 1) if key.endswith("A") else mine.grad.permute(1, 2, 0).flatten(1)
         )
         kit.assert_close(flat, other.grad, key)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.other_gradients], ids=lambda case: case.name
+)
+def test_where_gradients_are_not_peft_s_ours_are_those_of_its_outputs(case: Case) -> None:
+    """The backward of PEFT's LoHa with cores takes the other matrix's factors for two of the gradients."""
+    theirs = kit.peft_model(case.make, case.theirs).double()
+    model = case.make()
+    adapter = tt.attach(model, case.ours, "default")
+    model.double()
+    kit.stir(adapter)
+    pairs = kit.paired(adapter, theirs)
+    kit.give(pairs)
+    batch = kit.batch_of(model)
+    kit.objective(kit.outputs(model, batch)).backward()
+    kit.objective(kit.outputs(theirs, batch)).backward()
+    generator = torch.Generator().manual_seed(4)
+    for key, (mine, other) in pairs.items():
+        if not key.endswith(case.other_gradients) or "square" not in key:
+            continue
+        direction = torch.randn(other.shape, generator=generator).double()
+        with torch.no_grad():
+            found = []
+            for size in (1e-4, -2e-4):
+                other.add_(direction * size)
+                found.append(kit.objective(kit.outputs(theirs, batch)))
+            other.add_(direction * 1e-4)
+        slope = float(found[0] - found[1]) / 2e-4
+        assert float((mine.grad * direction).sum()) == pytest.approx(slope, rel=1e-5)
+        assert float((other.grad * direction).sum()) != pytest.approx(slope, rel=1e-2)
 
 
 # -- differences by intent ----------------------------------------------------------------------------

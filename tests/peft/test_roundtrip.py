@@ -113,24 +113,37 @@ with kit.quiet(*QUIET):
              use_rslora=True),
         lora("experts-some-layers", qwen3_moe, target_modules=[], target_parameters=["experts.gate_up_proj"]),
     ]  # fmt: skip
+    MORE += [
+        method("oft-dropout", kit.llama, peft.OFTConfig(target_modules=QV, oft_block_size=8, module_dropout=0.3)),
+        method("boft-dropout", kit.bert, peft.BOFTConfig(
+            target_modules=["query", "output.dense"], boft_dropout=0.3)),
+        method("hira-dropout", kit.llama, peft.HiraConfig(target_modules=QV, r=4, hira_dropout=0.3)),
+        method("miss-dropout", kit.llama, peft.MissConfig(target_modules=QV, r=4, miss_dropout=0.3)),
+        method("miss-bat-dropout", kit.llama, peft.MissConfig(
+            target_modules=["q_proj"], r=4, init_weights="bat", miss_dropout=0.3)),
+        method("randlora-dropout", kit.llama, peft.RandLoraConfig(
+            target_modules=QV, r=8, randlora_alpha=80, randlora_dropout=0.3)),
+        method("lokr-dropouts", kit.convolutions, peft.LoKrConfig(
+            target_modules=["line", "square"], r=1, rank_dropout=0.3, rank_dropout_scale=True, module_dropout=0.2)),
+        method("oft-random", kit.llama, peft.OFTConfig(
+            target_modules=QV, oft_block_size=8, coft=True, eps=0.4, init_weights=False)),
+        method("loha-tucker-random", kit.pictures, peft.LoHaConfig(
+            target_modules=["square"], r=3, use_effective_conv2d=True, init_weights=False)),
+    ]  # fmt: skip
     REFUSED = [
-        method("randlora-sparse", kit.llama, peft.RandLoraConfig(target_modules=QV, r=8, sparse=True)),
-        method("loha-effective", kit.convolutions, peft.LoHaConfig(
-            target_modules=["line", "square"], r=3, use_effective_conv2d=True)),
-        method("lokr-conv", kit.convolutions, peft.LoKrConfig(target_modules=["line", "square"], r=2)),
-        method("lokr-effective", kit.convolutions, peft.LoKrConfig(
-            target_modules=["line", "square"], r=2, use_effective_conv2d=True)),
-        method("oft-coft", kit.llama, peft.OFTConfig(target_modules=QV, oft_block_size=8, coft=True, eps=1e-3)),
-        method("oft-conv", kit.convolutions, peft.OFTConfig(target_modules=["square"], oft_block_size=2)),
-        method("oft-terms", kit.llama, peft.OFTConfig(
-            target_modules=QV, oft_block_size=8, num_cayley_neumann_terms=3)),
-        method("boft-conv", kit.convolutions, peft.BOFTConfig(target_modules=["square"], boft_block_size=2)),
-        method("boft-num", kit.bert, peft.BOFTConfig(target_modules=["query"], boft_block_size=0, boft_block_num=4)),
-        method("hra-conv", kit.convolutions, peft.HRAConfig(target_modules=["square"], r=4)),
-        method("hira-patterns", kit.llama, peft.HiraConfig(target_modules=QV, r=4, rank_pattern={"q_proj": 2})),
+        method("oft-bias", kit.bert, peft.OFTConfig(target_modules=["query"], oft_block_size=8, bias="all")),
+        method("boft-bias", kit.bert, peft.BOFTConfig(target_modules=["query"], bias="boft_only")),
     ]  # fmt: skip
 """Options that the core lacks: never read or written as something else."""
 ALL = [*FROM_THE_CORE, *OURS_ALONE, *MORE]
+
+
+def _dilated() -> nn.Module:
+    """One of its convolutions is dilated, which PEFT forgets."""
+    model = kit.pictures()
+    torch.manual_seed(0)
+    model.square = nn.Conv2d(2, 8, 3, stride=2, padding=2, dilation=2)
+    return model
 
 
 def stirred(model: Any) -> Any:
@@ -196,6 +209,74 @@ def test_peft_reads_what_the_face_writes(case: Case, tmp_path: Path) -> None:
         assert (logits(case.make(), case) - logits(mine, case)).abs().max() > 1e-3
     assert type(theirs).__name__ == type(mine).__name__
     again = PeftModel.from_pretrained(case.make(), tmp_path).eval()
+    assert torch.equal(logits(again, case), logits(mine, case))
+
+
+ELSEWHERE = [
+    method("oft-kernel", kit.pictures, peft.OFTConfig(target_modules=["square", "head"], oft_block_size=2)),
+    method("hra-dilated", _dilated, peft.HRAConfig(target_modules=["square"], r=4)),
+    method("boft-dilated", _dilated, peft.BOFTConfig(target_modules=["square"], boft_block_size=2)),
+    lora("lora-dilated", _dilated, target_modules=["square"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ELSEWHERE, ids=lambda case: case.name)
+def test_a_file_of_another_function_is_refused_and_ours_is_kept_to_ourselves(
+    case: Case, tmp_path: Path
+) -> None:
+    with kit.quiet(*QUIET):
+        theirs_of(case).save_pretrained(str(tmp_path / "theirs"))
+    with pytest.raises(UnsupportedError, match="'square' PEFT's .* is another function"):
+        PeftModel.from_pretrained(case.make(), tmp_path / "theirs")
+    mine = ours_of(case)
+    mine.save_pretrained(tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / CONFIG).read_text())["peft_type"].startswith("TRIMTAB_")
+    again = PeftModel.from_pretrained(case.make(), tmp_path / "ours").eval()
+    assert torch.equal(logits(again, case), logits(mine, case))
+
+
+def test_peft_s_oft_of_a_kernel_is_ours_once_it_is_merged() -> None:
+    """Before, it is not even the identity where nothing turns: entries of patches are put back at other places."""
+    case = ELSEWHERE[0]
+    with kit.quiet(*QUIET):
+        theirs = peft.get_peft_model(case.make(), copy.deepcopy(case.config)).eval()  # type: ignore[arg-type]
+    mine = get_peft_model(case.make(), config_of(case)).eval()
+    assert (logits(theirs, case) - logits(case.make(), case)).abs().max() > 1e-2
+    kit.assert_close(logits(mine, case), logits(case.make(), case), "at first")
+    kit.stir(mine.base_model.adapters["default"])
+    kit.give(kit.paired(mine.base_model.adapters["default"], theirs))
+    assert (logits(theirs, case) - logits(mine, case)).abs().max() > 1e-2
+    kit.assert_close(logits(theirs.merge_and_unload(), case), logits(mine, case), "merged")
+
+
+def test_a_pattern_of_ranks_of_hira_is_obeyed_and_read_by_what_the_file_holds(
+    tmp_path: Path,
+) -> None:
+    """PEFT passes over it in its first adapter, and obeys it in the second one."""
+    config = peft.HiraConfig(target_modules=QV, r=4, rank_pattern={"q_proj": 2})
+    case = method("hira-patterns", kit.llama, config)
+    theirs = theirs_of(case)
+    theirs.add_adapter("second", copy.deepcopy(config))
+    theirs.set_adapter("second")
+    stirred(theirs).save_pretrained(str(tmp_path / "theirs"))
+    for who, folder, rank in (
+        ("default", tmp_path / "theirs", 4),
+        ("second", tmp_path / "theirs" / "second", 2),
+    ):
+        theirs.set_adapter(who)
+        mine = PeftModel.from_pretrained(case.make(), folder).eval()
+        kit.assert_close(logits(mine, case), logits(theirs, case), who)
+        shapes = {k: t.shape[0] for k, t in mine.base_model.adapters["default"].tensors.items()}
+        assert {n for key, n in shapes.items() if key.endswith("q_proj.hira_A")} == {rank}
+    mine = ours_of(case)
+    assert {
+        (key.split(".")[-2], t.shape[0])
+        for key, t in mine.base_model.adapters["default"].tensors.items()
+        if key.endswith("hira_A")
+    } == {("q_proj", 2), ("v_proj", 4)}
+    mine.save_pretrained(tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / CONFIG).read_text())["peft_type"] == "TRIMTAB_HIRA"
+    again = PeftModel.from_pretrained(case.make(), tmp_path / "ours").eval()
     assert torch.equal(logits(again, case), logits(mine, case))
 
 

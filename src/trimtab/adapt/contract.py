@@ -375,6 +375,10 @@ class Method(Config, ABC):
         """The paths among these that PEFT wraps, and so calls target modules."""
         return list(dict.fromkeys(place.path for place in places))
 
+    def peft_differs(self, layer: Layer) -> str:
+        """Why PEFT computes something else with this method at such a layer; empty where it does not."""
+        return layer.other_in_peft
+
     def in_peft(self, anatomy: Anatomy, places: Sequence[Place]) -> bool:
         """Whether PEFT has this method, and the same function for it in these places."""
         kinds = {anatomy.layer(place.path).kind for place in places} if self.peft_kinds else set()

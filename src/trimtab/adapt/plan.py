@@ -76,7 +76,7 @@ def _origin(
         suffixes=_suffixes(named, anatomy),
         transposed=any(layer.transposed for layer in layers),
         in_peft=method.in_peft(anatomy, places)
-        and all(layer.in_peft for layer in layers)
+        and not any(method.peft_differs(layer) for layer in layers)
         and (method.peft_nests or named == paths)
         and not (anatomy.experts and {path.rpartition(".")[2] for path in named} & _FUSED),
     )
@@ -161,6 +161,7 @@ def check_whole(adapter: Adapter, anatomy: Anatomy) -> None:
     A name that nothing here has is passed over: published configs list those of several architectures.
     """
     _same_copies(adapter, anatomy)
+    _same_function(adapter, anatomy)
     method = adapter.method
     wanted: set[str] = set()
     for selectors, change in (
@@ -177,6 +178,18 @@ def check_whole(adapter: Adapter, anatomy: Anatomy) -> None:
             f"adapter {adapter.name!r} has no tensors for {len(lacking)} modules that its config names, e.g. "
             f"{lacking[0]!r}: its weights are incomplete, or were made for another model."
         )
+
+
+def _same_function(adapter: Adapter, anatomy: Anatomy) -> None:
+    """A foreign file must mean here what it meant where it was trained."""
+    for site in adapter.sites if adapter.origin.in_peft else ():
+        if site.path in anatomy.modules and site.method < len(adapter.method.members):
+            method = adapter.methods[site.method].at(site.path)
+            if why := method.peft_differs(layer_at(anatomy, site.path)):
+                raise UnsupportedError(
+                    f"adapter {adapter.name!r} is of PEFT's, and at {site.path!r} PEFT's {method.kind} is another "
+                    f"function than Trimtab's: {why}. Leave this layer out there, or train it here."
+                )
 
 
 def _same_copies(adapter: Adapter, anatomy: Anatomy) -> None:

@@ -28,10 +28,14 @@ class ConvLayer(Layer):
         self.in_features = module.in_channels
         self.out_features = module.out_channels
         self.dims = len(module.kernel_size)
-        # PEFT's factors of a convolution have neither its groups (so they cannot merge), nor its
-        # dilation, nor its way of padding.
-        plain = module.groups == 1 and set(module.dilation) == {1}
-        self.in_peft = plain and module.padding_mode == "zeros"
+        self.zero_padded = module.padding_mode == "zeros"
+        plain = module.groups == 1 and set(module.dilation) == {1} and self.zero_padded
+        # its factors have none of the three, and those without groups cannot merge
+        self.other_in_peft = "" if plain else "it leaves out groups, dilation and padding modes"
+        sizes = (module.kernel_size, module.stride, module.padding)
+        self.even = all(len(set(each)) == 1 for each in sizes) and not isinstance(
+            module.padding, str
+        )
 
     @classmethod
     def view(cls, module: nn.Module) -> ConvLayer | None:

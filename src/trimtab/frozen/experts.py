@@ -48,7 +48,7 @@ class ExpertLayer(LinearMap):
     """One expert's slice of a 3-D parameter."""
 
     kind = "linear"
-    in_peft = False  # PEFT numbers such tensors by the nesting of its wrappers
+    other_in_peft = "it numbers tensors of experts by the nesting of its wrappers"
 
     def __init__(
         self, module: nn.Module, weight_OI: Tensor, bias_O: Tensor | None, *, first: bool

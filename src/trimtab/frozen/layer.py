@@ -41,8 +41,12 @@ class Layer(ABC):
     kind: ClassVar[str]
     transposed: ClassVar[bool] = False
     """Whether a linear layer stores its weight as (in, out), which PEFT calls ``fan_in_fan_out``."""
-    in_peft: bool = True
-    """Whether PEFT has such a layer, and the same function for it."""
+    other_in_peft: str = ""
+    """Why PEFT has no such layer, or another function for it; empty if it has the same."""
+    even: bool = True
+    """Whether kernel, stride and padding, if there are any, are the same along every axis."""
+    zero_padded: bool = True
+    """Whether its input is padded with zeros, if with anything."""
     module: nn.Module
     in_features: int
     out_features: int

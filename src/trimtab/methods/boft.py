@@ -15,40 +15,39 @@ from pydantic import Field
 from torch import Tensor
 
 from trimtab.adapt.contract import At, Layer, Params, Spec, ones, zeros
-from trimtab.adapt.rotation import Rotation, blocks_of, cayley, in_blocks, wide
+from trimtab.adapt.rotation import InBlocks, cayley, in_blocks, wide
 from trimtab.errors import ConfigError
 
 
 @final
-class BOFT(Rotation):
-    """``BOFT(block=4, factors=1)``."""
+class BOFT(InBlocks):
+    """``BOFT(block=4, factors=1)``, or a number of blocks: ``BOFT(blocks=8)``."""
 
     kind: ClassVar[str] = "boft"
     lr: ClassVar[float] = 4e-4
     peft_type: ClassVar[str | None] = "BOFT"
-    peft_kinds: ClassVar[tuple[str, ...]] = ("linear",)
+    peft_kinds: ClassVar[tuple[str, ...]] = ("linear", "conv")
     peft_options: ClassVar[Mapping[str, tuple[str, Any]]] = {
-        "boft_block_size": ("block", 4), "boft_n_butterfly_factor": ("factors", 1),
+        "boft_n_butterfly_factor": ("factors", 1), "boft_dropout": ("dropout", 0.0),
     }  # fmt: skip
-    peft_lacks: ClassVar[Mapping[str, Any]] = {"boft_block_num": 0, "boft_dropout": 0.0}
+    peft_sizes: ClassVar[tuple[str, str]] = ("boft_block_size", "boft_block_num")
     disk: ClassVar[Mapping[str, str]] = {"boft_R": "boft_R", "boft_s": "boft_s"}
     short_names: ClassVar[Mapping[str, str]] = {"boft_R": "Q", "boft_s": "s"}
 
-    block: int = Field(default=4, ge=2)
-    """Size of the blocks that are rotated."""
     factors: int = Field(default=1, ge=1)
     """How many butterfly factors are multiplied."""
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
-        count = blocks_of(self.kind, layer, self.block)
-        if self.factors > 1 and (self.block % 2 or count % 2 ** (self.factors - 1)):
+        count, size = self.divided(layer)
+        if self.factors > 1 and (size % 2 or count % 2 ** (self.factors - 1)):
             raise ConfigError(
                 f"boft: {self.factors} factors need blocks of even size, and a number of them that "
-                f"2^{self.factors - 1} divides; a layer of shape {layer.shape} has {count} blocks of {self.block}."
+                f"2^{self.factors - 1} divides; a layer of shape {layer.shape} has {count} blocks of {size}."
             )
+        scales = (1, layer.shape[0]) if layer.kind == "conv" else (layer.shape[0], 1)  # as PEFT's
         return {
-            "Q": Spec("boft_R", (self.factors, count, self.block, self.block), zeros, cast=False),
-            "s": Spec("boft_s", (layer.shape[0], 1), ones),
+            "Q": Spec("boft_R", (self.factors, count, size, size), zeros, cast=False),
+            "s": Spec("boft_s", scales, ones),
         }
 
     def turn(self, p: Params, x: Tensor, *, back: bool) -> Tensor:
@@ -56,18 +55,10 @@ class BOFT(Rotation):
         rotations = cayley((q - q.mT) / 2).to(x.dtype)
         order = range(self.factors) if back else reversed(range(self.factors))
         for i in order:
-            there = self._order(i, x)
+            there = _order(i, x, q)
             turned = in_blocks(x[..., there.argsort()], rotations[i].mT if back else rotations[i])
             x = turned[..., there]
         return x
-
-    def _order(self, i: int, x: Tensor) -> Tensor:
-        """The permutation of factor i: within each group, even half-blocks first, then odd ones."""
-        places = torch.arange(x.shape[-1], device=x.device)
-        if self.factors == 1:
-            return places
-        groups = x.shape[-1] // self.block // 2**i
-        return places.view(groups, -1, 2, self.block // 2).transpose(1, 2).flatten()
 
     def leave(self, p: Params, y: Tensor, at: At) -> Tensor:
         y = super().leave(p, y, at)
@@ -76,3 +67,12 @@ class BOFT(Rotation):
             return y * scale
         shift = at.layer.over_out(bias.to(y.dtype))
         return shift + scale * (y - shift)
+
+
+def _order(i: int, x: Tensor, q_MNSS: Tensor) -> Tensor:
+    """The permutation of factor i: within each group, even half-blocks first, then odd ones."""
+    places = torch.arange(x.shape[-1], device=x.device)
+    factors, count, size, _ = q_MNSS.shape
+    if factors == 1:
+        return places
+    return places.view(count // 2**i, -1, 2, size // 2).transpose(1, 2).flatten()

@@ -27,7 +27,7 @@ class HRA(Rotation):
     kind: ClassVar[str] = "hra"
     lr: ClassVar[float] = 1e-3
     peft_type: ClassVar[str | None] = "HRA"
-    peft_kinds: ClassVar[tuple[str, ...]] = ("linear",)
+    peft_kinds: ClassVar[tuple[str, ...]] = ("linear", "conv")
     peft_options: ClassVar[Mapping[str, tuple[str, Any]]] = {
         "r": ("rank", 8), "apply_GS": ("orthogonal", False),
     }  # fmt: skip

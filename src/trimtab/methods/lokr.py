@@ -2,8 +2,8 @@
 
     ΔW = s · W1 ⊗ W2,   W1 (o₁, i₁), W2 (o₂, i₂),   o₁ o₂ = out, i₁ i₂ = in,   s = alpha / rank
 
-W2 is a product of two factors where the rank is below half its larger side, and W1 too with ``both``. W1
-starts at zero, so that ΔW is zero.
+W2 is a product of two factors where the rank is below half its larger side (with ``tucker`` and a core between
+them), and W1 too with ``both``. W1 starts at zero, so that ΔW is zero. A kernel belongs to W2.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from trimtab.adapt.contract import Layer, Params, Spec, kaiming_uniform, zeros
-from trimtab.adapt.weight import Lycoris, columns
+from trimtab.adapt.contract import Init, Layer, Params, Spec, kaiming_uniform, zeros
+from trimtab.adapt.weight import Lycoris, columns, with_core
 
 
 @final
@@ -25,18 +25,24 @@ class LoKr(Lycoris):
     kind: ClassVar[str] = "lokr"
     lr: ClassVar[float] = 1e-3
     peft_type: ClassVar[str | None] = "LOKR"
-    peft_kinds: ClassVar[tuple[str, ...]] = ("linear",)
+    peft_kinds: ClassVar[tuple[str, ...]] = ("linear", "conv")
     peft_options: ClassVar[Mapping[str, tuple[str, Any]]] = {
         "r": ("rank", 8), "alpha": ("alpha", 8), "decompose_both": ("both", False), "decompose_factor": ("factor", -1),
         "rank_dropout": ("rank_dropout", 0.0), "module_dropout": ("module_dropout", 0.0),
         "rank_pattern": ("rank_pattern", {}), "alpha_pattern": ("alpha_pattern", {}),
-    }  # fmt: skip
-    peft_lacks: ClassVar[Mapping[str, Any]] = {
-        "use_effective_conv2d": False, "rank_dropout_scale": False,
+        "use_effective_conv2d": ("tucker", False), "rank_dropout_scale": ("rank_dropout_scale", False),
     }  # fmt: skip
     short_names: ClassVar[Mapping[str, str]] = {
         name: name[5:]
-        for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
+        for name in (
+            "lokr_w1",
+            "lokr_w1_a",
+            "lokr_w1_b",
+            "lokr_w2",
+            "lokr_w2_a",
+            "lokr_w2_b",
+            "lokr_t2",
+        )
     }
     disk: ClassVar[Mapping[str, str]] = {name: name for name in short_names}
 
@@ -45,27 +51,48 @@ class LoKr(Lycoris):
     both: bool = False
     """Split W1 into low-rank factors too, where the rank is below half its larger side."""
 
+    rank_dropout_scale: bool = False
+    """Let the rows of ΔW that are left grow by as much as `rank_dropout` took away."""
+
+    @property
+    def rescales(self) -> bool:
+        return self.rank_dropout_scale
+
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         o1, o2 = split(layer.shape[0], self.factor)
         i1, i2 = split(layer.shape[1], self.factor)
-        kernel = columns(layer) // layer.shape[1]
-        first = self.both and self.rank < max(o1, i1) / 2
-        second = self.rank < max(o2, i2) / 2
-        return {
-            **self._factor("w1", o1, i1, low=first, first=zeros),
-            **self._factor("w2", o2, i2 * kernel, low=second, first=kaiming_uniform),
+        small = self.rank < max(o1, i1) / 2
+        first = self._factor("w1", (o1, i1), zeros, low=self.both and small)
+        if self.rank >= max(o2, i2) / 2:
+            return first | self._factor(
+                "w2", (o2, i2, *layer.shape[2:]), kaiming_uniform, low=False
+            )
+        core = self.core(layer)
+        if core is None:
+            kernel = columns(layer) // layer.shape[1]
+            return first | self._factor("w2", (o2, i2 * kernel), kaiming_uniform, low=True)
+        return first | {
+            "w2_a": Spec("lokr_w2_a", (self.rank, o2), kaiming_uniform),
+            "w2_b": Spec("lokr_w2_b", (self.rank, i2), kaiming_uniform),
+            "t2": Spec("lokr_t2", core, kaiming_uniform),
         }
 
-    def _factor(self, name: str, rows: int, cols: int, *, low: bool, first: Any) -> dict[str, Spec]:
+    def _factor(
+        self, name: str, shape: tuple[int, ...], first: Init, *, low: bool
+    ) -> dict[str, Spec]:
         if not low:
-            return {name: Spec(f"lokr_{name}", (rows, cols), first)}
+            return {name: Spec(f"lokr_{name}", shape, first)}
         return {
-            f"{name}_a": Spec(f"lokr_{name}_a", (rows, self.rank), first),
-            f"{name}_b": Spec(f"lokr_{name}_b", (self.rank, cols), kaiming_uniform),
+            f"{name}_a": Spec(f"lokr_{name}_a", (shape[0], self.rank), first),
+            f"{name}_b": Spec(f"lokr_{name}_b", (self.rank, shape[1]), kaiming_uniform),
         }
 
     def change(self, p: Params, layer: Layer) -> Tensor:
-        return torch.kron(_whole(p, "w1") * self.scaling, _whole(p, "w2"))
+        w1, w2 = _whole(p, "w1") * self.scaling, _whole(p, "w2")
+        # A whole W2 of a convolution in one dimension has three axes, and PEFT pairs the last two with those of W1: no
+        # Kronecker product of channels, but a change with the same entries, and what its files mean.
+        order = "badc..." if w2.dim() == 3 else "abcd..."
+        return torch.einsum(f"ac,bd...->{order}", w1, w2).reshape(layer.shape)
 
     def scaled(self, p: Params, weight: float, role: str) -> dict[str, Tensor]:
         name = "w1" if "w1" in p else "w1_a"
@@ -73,7 +100,10 @@ class LoKr(Lycoris):
 
 
 def _whole(p: Params, name: str) -> Tensor:
-    return p[name] if name in p else p[f"{name}_a"] @ p[f"{name}_b"]
+    if name in p:
+        return p[name]
+    a, b = p[f"{name}_a"], p[f"{name}_b"]
+    return with_core(p["t2"], a, b) if name == "w2" and "t2" in p else a @ b
 
 
 def split(size: int, factor: int = -1) -> tuple[int, int]:

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from trimtab.adapt.contract import Layer, Params, Spec, zeros
 from trimtab.adapt.peft_config import read_options
-from trimtab.adapt.weight import WeightDelta, columns
+from trimtab.adapt.weight import Dropping, columns
 from trimtab.errors import ConfigError
 
 
 @final
-class MiSS(WeightDelta):
+class MiSS(Dropping):
     """``MiSS(rank=64)``; ``variant="bat"`` mixes the weight's own blocks in."""
 
     kind: ClassVar[str] = "miss"
@@ -28,9 +28,8 @@ class MiSS(WeightDelta):
     peft_type: ClassVar[str | None] = "MISS"
     peft_kinds: ClassVar[tuple[str, ...]] = ("linear",)
     peft_options: ClassVar[Mapping[str, tuple[str, Any]]] = {
-        "r": ("rank", 64), "mini_r": ("mini", 1), "init_weights": ("variant", True),
+        "r": ("rank", 64), "mini_r": ("mini", 1), "init_weights": ("variant", True), "miss_dropout": ("dropout", 0.0),
     }  # fmt: skip
-    peft_lacks: ClassVar[Mapping[str, Any]] = {"miss_dropout": 0.0}
     disk: ClassVar[Mapping[str, str]] = {"miss_block": "miss_block"}
     short_names: ClassVar[Mapping[str, str]] = {"miss_block": "D"}
     scales: ClassVar[str] = "D"

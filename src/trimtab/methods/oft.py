@@ -3,7 +3,8 @@
     y = f(x R),   R = diag(R_1 … R_k),   R_i = (I + Q_i)(I − Q_i)⁻¹,   Q_i skew-symmetric, zero at first
 
 ``neumann`` takes the first terms of that series, I + 2Q + 2Q² + 2Q³ + Q⁴, as PEFT does by default; ``inverse`` is
-the exact form that PEFT computes without it, which turns the other way: (I − Q)(I + Q)⁻¹.
+the exact form that PEFT computes without it, which turns the other way: (I − Q)(I + Q)⁻¹. With ``epsilon`` each Q is
+pulled back into a ball around zero wherever it is used, and after each step; gradients are those at that point.
 """
 
 from __future__ import annotations
@@ -16,68 +17,65 @@ from pydantic import Field
 from torch import Tensor
 
 from trimtab.adapt.contract import Layer, Params, Place, Progress, Sites, Spec, zeros
-from trimtab.adapt.peft_config import read_options
-from trimtab.adapt.rotation import Rotation, blocks_of, cayley, in_blocks, wide
+from trimtab.adapt.rotation import InBlocks, cayley, in_blocks, wide
+
+SLOTS = {"linear": "oft_R.weight", "conv": "oft_R.weight", "embedding": "oft_embedding_R.weight"}
 
 
 @final
-class OFT(Rotation):
+class OFT(InBlocks):
     """``OFT(block=32)``, or a number of blocks: ``OFT(blocks=8)``; ``epsilon`` bounds each Q (constrained OFT)."""
 
     kind: ClassVar[str] = "oft"
     lr: ClassVar[float] = 4e-4
     peft_type: ClassVar[str | None] = "OFT"
-    peft_kinds: ClassVar[tuple[str, ...]] = ("linear",)
+    peft_kinds: ClassVar[tuple[str, ...]] = tuple(SLOTS)
     peft_options: ClassVar[Mapping[str, tuple[str, Any]]] = {
-        "r": ("blocks", 0), "oft_block_size": ("block", 32), "block_share": ("share", False),
+        "block_share": ("share", False), "num_cayley_neumann_terms": ("terms", 5), "module_dropout": ("dropout", 0.0),
     }  # fmt: skip
-    peft_lacks: ClassVar[Mapping[str, Any]] = {
-        "module_dropout": 0.0, "coft": False, "eps": ..., "use_cayley_neumann": ..., "num_cayley_neumann_terms": 5,
-    }  # fmt: skip
-    disk: ClassVar[Mapping[str, str]] = {"oft_R.weight": "oft_R.weight"}
-    short_names: ClassVar[Mapping[str, str]] = {"oft_R.weight": "Q"}
+    peft_sizes: ClassVar[tuple[str, str]] = ("oft_block_size", "r")
+    peft_lacks: ClassVar[Mapping[str, Any]] = dict.fromkeys(
+        ("coft", "eps", "use_cayley_neumann"), ...
+    )
+    disk: ClassVar[Mapping[str, str]] = {slot: slot for slot in SLOTS.values()}
+    short_names: ClassVar[Mapping[str, str]] = dict.fromkeys(SLOTS.values(), "Q")
 
     block: int = Field(default=32, ge=2)
     """Size of the blocks that are rotated."""
-    blocks: int | None = Field(default=None, ge=1)
-    """How many blocks, instead of their size."""
     share: bool = False
     """One rotation for all blocks."""
     series: Literal["neumann", "exact", "inverse"] = "neumann"
     """How R is made from Q."""
+    terms: int = Field(default=5, ge=2)
+    """Terms of `neumann`; 4 of them are the same as 3, as in PEFT."""
     epsilon: float | None = Field(default=None, gt=0)
     """Keep each Q in a ball of this radius over √blocks (constrained OFT)."""
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
-        size = blocks_of(self.kind, layer, self.blocks) if self.blocks else self.block
-        count = 1 if self.share else blocks_of(self.kind, layer, size)
-        return {"Q": Spec("oft_R.weight", (count, size * (size - 1) // 2), zeros, cast=False)}
+        count, size = self.divided(layer)
+        shape = (1 if self.share else count, size * (size - 1) // 2)
+        return {"Q": Spec(SLOTS.get(layer.kind, SLOTS["linear"]), shape, zeros, cast=False)}
 
     def turn(self, p: Params, x: Tensor, *, back: bool) -> Tensor:
-        q = _skew(wide(p["Q"], x))
-        if self.series == "neumann":
-            square = q @ q
-            eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-            r = eye + 2 * q + 2 * square + 2 * square @ q + square @ square
-        else:
-            r = cayley(q if self.series == "inverse" else -q)
+        q = wide(p["Q"], x)
+        if self.epsilon is not None:
+            q = _bounded(q.detach(), self.epsilon) + (q - q.detach())
+        q = _skew(q)
+        exact = self.series != "neumann"
+        r = cayley(q if self.series == "inverse" else -q) if exact else _neumann(q, self.terms)
         return in_blocks(x, (r.mT if back else r).to(x.dtype))
 
     def after_step(self, sites: Sites, memory: dict[str, Tensor], progress: Progress) -> None:
         """Constrained OFT: pull each Q back into a ball around zero."""
-        if self.epsilon is None:
-            return
-        for params in sites.values():
-            q = params["Q"]
-            most = self.epsilon * q.shape[-2] ** -0.5
-            norms = q.norm(dim=-1, keepdim=True) * 2**0.5  # both triangles
-            q.mul_((most / norms.clamp_min(1e-30)).clamp_max(1))
+        if self.epsilon is not None:
+            for params in sites.values():
+                params["Q"].copy_(_bounded(params["Q"], self.epsilon))
 
     def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
+        coft = {} if self.epsilon is None else {"coft": True, "eps": self.epsilon}
         return {
-            "r": self.blocks or 0,
-            "oft_block_size": 0 if self.blocks else self.block,
-            "block_share": self.share,
+            **super().to_peft(places),
+            **coft,
             "use_cayley_neumann": self.series == "neumann",
             "peft_version": "0.18.0",  # earlier releases had another series
         }
@@ -85,14 +83,43 @@ class OFT(Rotation):
     def in_peft(self, anatomy: Any, places: Sequence[Place]) -> bool:
         return self.series != "exact" and super().in_peft(anatomy, places)
 
+    def peft_differs(self, layer: Layer) -> str:
+        if layer.kind == "conv" and set(layer.shape[2:]) != {1}:
+            return (
+                "it cuts an image into patches, turns them, and puts their entries back at other places, so that it "
+                "does nothing of use with a kernel larger than 1 until it is merged"
+            )
+        return super().peft_differs(layer)
+
     @classmethod
     def from_peft(
         cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]
     ) -> OFT | None:
-        fields = read_options(config, cls.peft_options, cls.peft_lacks, cls.kind)
-        series = "neumann" if config.get("use_cayley_neumann", True) else "inverse"
-        sizes = {"blocks": fields["blocks"] or None, "block": fields["block"] or 32}
-        return cls(**fields | sizes | {"series": series})
+        neumann = config.get("use_cayley_neumann", True)
+        return cls(
+            **cls.fields_from_peft(config),
+            series="neumann" if neumann else "inverse",
+            epsilon=config.get("eps", 6e-5) if config.get("coft") else None,
+        )
+
+
+def _bounded(q: Tensor, epsilon: float) -> Tensor:
+    """Upper triangles (N, T), each pulled back into a ball of radius ε / √N, by the norm of both triangles."""
+    norms = q.norm(dim=-1, keepdim=True) * 2**0.5
+    return q * (epsilon * q.shape[-2] ** -0.5 / norms.clamp_min(1e-30)).clamp_max(1)
+
+
+def _neumann(q: Tensor, terms: int) -> Tensor:
+    """I + 2Q + 2Q² + … + Qᵗ, t one below the number of terms; I + 2Q for two, and t = 3 for three too (as PEFT)."""
+    r = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device) + 2 * q
+    if terms == 2:
+        return r
+    power = q @ q
+    r = r + 2 * power
+    for _ in range(3, terms - 1):
+        power = power @ q
+        r = r + 2 * power
+    return r + power @ q
 
 
 def _skew(upper: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from trimtab.peft.config import config, option
 from trimtab.peft.configs.common import Excluding, Layered, Transposed, Unbiased
 from trimtab.peft.types import PeftType
 
+SLOTS = ("oft_R.weight", "oft_embedding_R.weight")
 _IDENTITY = "Begin at the identity; False begins at random."
 
 
@@ -22,35 +23,39 @@ class OFTConfig(Excluding, Layered, Transposed, Unbiased):
     """OFT: orthogonal rotation of the input, block by block."""
 
     prefix: ClassVar[str] = "oft_"
-    lacks: ClassVar[dict[str, str]] = {
-        **Unbiased.lacks,
-        "module_dropout": "",
-        "coft": "Trimtab bounds rotations after each step: UnionConfig(parts='oft(epsilon=6e-5)').",
-    }
+    sizes: ClassVar[tuple[str, ...]] = ("num_cayley_neumann_terms",)
+    shares: ClassVar[tuple[str, ...]] = ("module_dropout",)
 
     r: int = option("How many blocks, instead of their size.", default=0)
     oft_block_size: int = option("Size of the blocks.", default=32)
-    module_dropout: float = option("Not in Trimtab.", default=0.0)
+    module_dropout: float = option(
+        "Share of the blocks, rounded down, that do not turn, in training. (PEFT does nothing with it.)",
+        default=0.0,
+    )
     init_weights: bool = option(_IDENTITY, default=True)
-    coft: bool = option("Not in Trimtab.", default=False)
-    eps: float = option("Of coft; no effect.", default=6e-5)
+    coft: bool = option("Constrained OFT: keep rotations near the identity.", default=False)
+    eps: float = option("How near, with coft.", default=6e-5)
     block_share: bool = option("One rotation for all blocks.", default=False)
-    use_cayley_neumann: bool = option("Make rotations by a series of five terms.", default=True)
-    num_cayley_neumann_terms: int = option("Terms of that series: only 5.", default=5)
+    use_cayley_neumann: bool = option("Make rotations by a series.", default=True)
+    num_cayley_neumann_terms: int = option(
+        "Terms of that series, from 2 on; 4 are the same as 3.", default=5
+    )
     bias: Literal["none", "all", "oft_only"] = option(
         "Biases that are trained too: only 'none'.", default="none"
     )
 
     def check(self) -> None:
         super().check()
-        if bool(self.r) == bool(self.oft_block_size) or min(self.r, self.oft_block_size) < 0:
+        _one_of(type(self).__name__, r=self.r, oft_block_size=self.oft_block_size)
+        if self.num_cayley_neumann_terms < 2:
             raise ConfigError(
-                f"OFTConfig: give either r, a number of blocks, or oft_block_size (the other being 0), not r={self.r} "
-                f"and oft_block_size={self.oft_block_size}."
+                "OFTConfig: a series of one term does not turn anything; give num_cayley_neumann_terms=2 or more."
             )
+        if self.coft and not self.eps > 0:
+            raise ConfigError(f"OFTConfig: eps must be above 0, not {self.eps!r}.")
 
     def first_values(self) -> Mapping[str, Init]:
-        return {} if self.init_weights else {"oft_R.weight": normal(0.1)}
+        return {} if self.init_weights else dict.fromkeys(SLOTS, normal(0.1))
 
 
 @config(PeftType.BOFT)
@@ -58,19 +63,27 @@ class BOFTConfig(Excluding, Layered, Transposed, Unbiased):
     """BOFT: sparse rotations in butterfly order, and output scales."""
 
     prefix: ClassVar[str] = "boft_"
-    lacks: ClassVar[dict[str, str]] = {
-        **Unbiased.lacks,
-        "boft_block_num": "Give boft_block_size: the inputs of a layer divided by the number of blocks.",
-        "boft_dropout": "",
-    }
-
     boft_block_size: int = option("Size of the blocks.", default=4)
-    boft_block_num: int = option("Not in Trimtab.", default=0)
+    boft_block_num: int = option(
+        "How many blocks, instead of their size, which is 0 then.", default=0
+    )
     boft_n_butterfly_factor: int = option("How many factors are multiplied.", default=1)
-    boft_dropout: float = option("Not in Trimtab.", default=0.0)
+    boft_dropout: float = option(
+        "Share of the blocks of one factor, rounded down, that do not turn, in training.",
+        default=0.0,
+    )
     init_weights: bool = option(_IDENTITY, default=True)
 
-    sizes: ClassVar[tuple[str, ...]] = ("boft_block_size", "boft_n_butterfly_factor")
+    sizes: ClassVar[tuple[str, ...]] = ("boft_n_butterfly_factor",)
+    shares: ClassVar[tuple[str, ...]] = ("boft_dropout",)
+
+    def check(self) -> None:
+        super().check()
+        _one_of(
+            type(self).__name__,
+            boft_block_num=self.boft_block_num,
+            boft_block_size=self.boft_block_size,
+        )
 
     def first_values(self) -> Mapping[str, Init]:
         return {} if self.init_weights else {"boft_R": normal(0.1), "boft_s": _around_one}
@@ -89,6 +102,16 @@ class HRAConfig(Excluding, Layered, Unbiased):
 
     def first_values(self) -> Mapping[str, Init]:
         return {} if self.init_weights else {"hra_u": kaiming_uniform}
+
+
+def _one_of(kind: str, **sizes: int) -> None:
+    """Either a number of blocks or their size, the other being 0."""
+    if min(sizes.values()) < 0 or sum(map(bool, sizes.values())) != 1:
+        count, size = sizes
+        said = " and ".join(f"{name}={value}" for name, value in sizes.items())
+        raise ConfigError(
+            f"{kind}: give either {count}, a number of blocks, or {size} (the other being 0), not {said}."
+        )
 
 
 def _around_one(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

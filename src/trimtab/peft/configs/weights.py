@@ -22,13 +22,15 @@ class Lycoris(Excluding, Layered):
 
     sizes: ClassVar[tuple[str, ...]] = ("r",)
     shares: ClassVar[tuple[str, ...]] = ("rank_dropout", "module_dropout")
-    lacks: ClassVar[dict[str, str]] = {"use_effective_conv2d": "Kernels are flattened."}
 
     r: int = option("Rank of the factors.", default=8)
     alpha: float = option("The change is scaled by alpha / r.", default=8)
     rank_dropout: float = option("Share of rows of the change left out, in training.", default=0.0)
     module_dropout: float = option("How often the change is left out, in training.", default=0.0)
-    use_effective_conv2d: bool = option("Not in Trimtab.", default=False)
+    use_effective_conv2d: bool = option(
+        "In convolutions, a small core for the kernel between factors for the channels.",
+        default=False,
+    )
     rank_pattern: dict[str, int] | None = option("End of a module's name -> its rank.", default={})
     alpha_pattern: dict[str, float] | None = option(
         "End of a module's name -> its alpha.", default={}
@@ -52,14 +54,12 @@ class LoKrConfig(Lycoris):
     """LoKr: a Kronecker product."""
 
     prefix: ClassVar[str] = "lokr_"
-    lacks: ClassVar[dict[str, str]] = {
-        **Lycoris.lacks,
-        "rank_dropout_scale": "Rows are left out as they are.",
-    }
 
     decompose_both: bool = option("Split the first matrix into factors too.", default=False)
     decompose_factor: int = option("Size of the first factor of each side; -1 is even.", default=-1)
-    rank_dropout_scale: bool = option("Not in Trimtab.", default=False)
+    rank_dropout_scale: bool = option(
+        "Let the rows that are left grow by as much as rank_dropout took away.", default=False
+    )
     init_weights: bool | Literal["lycoris"] = option(
         f"{_IDENTITY} 'lycoris' begins at the identity with the second matrix at zero.",
         default=True,
@@ -86,17 +86,17 @@ class HiraConfig(Excluding, Layered, Transposed):
 
     prefix: ClassVar[str] = "hira_"
     sizes: ClassVar[tuple[str, ...]] = ("r",)
-    lacks: ClassVar[dict[str, str]] = {
-        "hira_dropout": "",
-        "rank_pattern": "PEFT passes over it in silence: all ranks are r there.",
-    }
+    shares: ClassVar[tuple[str, ...]] = ("hira_dropout",)
 
     r: int = option("Rank of the factors.", default=32)
-    hira_dropout: float = option("Not in Trimtab.", default=0.0)
+    hira_dropout: float = option("Of the inputs, in training.", default=0.0)
     init_weights: bool | Literal["gaussian"] | None = option(
         f"{_IDENTITY} 'gaussian' draws A from N(0, 1 / r²).", default=True
     )
-    rank_pattern: dict[str, int] | None = option("Not in Trimtab.", default={})
+    rank_pattern: dict[str, int] | None = option(
+        "End of a module's name -> its rank. (PEFT does nothing with it, but where a HiRA is there already.)",
+        default={},
+    )
 
     def check(self) -> None:
         super().check()
@@ -110,7 +110,9 @@ class HiraConfig(Excluding, Layered, Transposed):
             return {}
         if self.init_weights == "gaussian":
             return {"hira_A": normal(1 / self.r)}
-        return dict.fromkeys(("hira_A", "hira_B"), normal(1.0))
+        return dict.fromkeys(
+            ("hira_A", "hira_B"), normal(1.0)
+        )  # an embedding's are the same in any case
 
 
 @config(PeftType.FOURIERFT)
@@ -140,10 +142,12 @@ class MissConfig(Excluding, Layered, Unbiased):
 
     prefix: ClassVar[str] = "miss_"
     sizes: ClassVar[tuple[str, ...]] = ("r", "mini_r")
-    lacks: ClassVar[dict[str, str]] = {**Unbiased.lacks, "miss_dropout": ""}
+    shares: ClassVar[tuple[str, ...]] = ("miss_dropout",)
 
     r: int = option("Width of the shared matrix.", default=64)
-    miss_dropout: float = option("Not in Trimtab.", default=0.0)
+    miss_dropout: float = option(
+        "Of the inputs, in training. (PEFT does nothing with it for 'bat'.)", default=0.0
+    )
     mini_r: int = option("Columns of the still smaller one of 'mini'.", default=1)
     init_weights: bool | Literal["bat", "mini"] = option(
         f"{_IDENTITY} 'bat' and 'mini' are other forms.", default=True
@@ -217,17 +221,13 @@ class RandLoraConfig(_Projected):
     """RandLoRA: a full-rank sum of random products, scaled by training."""
 
     prefix: ClassVar[str] = "randlora_"
-    lacks: ClassVar[dict[str, str]] = {
-        **_Projected.lacks,
-        **dict.fromkeys(("sparse", "very_sparse"), "Its random matrices are dense."),
-        "randlora_dropout": "",
-    }
+    shares: ClassVar[tuple[str, ...]] = ("randlora_dropout",)
 
     r: int = option("Rank of each random product.", default=32)
     randlora_alpha: int = option("The sum is scaled by randlora_alpha / r.", default=640)
-    sparse: bool = option("Not in Trimtab.", default=False)
-    very_sparse: bool = option("Not in Trimtab.", default=False)
-    randlora_dropout: float = option("Not in Trimtab.", default=0.0)
+    sparse: bool = option("Draw matrices of -1, 0 and 1, two thirds of them 0.", default=False)
+    very_sparse: bool = option("Draw such matrices with still more zeros.", default=False)
+    randlora_dropout: float = option("Of the inputs, in training.", default=0.0)
     init_weights: bool = option(_IDENTITY, default=True)
 
     def first_values(self) -> Mapping[str, Init]:
