@@ -50,7 +50,15 @@ _PLACES = {
         "configs.ours",
     ),
     **dict.fromkeys(("PeftConfig", "get_peft_config"), "config"),
-    "PEFT_TYPE_TO_CONFIG_MAPPING": "mapping",
+    **dict.fromkeys(("PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING"), "mapping"),
+    **dict.fromkeys(
+        (
+            "AdaLoraModel", "AdaptionPromptModel", "BOFTModel", "FourierFTModel", "HRAModel", "HiraModel", "IA3Model",
+            "LNTuningModel", "LoHaModel", "LoKrModel", "LoraModel", "MissModel", "OFTModel", "RandLoraModel",
+            "ShiraModel", "TrainableTokensModel", "VeraModel",
+        ),
+        "kinds",
+    ),
     **dict.fromkeys(("PeftType", "TaskType"), "types"),
     **dict.fromkeys(("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"), "status"),
     **dict.fromkeys(("convert_to_lora", "save_as_lora"), "conversion"),

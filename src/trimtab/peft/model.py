@@ -21,6 +21,7 @@ from trimtab.peft.delegates import Delegates
 from trimtab.peft.files import compare_names, read_folder, write_folder
 from trimtab.peft.hub import push
 from trimtab.peft.kin import related
+from trimtab.peft.kinds import tuner_class
 from trimtab.peft.state import LoadResult, check_embeddings, replace_tensors
 from trimtab.peft.status import (
     TunerLayerStatus,
@@ -52,7 +53,8 @@ class PeftModel(Delegates, PushToHubMixin, nn.Module):  # type: ignore[misc]
     ) -> None:
         nn.Module.__init__(self)
         config = self._prepared(peft_config, model)
-        self.base_model = Tuner(model, {adapter_name: config}, adapter_name, adapter=adapter)
+        made = tuner_class(config.peft_type)
+        self.base_model = made(model, {adapter_name: config}, adapter_name, adapter=adapter)
         self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def _prepared(self, given: PeftConfig, model: nn.Module) -> PeftConfig:
@@ -433,5 +435,5 @@ def inject_adapter_in_model(
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """The model itself with a new adapter in it, and nothing around it."""
-    Tuner(model, peft_config.copied(), adapter_name)
+    tuner_class(peft_config.peft_type)(model, peft_config.copied(), adapter_name)
     return model

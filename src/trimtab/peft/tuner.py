@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from trimtab.adapt.bank import Bank, bank_of, find_bank
 from trimtab.adapt.merge import fold, merge_in_place, unmerge
 from trimtab.adapt.site import BASE, SiteBase
 from trimtab.adapt.tree import sites_of
-from trimtab.errors import AttachError, DuplicateNameError, UnknownNameError, suggest
+from trimtab.errors import AttachError, ConfigError, DuplicateNameError, UnknownNameError, suggest
 from trimtab.peft.combination import Combination, Signs
 from trimtab.peft.config import PeftConfig
 from trimtab.peft.kin import register
@@ -35,7 +35,9 @@ class Tuner(nn.Module):
     is of no more use: the model's attribute ``peft_config`` then says what is in it.
     """
 
-    prefix = ""
+    prefix: ClassVar[str] = ""
+    peft_type: ClassVar[str] = ""
+    """The method that it begins with; empty for any."""
 
     def __init__(
         self,
@@ -54,6 +56,12 @@ class Tuner(nn.Module):
                 f"{type(model).__name__} has adapters already. Add another with model.add_adapter(name, config), or "
                 "take them out first with model.unload()."
             )
+        config = peft_config if isinstance(peft_config, PeftConfig) else peft_config[adapter_name]
+        if self.peft_type not in ("", config.peft_type):
+            raise ConfigError(
+                f"{type(self).__name__} does not begin with a {type(config).__name__}; get_peft_model(model, config) "
+                "finds the class that does."
+            )
         super().__init__()
         self.model = model
         self.peft_config: dict[str, PeftConfig] = present or {}
@@ -62,7 +70,6 @@ class Tuner(nn.Module):
         self._schedule = Schedule()
         self.register_state_dict_post_hook(_show_base)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_take_base)  # type: ignore[no-untyped-call]
-        config = peft_config if isinstance(peft_config, PeftConfig) else peft_config[adapter_name]
         self.add(adapter_name, config, adapter)
         if injected:  # nothing is around the model: by this name others find the configurations
             model.__dict__["peft_config"] = self.peft_config
