@@ -7,7 +7,7 @@ model at a time; a recomputation in backward, on whatever thread, restores the c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -64,6 +64,8 @@ class Bank(nn.Module):
         """Adapter -> its edits that make something of their shared tensors once per forward."""
         self.norms: dict[nn.Module, bool] = {}
         """Norms with running statistics -> whether we took them out of training mode."""
+        self.padded: list[nn.TransformerEncoder] = []
+        """torch's own encoders that would take padding out, and call none of their layers then."""
         self.blocks: list[nn.Module] = []
         self.fired: set[str] | None = None
         self.plan: Plan | None = None
@@ -158,6 +160,15 @@ class Bank(nn.Module):
             yield
         finally:  # the last two: torch closes no forward that a KeyboardInterrupt left
             self._scope, self.plan, self._depth, self._context = before
+
+    def keep_padding(self, modules: Iterable[nn.Module]) -> None:
+        """Let torch's own encoders run on padded batches: edits need to know which row a position is of."""
+        for module in modules:
+            if isinstance(module, nn.TransformerEncoder) and getattr(
+                module, "use_nested_tensor", False
+            ):
+                module.use_nested_tensor = False
+                self.padded.append(module)
 
     # -- contexts --------------------------------------------------------------------------------------
 
