@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import trimtab as tt
+from tests.laws.cells import SMALL
 from trimtab.adapt.attach import attach
-from trimtab.errors import TargetError, UnsupportedError
+from trimtab.adapt.contract import Method, Place
+from trimtab.errors import TargetError, TrimtabError, UnsupportedError
 
 ROWS, LENGTH, KEYS, WIDTH, HEADS = 3, 5, 4, 16, 4
 
@@ -142,22 +144,54 @@ def test_rows_of_one_batch_have_their_own_adapters() -> None:
             assert torch.allclose(model(x)[0][row], mixed[row], atol=1e-5)
 
 
-BOTH = {"targets": ("attn.in_proj_weight", "attn.out_proj")}
-MORE: dict[str, Any] = {"ia3": {"feedforward": ()}}
+SETTINGS = {
+    **SMALL,
+    "ia3": {"kind": "ia3", "feedforward": ()},
+    "vera": "vera(rank=4)",
+    "oft": "oft(block=8)",
+}
+PROJECTIONS = ("attn.in_proj_weight", "attn.out_proj")
+ACT_THERE = {
+    "adalora", "bitfit", "boft", "diff", "dora", "fourierft", "hira", "hra", "ia3", "loha", "lokr", "lora", "miss",
+    "mora", "norms", "oft", "piggyback", "randlora", "shira", "vera",
+}  # fmt: skip
+"""Methods that edit a linear layer, and so the projections."""
 
 
-@pytest.mark.parametrize("kind", ["loha", "lokr", "ia3", "vera", "bitfit", "mora", "hra", "diff"])
+@pytest.mark.parametrize("kind", sorted(ACT_THERE))
 @torch.no_grad()
-def test_other_methods_act_there_where_its_projections_are_named(kind: str) -> None:
+def test_every_method_of_linear_layers_acts_where_the_projections_are_named(kind: str) -> None:
     model = Block().eval()
-    adapter = attach(model, tt.method({"kind": kind, **BOTH, **MORE.get(kind, {})}), "a")
+    method = tt.method(SETTINGS.get(kind, kind)).aimed([Place(p) for p in PROJECTIONS])
+    adapter = attach(model, method, "a")
     for parameter in adapter.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.1)
+    assert {site.path for site in adapter.sites} == set(PROJECTIONS)
     x = torch.randn(ROWS, LENGTH, WIDTH)
     with tt.using(model, None):
-        base = model(x)[0]
-    assert not torch.allclose(model(x)[0], base, atol=1e-4)
-    assert torch.allclose(tt.merge(model, "a")(x)[0], model(x)[0], atol=1e-4)
+        assert torch.equal(model(x)[0], Block().eval()(x)[0])
+    edited = model(x)[0]
+    assert not torch.allclose(edited, Block().eval()(x)[0], atol=1e-4)
+    assert torch.allclose(tt.merge(model, "a")(x)[0], edited, atol=1e-4)
+    with tt.rows(model, ["a", None, "a"]):
+        assert torch.allclose(model(x)[0][[0, 2]], edited[[0, 2]], atol=1e-5)
+
+
+def test_all_other_methods_say_why_not() -> None:
+    for kind in set(tt.methods()) - ACT_THERE:
+        method = tt.method(SETTINGS.get(kind, kind))
+        inside = {
+            n: v.aimed([Place(p) for p in PROJECTIONS]) for n, v in method if isinstance(v, Method)
+        }
+        method = (
+            method.replace(**inside) if inside else method.aimed([Place(p) for p in PROJECTIONS])
+        )
+        try:
+            adapter = attach(Block(), method, "a")
+        except TrimtabError:
+            continue
+        assert all(site.path in PROJECTIONS for site in adapter.sites), kind
+        assert kind in ("adafit", "gated"), kind
 
 
 @torch.no_grad()
