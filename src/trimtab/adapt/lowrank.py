@@ -156,7 +156,8 @@ class LowRank(Method):
                 "bias: nn.MultiheadAttention holds the bias of its projections in a parameter of its own, which "
                 "is not trained; leave bias at 'none'."
             )
-        check_patterns([*chosen, *paths], self.rank_pattern, self.alpha_pattern)
+        everything = list(dict.fromkeys([*chosen, *paths]))
+        check_patterns(everything, self.rank_pattern, self.alpha_pattern)
         if self.opening([path for path in chosen if path not in paths]) != self:
             raise TargetError(
                 "a pattern names an nn.MultiheadAttention; name its projections, in_proj_weight and out_proj."
