@@ -209,6 +209,8 @@ def _withdraw(
     bank.adapters.pop(name, None)
     for tensor_name, holder in placed.items():
         slots.remove(holder, tensor_name.slot, name)
+    slots.prune(bank.home(name))
+    bank.homes.pop(name, None)
     slots.prune(bank)
     sites = list(sites_of(model).values())
     children = Children(model)
@@ -344,6 +346,11 @@ def _entries(model: nn.Module) -> list[nn.Module]:
 
 def strip(model: nn.Module, bank: Bank) -> None:
     """Take the bank, its hooks and its changes of flags out of a model."""
+    for name, home in bank.homes.items():
+        for tensor_name, holder in bank.adapters[name].held.items():
+            if holder is home:
+                slots.remove(home, tensor_name.slot, name)
+        slots.prune(home)
     for name in list(bank.adapters):
         attention.remove(model, bank, name)
         front.remove(bank, name)

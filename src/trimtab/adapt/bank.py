@@ -64,6 +64,8 @@ class Bank(nn.Module):
         """Adapter -> its edits that make something of their shared tensors once per forward."""
         self.norms: dict[nn.Module, bool] = {}
         """Norms with running statistics -> whether we took them out of training mode."""
+        self.homes: dict[str, nn.Module] = {}
+        """Adapter -> the module around this model that holds its model-level tensors; see `lodge`."""
         self.padded: list[nn.TransformerEncoder] = []
         """torch's own encoders that would take padding out, and call none of their layers then."""
         self.blocks: list[nn.Module] = []
@@ -150,6 +152,16 @@ class Bank(nn.Module):
             )
             raise UnknownNameError(f"no adapter {name!r} is attached.{hint}")
         return self.adapters[name]
+
+    def home(self, name: str) -> nn.Module:
+        """The module below which an adapter's model-level tensors lie."""
+        return self.homes.get(name, self)
+
+    def lodge(self, name: str, home: nn.Module) -> None:
+        """Let a module around the model hold an adapter's model-level tensors, where a library looks for them."""
+        self.require(name).move(self.home(name), home)
+        self.homes[name] = home
+        slots.prune(self)
 
     @contextmanager
     def scope(self, route: Route, plan: Plan | None = None) -> Iterator[None]:

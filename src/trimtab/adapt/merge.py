@@ -200,7 +200,8 @@ def _stack(site: SiteBase, edits: Sequence[Edit], layer: Layer, context: Context
         edits, layer, context, Part(owner, None, None, False, 1), layer.dtype, holder, expert
     )
     for bound in stack:
-        bound.call = At(bound.edit, layer, context, bound.call.part, site.bank, layer.dtype, False)
+        home = site.bank.home(bound.edit.adapter)
+        bound.call = At(bound.edit, layer, context, bound.call.part, home, layer.dtype, False)
     return stack
 
 

@@ -49,6 +49,7 @@ _PLACES = {
         ),
         "configs.ours",
     ),
+    "PeftModel": "model",
     **dict.fromkeys(("PeftConfig", "get_peft_config"), "config"),
     **dict.fromkeys(("PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING"), "mapping"),
     **dict.fromkeys(
@@ -68,12 +69,12 @@ _PLACES = {
     ),
     **dict.fromkeys(
         (
-            "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftMixedModel", "PeftModel", "PeftModelForCausalLM",
+            "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftMixedModel", "PeftModelForCausalLM",
             "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM",
             "PeftModelForSequenceClassification", "PeftModelForTokenClassification", "get_peft_model",
             "inject_adapter_in_model",
         ),
-        "model",
+        "task_models",
     ),
     **dict.fromkeys(
         (

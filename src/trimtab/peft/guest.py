@@ -26,7 +26,7 @@ from trimtab.adapt.slots import memory_name
 from trimtab.errors import FileFormatError, UnsupportedError
 from trimtab.peft.config import PeftConfig
 from trimtab.peft.kin import register
-from trimtab.peft.model import class_of
+from trimtab.peft.task_models import class_of
 from trimtab.peft.tuner import Tuner
 from trimtab.peft.types import OURS, on_disk
 

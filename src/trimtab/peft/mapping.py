@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from trimtab.peft.config import CONFIGS, PeftConfig, get_peft_config
 from trimtab.peft.configs import ours as ours
 from trimtab.peft.kinds import tuner_class
-from trimtab.peft.model import (
+from trimtab.peft.task_models import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
     get_peft_model,
     inject_adapter_in_model,

@@ -28,8 +28,8 @@ from trimtab.adapt.site import BASE, SiteBase
 from trimtab.adapt.slots import memory_name
 from trimtab.adapt.tree import anatomy_of, canonical
 from trimtab.errors import AttachError, ConfigError, FileFormatError, StorageError, suggest
+from trimtab.peft.find import tuner_of
 from trimtab.peft.hub import local_file
-from trimtab.peft.tuner import Tuner
 
 _ROOTS = ("base_model.model.", "base_model.")
 _WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
@@ -225,11 +225,17 @@ def gathered(
     for key, value in state.items():
         for wrapper in _WRAPPERS:
             key = key.replace(wrapper, "")
-        by_key[_bare(canonical(key))] = value
+        for begin in (
+            "base_model.model.",
+            "base_model.",
+            "",
+        ):  # a prompt has no tuner around the model
+            if key.startswith(begin):
+                by_key.setdefault(canonical(key[len(begin) :]), value)
     places = {id(module): path for path, module in root.named_modules()}
     found = {}
     for name, tensor in adapter.named().items():
-        path = places[id(adapter.held[name])]
+        path = places.get(id(adapter.held[name]), "")  # a prompt lies beside the model
         slot = memory_name(name.slot, adapter.name)
         key = canonical(f"{path}.{slot}" if path else slot)
         if key not in by_key:
@@ -277,7 +283,7 @@ def _owner(model: nn.Module) -> nn.Module:
 
 def _root(model: nn.Module) -> bool:
     """Whether keys begin with ``base_model.``: whether there is a tuner around the model."""
-    return any(isinstance(module, Tuner) for module in model.modules())
+    return tuner_of(model) is not None
 
 
 def _bare(key: str) -> str:
@@ -348,12 +354,10 @@ def _same_keys(name: str, expected: Iterable[str], given: Iterable[str]) -> None
 
 def _fitted(model: nn.Module, adapter: Adapter, slot: str, value: Tensor, mine: Tensor) -> Tensor:
     """A tensor as the method holds it, where PEFT's is another (a prompt of an encoder-decoder)."""
-    tuners = [module for module in model.modules() if isinstance(module, Tuner)]
-    if value.shape == mine.shape or not tuners:
+    tuner = tuner_of(model)
+    if value.shape == mine.shape or tuner is None:
         return value
-    return adapter.method.tensor_from_peft(
-        tuners[0].peft_config[adapter.name].to_dict(), slot, value
-    )
+    return adapter.method.tensor_from_peft(tuner.peft_config[adapter.name].to_dict(), slot, value)
 
 
 def _put(adapter: Adapter, name: TensorName, present: Tensor, value: Tensor) -> None:
