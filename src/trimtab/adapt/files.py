@@ -181,6 +181,8 @@ def load(folder: Path, *, name: str | None = None) -> Adapter:
 def disk_key(adapter: Adapter, name: TensorName) -> str:
     """The key of a tensor in the weights file, in PEFT's grammar."""
     slot = name.slot
+    if not name.path and adapter.method.peft_root == "base_model." and not in_peft_form(adapter):
+        return f"base_model.{slot}"  # what PEFT means by `prompt_embeddings` is another table
     here = {site.method for site in adapter.sites if site.path == name.path}
     for number, method in enumerate(adapter.methods):
         if slot in method.disk and (not name.path or number in here):

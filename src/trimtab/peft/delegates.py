@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from trimtab.adapt.encoder import TABLE
 from trimtab.adapt.export import exported
 from trimtab.errors import UnsupportedError
 
@@ -62,7 +63,7 @@ class Delegates:
         """
         plain = exported(self.tuner.require(adapter_name))
         for name, tensor in plain.named().items():
-            if name.slot == "prompt_embeddings":
+            if name.slot == TABLE:
                 return tensor.detach().cpu()
         raise UnsupportedError(f"adapter {adapter_name!r} ({plain.method.kind}) is no prompt.")
 

@@ -18,6 +18,7 @@ from trimtab.errors import ConfigError, DuplicateNameError, UnknownNameError
 from trimtab.peft.card import write_card
 from trimtab.peft.config import PeftConfig
 from trimtab.peft.delegates import Delegates
+from trimtab.peft.encoded import has_encoder
 from trimtab.peft.files import compare_names, read_folder, write_folder
 from trimtab.peft.hub import push
 from trimtab.peft.kin import related
@@ -154,9 +155,10 @@ class PeftModel(Delegates, PushToHubMixin, nn.Module):  # type: ignore[misc]
         Whether the model trains or evaluates is left as it is.
         """
         _refuse(key_mapping=key_mapping, ephemeral_gpu_offload=ephemeral_gpu_offload)
-        config, adapter = read_folder(model_id, adapter_name, is_trainable, **hub)
-        compare_names(adapter, self.get_base_model())
         present = self.tuner.adapters.get(adapter_name)
+        trained = present is not None and has_encoder(present)
+        config, adapter = read_folder(model_id, adapter_name, is_trainable, trained=trained, **hub)
+        compare_names(adapter, self.get_base_model())
         if present is not None and replace_tensors(present, adapter):
             self.peft_config[adapter_name] = config
             return LoadResult([], [])

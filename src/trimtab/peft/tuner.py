@@ -23,6 +23,7 @@ from trimtab.adapt.tree import sites_of
 from trimtab.errors import AttachError, ConfigError, DuplicateNameError, UnknownNameError, suggest
 from trimtab.peft.combination import Combination, Signs
 from trimtab.peft.config import PeftConfig
+from trimtab.peft.encoded import PROMPTS
 from trimtab.peft.kin import register
 from trimtab.peft.schedule import Schedule, with_losses
 from trimtab.peft.weighted import combined, config_of
@@ -371,10 +372,6 @@ class Tuner(nn.Module):
 
 register(Tuner, "BaseTuner")
 register(SiteBase, "BaseTunerLayer")
-
-
-PROMPTS = "base_model."
-"""What `Method.peft_root` is for prompts and prefixes, which PEFT keeps beside the model."""
 
 
 def keep_names(module: nn.Module) -> None:
