@@ -106,7 +106,7 @@ def test_a_state_dict_has_the_names_of_the_base_and_those_of_the_adapters() -> N
     assert [name for name in now if name in names] == names
     assert set(now) - set(names) == {
         *(f"model.layers.{n}.self_attn.q_proj.lora_{x}.a.weight" for n in range(3) for x in "AB"),
-        "trimtab.prompt_encoder.embedding.b.weight",
+        "trimtab.prompt_encoder.b.embedding.weight",
     }
     assert model.model.layers[0].self_attn.state_dict().keys() >= {"q_proj.weight", "k_proj.weight"}
     assert model.model.layers[0].self_attn.q_proj.state_dict().keys() == {

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import peft
 import pytest
+import torch
 from torch import nn
 
 import trimtab.peft as ours
@@ -120,8 +122,8 @@ PROMPTS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "options"), PROMPTS)
-def test_prompts_count_alike_and_lie_in_the_bank(name: str, options: dict[str, Any]) -> None:
-    """Names differ by design: a prompt is held beside the model's root, under ``trimtab``, not in the `PeftModel`."""
+def test_prompts_count_alike_and_have_pefts_names(name: str, options: dict[str, Any]) -> None:
+    """PEFT's state dicts name the embedding once more, as ``word_embeddings``."""
     for model, (make, task) in MODELS.items():
         if model == "vit" or (name == "PrefixTuningConfig" and model in ("falcon", "bloom")):
             continue  # no tokens; and attentions that Trimtab cannot reach, which is a typed error
@@ -131,13 +133,40 @@ def test_prompts_count_alike_and_lie_in_the_bank(name: str, options: dict[str, A
             # PEFT trains as many rows again for the decoder, and never uses them
             wanted = wanted[0] - 5 * 32, wanted[1] - 5 * 32
         assert found == wanted, (model, options)
-        assert {_bare(n) for n in trained(mine)} == {_bare(n) for n in trained(theirs)}
+        assert trained(mine) == trained(theirs)
+        named, wanted_names = ([n for n, _ in m.named_parameters()] for m in (mine, theirs))
+        assert named == [_original(n) for n in wanted_names]
+        keys, wanted_keys = (m.state_dict() for m in (mine, theirs))
+        assert set(keys) == {_original(k) for k in wanted_keys if "word_embeddings." not in k[:16]}
 
 
-def _bare(name: str) -> str:
-    """A name without the place where it is held, and the adapter's name."""
-    kept = name.removeprefix("base_model.").removeprefix("model.").removeprefix("trimtab.")
-    return kept.replace(".default", "")
+def _original(name: str) -> str:
+    """What a name of the frozen twin of a module that is trained in full is here."""
+    return name.replace(".original_module.", ".base_layer.")
+
+
+def test_a_prompt_beside_the_model_is_saved_loaded_and_taken_out() -> None:
+    config = ours.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")
+    model, other = (ours.get_peft_model(tiny.llama(), config) for _ in range(2))
+    assert type(model.base_model).__name__ == "LlamaForCausalLM"
+    for one in (model, other):
+        one.add_adapter("more", ours.LoraConfig(r=2, init_lora_weights=False))
+    state = {key: torch.randn_like(value) for key, value in model.state_dict().items()}
+    for one in (model, other):
+        one.load_state_dict(state)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    found = ours.get_peft_model_state_dict(model, state, "default")
+    assert torch.equal(found["prompt_embeddings"], state["prompt_encoder.default.embedding.weight"])
+    more = ours.get_peft_model_state_dict(model, state, "more")
+    same = ours.get_peft_model_state_dict(other, None, "more")
+    assert more and all(torch.equal(more[key], same[key]) for key in more)
+    ids = torch.tensor([[5, 6, 7]])
+    logits = model(input_ids=ids).logits
+    assert torch.equal(logits, other(input_ids=ids).logits)
+    assert torch.equal(logits, deepcopy(model)(input_ids=ids).logits)
+    bare = model.unload()
+    assert not any("prompt_encoder" in name for name, _ in model.named_parameters())
+    assert type(bare).__name__ == "LlamaForCausalLM" and "trimtab" not in bare._modules
 
 
 def test_llama_adapters_count_alike_and_lie_in_the_bank() -> None:

@@ -259,6 +259,15 @@ class Adapter:
         """The module below which each tensor lies, while attached."""
         return {**self._holders, **self._redrawn}
 
+    def move(self, old: nn.Module, new: nn.Module) -> None:
+        """Let another module hold what lies directly below one."""
+        for holders, stored in ((self._holders, True), (self._redrawn, False)):
+            for name in [name for name, holder in holders.items() if holder is old]:
+                tensor = slots.get(old, name.slot, self.name)
+                slots.remove(old, name.slot, self.name)
+                slots.add(new, name.slot, self.name, tensor, stored=stored)
+                holders[name] = new
+
     def unbind(self) -> None:
         """Take the tensors back from the model."""
         self._tensors = {name: tensor.detach() for name, tensor in self.named().items()}

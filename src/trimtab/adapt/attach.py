@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -16,6 +16,7 @@ from trimtab.adapt.bank import CHILD, Bank, bank_of, find_bank
 from trimtab.adapt.contract import Method, Spec
 from trimtab.adapt.edit import Edit
 from trimtab.adapt.fingerprint import fingerprint
+from trimtab.adapt.multihead import MultiheadSite
 from trimtab.adapt.observe import Batches, observe
 from trimtab.adapt.observed import Observation, Observed
 from trimtab.adapt.parse import method_from
@@ -208,6 +209,8 @@ def _withdraw(
     bank.adapters.pop(name, None)
     for tensor_name, holder in placed.items():
         slots.remove(holder, tensor_name.slot, name)
+    slots.prune(bank.home(name))
+    bank.homes.pop(name, None)
     slots.prune(bank)
     sites = list(sites_of(model).values())
     children = Children(model)
@@ -258,23 +261,32 @@ class _Tree:
     def site(self, path: str) -> SiteBase:
         """The wrapper at a path, made if there is none yet."""
         anatomy = self._anatomy
-        where = anatomy.experts.get(path, path)
+        where = anatomy.parameters.get(path, path)
         if where in anatomy.apart:
             raise TargetError(
                 f"{path!r} is called once per adapter in a mixed batch, so no adapter can edit it as a whole; target "
                 "the layers inside it."
             )
         if where not in self.sites:
-            module = anatomy.modules[where]
-            site = (
-                ExpertsSite(module, where, self._bank)
-                if path in anatomy.experts
-                else Site(module, where, self._bank, anatomy.width_at(where))
-            )
+            site = self._made(where, path)
             if anatomy.inside(where, nn.TransformerEncoderLayer):
                 site.register_forward_pre_hook(_no_fast_path)
+                self._bank.keep_padding(anatomy.modules.values())
             self.wrap(where, site)
+        if isinstance(self.sites[where], MultiheadSite) != (path in anatomy.opened):
+            raise TargetError(
+                f"{where!r}: an adapter edits the output of this attention, and another its projections; torch "
+                "computes both at once, so only one of the two can be edited. Leave it out of the targets of either."
+            )
         return self.sites[where]
+
+    def _made(self, where: str, path: str) -> SiteBase:
+        anatomy, module = self._anatomy, self._anatomy.modules[where]
+        if path in anatomy.opened:
+            return MultiheadSite(cast(nn.MultiheadAttention, module), where, self._bank)
+        if path in anatomy.experts:
+            return ExpertsSite(module, where, self._bank)
+        return Site(module, where, self._bank, anatomy.width_at(where))
 
 
 def _no_fast_path(module: nn.Module, args: Any) -> None:
@@ -334,6 +346,11 @@ def _entries(model: nn.Module) -> list[nn.Module]:
 
 def strip(model: nn.Module, bank: Bank) -> None:
     """Take the bank, its hooks and its changes of flags out of a model."""
+    for name, home in bank.homes.items():
+        for tensor_name, holder in bank.adapters[name].held.items():
+            if holder is home:
+                slots.remove(home, tensor_name.slot, name)
+        slots.prune(home)
     for name in list(bank.adapters):
         attention.remove(model, bank, name)
         front.remove(bank, name)
@@ -341,6 +358,8 @@ def strip(model: nn.Module, bank: Bank) -> None:
     for handle in bank.handles:
         handle.remove()
     del model._modules[CHILD]
+    for encoder in bank.padded:
+        encoder.use_nested_tensor = True
     for norm, stopped in bank.norms.items():
         norm.training = model.training if stopped else norm.training
     for name, parameter in model.named_parameters():

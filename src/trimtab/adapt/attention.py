@@ -190,6 +190,7 @@ class Injection:
         route = context.route
         units = x.shape[0] if route.every else len(route.owners)
         part = Part(owner, None, None, False, units)
-        call = At(edit, self.layer, context, part, self.bank, x.dtype, context.training)
+        home = self.bank.home(edit.adapter)
+        call = At(edit, self.layer, context, part, home, x.dtype, context.training)
         call.x = x
         return call

@@ -7,7 +7,7 @@ model at a time; a recomputation in backward, on whatever thread, restores the c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -64,6 +64,10 @@ class Bank(nn.Module):
         """Adapter -> its edits that make something of their shared tensors once per forward."""
         self.norms: dict[nn.Module, bool] = {}
         """Norms with running statistics -> whether we took them out of training mode."""
+        self.homes: dict[str, nn.Module] = {}
+        """Adapter -> the module around this model that holds its model-level tensors; see `lodge`."""
+        self.padded: list[nn.TransformerEncoder] = []
+        """torch's own encoders that would take padding out, and call none of their layers then."""
         self.blocks: list[nn.Module] = []
         self.fired: set[str] | None = None
         self.plan: Plan | None = None
@@ -149,6 +153,16 @@ class Bank(nn.Module):
             raise UnknownNameError(f"no adapter {name!r} is attached.{hint}")
         return self.adapters[name]
 
+    def home(self, name: str) -> nn.Module:
+        """The module below which an adapter's model-level tensors lie."""
+        return self.homes.get(name, self)
+
+    def lodge(self, name: str, home: nn.Module) -> None:
+        """Let a module around the model hold an adapter's model-level tensors, where a library looks for them."""
+        self.require(name).move(self.home(name), home)
+        self.homes[name] = home
+        slots.prune(self)
+
     @contextmanager
     def scope(self, route: Route, plan: Plan | None = None) -> Iterator[None]:
         """Route all forwards inside the ``with``; scopes nest, the innermost holds."""
@@ -158,6 +172,15 @@ class Bank(nn.Module):
             yield
         finally:  # the last two: torch closes no forward that a KeyboardInterrupt left
             self._scope, self.plan, self._depth, self._context = before
+
+    def keep_padding(self, modules: Iterable[nn.Module]) -> None:
+        """Let torch's own encoders run on padded batches: edits need to know which row a position is of."""
+        for module in modules:
+            if isinstance(module, nn.TransformerEncoder) and getattr(
+                module, "use_nested_tensor", False
+            ):
+                module.use_nested_tensor = False
+                self.padded.append(module)
 
     # -- contexts --------------------------------------------------------------------------------------
 

@@ -367,6 +367,11 @@ class Method(Config, ABC):
         return False
 
     @property
+    def peft_opens(self) -> bool:
+        """Whether PEFT has it, with these fields, inside ``nn.MultiheadAttention`` too (`trimtab.adapt.multihead`)."""
+        return False
+
+    @property
     def peft_parts(self) -> int:
         """How many of its parts, the first ones, act on what PEFT calls target modules."""
         return len(self.members)

@@ -25,6 +25,7 @@ from trimtab.adapt.contract import Place
 from trimtab.adapt.disk import checksum, placing, read_json, read_tensors, replacing, write_json
 from trimtab.adapt.fingerprint import Fingerprint
 from trimtab.adapt.lowbit import Packing, pack, unpack
+from trimtab.adapt.multihead import named_by_peft, opened, peft_module
 from trimtab.adapt.nested import experts_of, folded, unfolded
 from trimtab.adapt.parse import method_from, methods
 from trimtab.adapt.peft_config import CONFIG as CONFIG
@@ -180,6 +181,8 @@ def load(folder: Path, *, name: str | None = None) -> Adapter:
 def disk_key(adapter: Adapter, name: TensorName) -> str:
     """The key of a tensor in the weights file, in PEFT's grammar."""
     slot = name.slot
+    if not name.path and adapter.method.peft_root == "base_model." and not in_peft_form(adapter):
+        return f"base_model.{slot}"  # what PEFT means by `prompt_embeddings` is another table
     here = {site.method for site in adapter.sites if site.path == name.path}
     for number, method in enumerate(adapter.methods):
         if slot in method.disk and (not name.path or number in here):
@@ -188,7 +191,8 @@ def disk_key(adapter: Adapter, name: TensorName) -> str:
             break
     if not name.path:
         return slot if slot != name.slot else f"base_model.{slot}"
-    return f"{adapter.method.peft_root}{name.path}.{slot}"
+    path = peft_module(name.path, opened(site.path for site in adapter.sites))
+    return f"{adapter.method.peft_root}{path}.{slot}"
 
 
 # -- reading ------------------------------------------------------------------------------------------
@@ -279,7 +283,7 @@ def in_peft_form(adapter: Adapter) -> bool:
 def _peft_config(adapter: Adapter, bits: int | None) -> dict[str, Any]:
     method = adapter.method
     places = _places(adapter)
-    paths = method.wrapped(places)
+    paths = named_by_peft(method.wrapped(places))
     experts, known = experts_of(adapter), in_peft_form(adapter)
     own = f"{OWN_TYPE}{method.kind.upper()}" + (f"_INT{bits}" if bits else "")
     base = {

@@ -181,9 +181,8 @@ class Front:
         for name in {name for owner in owners for name in owner}:
             for source, edit in self.bank.readying.get(name, {}).items():
                 if source not in context.ready:
-                    context.ready[source] = readied(
-                        edit, context, self.bank, dtype, context.training
-                    )
+                    home = self.bank.home(name)
+                    context.ready[source] = readied(edit, context, home, dtype, context.training)
 
     def _embedded(self, context: Context, owner: Owner) -> Tensor:
         """(P, width) the prompts of an owner, in the order of its names."""
@@ -193,7 +192,8 @@ class Front:
                 edit, embedding = self.bank.prompts[name]
                 self.bank.fire(edit.path)
                 dtype = embedding.dtype
-                shared = readied(edit, context, self.bank, dtype, context.training)
+                home = self.bank.home(name)
+                shared = readied(edit, context, home, dtype, context.training)
                 embeddings = edit.method.virtual_embeddings(shared)
                 assert embeddings is not None
                 found.append(embeddings.to(dtype))

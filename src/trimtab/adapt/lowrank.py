@@ -11,7 +11,7 @@ start (`trimtab.adapt.initial`); where that is away from zero, the first factors
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import torch.nn.functional as F
@@ -33,9 +33,11 @@ from trimtab.adapt.contract import (
 )
 from trimtab.adapt.factors import FACTORS, KEPT, factor_specs, joined, plain_factors
 from trimtab.adapt.initial import DEFAULT, Initialisation, initialisation
+from trimtab.adapt.multihead import opened
 from trimtab.adapt.peft_config import refuse_unknown, selectors
 from trimtab.errors import TargetError, UnsupportedError
 from trimtab.frozen import Layer
+from trimtab.frozen.multihead import OUTPUT, PARAMETER
 from trimtab.models.anatomy import Anatomy
 
 PEFT_DEFAULTS: Mapping[str, Any] = {
@@ -50,6 +52,7 @@ PEFT_DEFAULTS: Mapping[str, Any] = {
 }  # fmt: skip
 """Options of PEFT's LoRA and their defaults: one that is set otherwise and that we lack is an error."""
 
+ENDS = (PARAMETER, OUTPUT)
 INNER, OWN = "bias-of-target", "bias"
 BIASES = (INNER, OWN)
 """Roles of a site where a bias is trained: of a layer that has factors too, or of another."""
@@ -146,11 +149,32 @@ class LowRank(Method):
         return method if len(kept) == len(ranks) else method.aimed(kept)
 
     def place(self, anatomy: Anatomy) -> Sequence[Place]:
-        paths = anatomy.select(self.targets, self.exclude, self.layers)
-        check_patterns(paths, self.rank_pattern, self.alpha_pattern)
+        chosen = anatomy.select(self.targets, self.exclude, self.layers)
+        paths = anatomy.projections(chosen)
+        if self.bias != "none" and any(path in anatomy.opened for path in paths):
+            raise UnsupportedError(
+                "bias: nn.MultiheadAttention holds the bias of its projections in a parameter of its own, which "
+                "is not trained; leave bias at 'none'."
+            )
+        everything = list(dict.fromkeys([*chosen, *paths]))
+        check_patterns(everything, self.rank_pattern, self.alpha_pattern)
+        if self.opening([path for path in chosen if path not in paths]) != self:
+            raise TargetError(
+                "a pattern names an nn.MultiheadAttention; name its projections, in_proj_weight and out_proj."
+            )
         adapted = [Place(path) for path in paths]
         biased = self._biased(anatomy, set(paths))
         return [*adapted, *(Place(path, INNER if path in paths else OWN) for path in biased)]
+
+    def opening(self, attentions: Iterable[str]) -> Self:
+        """The method with what its patterns say of each ``nn.MultiheadAttention`` said of its projections."""
+        found = {}
+        for field in ("rank_pattern", "alpha_pattern"):
+            given = dict(self)[field]
+            said = {path: pattern_value(given, path, None) for path in attentions}
+            each = {f"{p}.{end}": v for p, v in said.items() if v is not None for end in ENDS}
+            found[field] = given if each.items() <= given.items() else {**each, **given}
+        return self.replace(**found)
 
     def at(self, path: str) -> Self:
         if not self.rank_pattern and not self.alpha_pattern:
@@ -260,9 +284,25 @@ class LowRank(Method):
             "lora_dropout": self.dropout,
             "use_rslora": self.rslora,
             "bias": self.bias,
-            "rank_pattern": dict(self.rank_pattern),
-            "alpha_pattern": dict(self.alpha_pattern),
+            "rank_pattern": self._peft_pattern(self.rank_pattern, places),
+            "alpha_pattern": self._peft_pattern(self.alpha_pattern, places),
         }
+
+    @staticmethod
+    def projections(paths: Iterable[str]) -> list[tuple[str, str]]:
+        """The two projections of each ``nn.MultiheadAttention`` whose projections are among these paths."""
+        found = sorted(opened(paths))
+        return [(f"{path}.{PARAMETER}", f"{path}.{OUTPUT}") for path in found]
+
+    def _peft_pattern(self, pattern: Mapping[str, Any], places: Sequence[Place]) -> dict[str, Any]:
+        """A pattern in which an ``nn.MultiheadAttention`` stands for its projections."""
+        pairs = self.projections(place.path for place in places)
+        said = {one.removesuffix(f".{PARAMETER}"): pattern.get(one) for one, _ in pairs}
+        left = {k: v for k, v in pattern.items() if all(k not in pair for pair in pairs)}
+        more = {
+            p: v for p, v in said.items() if v is not None and v != pattern_value(left, p, None)
+        }
+        return {**more, **left}
 
     @classmethod
     def fields_from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any]:

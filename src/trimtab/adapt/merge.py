@@ -19,12 +19,14 @@ from trimtab.adapt.at import At
 from trimtab.adapt.bank import CHILD, Bank, bank_of
 from trimtab.adapt.context import Context
 from trimtab.adapt.edit import Bound, Edit, around, enter, leave
+from trimtab.adapt.multihead import MultiheadSite
 from trimtab.adapt.route import Owner, Part, Route
 from trimtab.adapt.site import ExpertsSite, Site, SiteBase
 from trimtab.adapt.tree import Children, sites_of, uncover, walk
 from trimtab.errors import MergeError, NotMergeableError, RouteError, TargetError
 from trimtab.frozen import Layer, view
 from trimtab.frozen.experts import ExpertLayer
+from trimtab.frozen.multihead import PARAMETER
 
 
 @torch.no_grad()
@@ -98,7 +100,9 @@ def merge_in_place(model: nn.Module, names: str | Sequence[str], *, finite: bool
         if site.acting(owner)
     }
     for site, layer in layers.items():
-        site.cover(layer.requires_grad_(False))
+        for parameter in layer.parameters(recurse=False):
+            parameter.requires_grad_(False)
+        site.cover(layer)
     bank.merged = owner
 
 
@@ -111,6 +115,8 @@ def _merged(site: SiteBase, owner: Owner, finite: bool) -> nn.Module:
     """A new module equal to what a site wraps, with these adapters."""
     if isinstance(site, ExpertsSite):
         new = merged_experts(site, owner)
+    elif isinstance(site, MultiheadSite):
+        new = merged_multihead(site, owner)
     elif isinstance(site, Site):
         new = merged_layer(site, owner)
     else:
@@ -194,7 +200,8 @@ def _stack(site: SiteBase, edits: Sequence[Edit], layer: Layer, context: Context
         edits, layer, context, Part(owner, None, None, False, 1), layer.dtype, holder, expert
     )
     for bound in stack:
-        bound.call = At(bound.edit, layer, context, bound.call.part, site.bank, layer.dtype, False)
+        home = site.bank.home(bound.edit.adapter)
+        bound.call = At(bound.edit, layer, context, bound.call.part, home, layer.dtype, False)
     return stack
 
 
@@ -222,6 +229,19 @@ def merged_experts(site: ExpertsSite, owner: Owner) -> nn.Module:
         )
         _write_expert_bias(module, name, biases, old.dtype)
     return module
+
+
+def merged_multihead(site: MultiheadSite, owner: Owner) -> nn.Module:
+    """The attention with a new input projection. Its children are shared: the output projection is merged by itself."""
+    layer, module = site.layer, copy.copy(site.frozen)
+    weight, bias = merged_weights(site, owner, layer, site.acting(owner), site)
+    bias = _bias(layer, bias, layer.dtype)
+    module._parameters = {
+        **module._parameters,
+        PARAMETER: nn.Parameter(weight.to(layer.dtype).contiguous().clone()),
+        "in_proj_bias": None if bias is None else nn.Parameter(bias),
+    }
+    return module.train(site.training)
 
 
 def _write_expert_bias(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,16 +14,21 @@ from torch import Tensor
 from trimtab.adapt.adapter import Adapter, Origin, SiteSpec, TensorName
 from trimtab.adapt.contract import Method
 from trimtab.adapt.disk import checksum
+from trimtab.adapt.lowrank import LowRank
+from trimtab.adapt.multihead import own_path, peft_attentions
 from trimtab.adapt.nested import unfolded
 from trimtab.adapt.parse import methods, of_peft_type
 from trimtab.adapt.peft_config import CONFIG
 from trimtab.errors import FileFormatError, suggest
+from trimtab.frozen.multihead import OUTPUT
 
 WEIGHTS = "adapter_model.safetensors"
 EMBEDDINGS = frozenset(
     {"embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings"}
 )
 """What models call their input embedding."""
+TWICE = (0, 21, 2)
+"""The last release of PEFT known to add the change of an ``nn.MultiheadAttention``'s ``out_proj`` twice."""
 HEADS = frozenset({"lm_head", "embed_out", "output"})
 
 
@@ -58,11 +65,35 @@ def from_peft(
     method = next(
         found for cls in of_peft_type(kind) if (found := cls.from_peft(config, shapes)) is not None
     )
+    if isinstance(method, LowRank):
+        attentions = peft_attentions(tensors, method.peft_root)
+        method = _as_trained(folder, method.opening(attentions), attentions, config)
     if tokens:
         method = _with_tokens(folder, method, tokens, tensors)
     full = tuple(config.get("modules_to_save") or ())
     full = (*full, *_saved_embeddings(method, full, tensors))
     return _parsed(folder, method.replace(train=full) if full else method, tensors, name, config)
+
+
+def _as_trained(
+    folder: Path, method: LowRank, attentions: set[str], config: Mapping[str, Any]
+) -> LowRank:
+    """PEFT adds the change of an attention's output projection twice, in training too (up to `TWICE`)."""
+    if not attentions:
+        return method
+    version = re.match(r"(\d+)\.(\d+)\.(\d+)", str(config.get("peft_version") or ""))
+    if version is None:
+        warnings.warn(
+            f"{folder / CONFIG} does not say which PEFT wrote it; those up to {'.'.join(map(str, TWICE))} add the "
+            "change of an nn.MultiheadAttention's out_proj twice. Here it is added once.",
+            stacklevel=2,
+        )
+    if version is None or tuple(map(int, version.groups())) > TWICE:
+        return method
+    paths = [f"{attention}.{OUTPUT}" for attention in sorted(attentions)]
+    twice = {path: 2 * method.at(path).alpha for path in paths}
+    others = {key: alpha for key, alpha in method.alpha_pattern.items() if key not in twice}
+    return method.replace(alpha_pattern={**twice, **others})
 
 
 def _with_tokens(
@@ -98,6 +129,7 @@ def _parsed(
     slots_at: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {}
     drawn: dict[str, str] = {}
     copies: dict[str, str] = {}
+    attentions = peft_attentions(tensors, method.peft_root)
     for key, tensor in tensors.items():
         if path := _copied(key, tensors):
             copies |= {path: checksum(tensor.bfloat16())} if path != key else {}
@@ -108,6 +140,7 @@ def _parsed(
                 raise FileFormatError(f"{folder / WEIGHTS}: the copies of {leaf!r} differ.")
             continue
         path, slot, number = _place_key(folder, key, method, full)
+        path = own_path(path, attentions)
         part = method.members[0]
         named[TensorName(path, slot)] = part.tensor_from_peft(config, slot, tensor)
         if path:

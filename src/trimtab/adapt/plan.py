@@ -12,6 +12,7 @@ from trimtab.adapt.adapter import Adapter, Origin, SiteSpec, whole
 from trimtab.adapt.contract import Method, Place
 from trimtab.adapt.disk import checksum
 from trimtab.adapt.fingerprint import Fingerprint
+from trimtab.adapt.multihead import check_opened, named_by_peft
 from trimtab.errors import (
     AttachError,
     BaseMismatchError,
@@ -40,6 +41,7 @@ def planned(model: nn.Module, method: Method, name: str, anatomy: Anatomy) -> Ad
                 f"layer_drop: {part.kind} stands before the text, in no block, so it cannot be left out by block."
             )
         sites += found
+    check_opened([site.path for site in sites], anatomy.uncalled)
     _once_in_full(method, sites)
     return Adapter(name, method, sites, {}, origin=_origin(model, method, sites, anatomy))
 
@@ -67,17 +69,19 @@ def _origin(
     )
     named = [path for path in paths if path not in anatomy.experts]
     layers = [layer_at(anatomy, path) for path in named]
+    opens = any(path in anatomy.opened for path in named)
     kind = type(model).__name__
     task = next((task for ending, task in _TASKS.items() if kind.endswith(ending)), None)
     headless = not any(site.method >= parts and site.path in anatomy.head for site in sites)
     return Origin(
         base_name=getattr(anatomy.config, "_name_or_path", None) or None,
         task_type=None if headless and task in _HEADS_TOO else task,
-        suffixes=_suffixes(named, anatomy),
+        suffixes=_suffixes(named_by_peft(named), anatomy),
         transposed=any(layer.transposed for layer in layers),
         in_peft=method.in_peft(anatomy, places)
         and not any(method.peft_differs(layer) for layer in layers)
         and (method.peft_nests or named == paths)
+        and (method.peft_opens or not opens)
         and not (anatomy.experts and {path.rpartition(".")[2] for path in named} & _FUSED),
     )
 
@@ -140,6 +144,7 @@ def placed(adapter: Adapter, anatomy: Anatomy) -> Adapter:
     if all(site.method for site in adapter.sites):
         found = [SiteSpec(p.path, p.role, 0) for p in adapter.method.place(anatomy)]
         adapter.sites = (*found, *adapter.sites)
+    check_opened([site.path for site in adapter.sites], anatomy.uncalled)
     if adapter.base is None:
         _tie(adapter, anatomy)
     return adapter
@@ -172,7 +177,8 @@ def check_whole(adapter: Adapter, anatomy: Anatomy) -> None:
             if selector not in ROLES:
                 with suppress(TargetError):
                     change(anatomy.select(selector, (), method.layers))
-    lacking = [p for p in anatomy.modules if p in wanted - {site.path for site in adapter.sites}]
+    there = [site.path for site in adapter.sites]
+    lacking = [p for p in anatomy.modules if p in wanted - {*there, *named_by_peft(there)}]
     if lacking:
         raise AttachError(
             f"adapter {adapter.name!r} has no tensors for {len(lacking)} modules that its config names, e.g. "
@@ -211,16 +217,11 @@ def _same_copies(adapter: Adapter, anatomy: Anatomy) -> None:
 
 def layer_at(anatomy: Anatomy, path: str) -> Layer:
     """`Anatomy.layer`, with errors for a path that this model lacks and for the model itself."""
-    if path not in anatomy.modules and path not in anatomy.experts:
-        hint = suggest(path, [*anatomy.modules, *anatomy.experts])
+    if path not in anatomy.modules and path not in anatomy.parameters:
+        hint = suggest(path, [*anatomy.modules, *anatomy.parameters])
         raise AttachError(f"this model has no module {path!r}.{hint}")
     if path == "":
         raise TargetError(
             "the model itself is the target; put it into a container module and attach to that."
-        )
-    if path in anatomy.uncalled:
-        raise TargetError(
-            f"{path!r} is never called: its weight is read as it is, and no adapter can edit that. Leave it out of "
-            "the targets."
         )
     return anatomy.layer(path)

@@ -93,7 +93,8 @@ class SiteBase(Looks, nn.Module):
             params = edit.params(holder or self, dtype)
             if expert is not None:
                 params = {short: tensor[expert] for short, tensor in params.items()}
-            call = At(edit, layer, context, part, bank, dtype, self.training)
+            home = bank.home(edit.adapter)
+            call = At(edit, layer, context, part, home, dtype, self.training)
             call.holder = holder or self if expert is None else None
             scale = bank.scales.get(edit.adapter, 1.0) * edit.scale
             bound.append(Bound(edit, params, scale, call))

@@ -1,7 +1,8 @@
 """Where adapter tensors live in the module tree, named as PEFT names them.
 
 A slot ``lora_A.weight`` of adapter ``support`` is the parameter ``lora_A.support.weight`` below its
-site; a slot without a dot, ``ia3_l``, is ``ia3_l.support``. Slots are plain modules, so optimisers,
+site; a slot without a dot, ``ia3_l``, is ``ia3_l.support``; ``prompt_encoder.embedding.weight`` is
+``prompt_encoder.support.embedding.weight``. Slots are plain modules, so optimisers,
 ``state_dict``, ``.to()`` and FSDP see ordinary parameters.
 """
 
@@ -65,10 +66,17 @@ def check_name(name: str) -> None:
         )
 
 
-def split(slot: str) -> tuple[str, str]:
-    """``lora_A.weight`` -> (``lora_A``, ``weight``); ``ia3_l`` -> (``ia3_l``, ``""``)."""
-    head, dot, tail = slot.rpartition(".")
-    return (head, tail) if dot else (slot, "")
+WHOLE = frozenset({"prompt_encoder"})
+"""First segments after which an adapter's name stands: what PEFT keeps as a module of its own for each adapter."""
+
+
+def place(slot: str, adapter: str) -> tuple[list[str], str]:
+    """(the nodes down to a tensor, its name there): ``lora_A.weight`` is ``weight`` in ``lora_A.support``."""
+    *head, tail = slot.split(".")
+    if not head:
+        return [slot], adapter
+    at = 1 if head[0] in WHOLE else len(head)
+    return [*head[:at], adapter, *head[at:]], tail
 
 
 def add(root: nn.Module, slot: str, adapter: str, tensor: Tensor, *, stored: bool = True) -> None:
@@ -76,16 +84,12 @@ def add(root: nn.Module, slot: str, adapter: str, tensor: Tensor, *, stored: boo
 
     A buffer that is not ``stored`` stays out of state dicts.
     """
-    head, tail = split(slot)
-    node = root
-    for segment in [*head.split("."), *([adapter] if tail else [])]:
-        if segment not in node._modules:
-            node.add_module(segment, Slot().train(node.training))
-        node = node.get_submodule(segment)
+    nodes, name = place(slot, adapter)
+    node = nested(root, ".".join(nodes))
     if isinstance(tensor, nn.Parameter):
-        node.register_parameter(tail or adapter, tensor)
+        node.register_parameter(name, tensor)
     else:
-        node.register_buffer(tail or adapter, tensor, persistent=stored)
+        node.register_buffer(name, tensor, persistent=stored)
 
 
 def nested(root: nn.Module, path: str) -> nn.Module:
@@ -100,13 +104,10 @@ def nested(root: nn.Module, path: str) -> nn.Module:
 
 def get(root: nn.Module, slot: str, adapter: str) -> Tensor:
     """The tensor as it is now (FSDP and ``.to()`` may have replaced the object)."""
-    head, tail = split(slot)
+    nodes, name = place(slot, adapter)
     node = root
-    for segment in head.split("."):
+    for segment in nodes:
         node = node._modules[segment]  # type: ignore[assignment]
-    if tail:
-        node = node._modules[adapter]  # type: ignore[assignment]
-    name = tail or adapter
     tensor = node._parameters[name] if name in node._parameters else node._buffers[name]
     if tensor is None:
         raise AssertionError(f"slot {slot} of {adapter} is empty")
@@ -115,8 +116,8 @@ def get(root: nn.Module, slot: str, adapter: str) -> Tensor:
 
 def remove(root: nn.Module, slot: str, adapter: str) -> None:
     """Drop the tensor of a slot."""
-    head, tail = split(slot)
-    delattr(root.get_submodule(".".join([head, adapter] if tail else [head])), tail or adapter)
+    nodes, name = place(slot, adapter)
+    delattr(root.get_submodule(".".join(nodes)), name)
 
 
 def stored(root: nn.Module) -> dict[str, Tensor]:
@@ -141,5 +142,5 @@ def prune(root: nn.Module) -> None:
 
 def memory_name(slot: str, adapter: str) -> str:
     """``lora_A.weight`` -> ``lora_A.support.weight``."""
-    head, tail = split(slot)
-    return f"{head}.{adapter}.{tail}" if tail else f"{slot}.{adapter}"
+    nodes, name = place(slot, adapter)
+    return ".".join([*nodes, name])

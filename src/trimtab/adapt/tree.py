@@ -79,6 +79,10 @@ def walk(root: nn.Module) -> Iterator[nn.Module]:
             continue
         seen.add(id(module))
         yield module
+        if isinstance(
+            module, SiteBase
+        ):  # what lies inside a layer that a merged one covers is there still
+            waiting.append(module.frozen)
         waiting.extend(child for child in reversed(module._modules.values()) if child is not None)
 
 

@@ -35,7 +35,7 @@ class GradientSums:
         replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
         try:
             for path in self.wants:
-                where = self.anatomy.experts.get(path)
+                where = self.anatomy.parameters.get(path)
                 name = path.rpartition(".")[2] if where is not None else "weight"
                 module = self.anatomy.modules[path if where is None else where]
                 weight = module._parameters.get(name)

@@ -46,8 +46,9 @@ class InputWatch:
         handles = []
         try:
             for path, (layers, _) in self.wants.items():
-                where = self.anatomy.experts.get(path, path)
-                hook = self._experts(path) if where != path else self._layer(path, layers[0])
+                where = self.anatomy.parameters.get(path, path)
+                experts = path in self.anatomy.experts
+                hook = self._experts(path) if experts else self._layer(path, layers[0])
                 module = self.anatomy.modules[where]
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             yield

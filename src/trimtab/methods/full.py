@@ -15,6 +15,7 @@ from typing import ClassVar, final
 
 from trimtab.adapt.contract import Place
 from trimtab.adapt.replaced import Replaced
+from trimtab.errors import TargetError
 from trimtab.models.anatomy import Anatomy
 
 
@@ -34,6 +35,11 @@ class Full(Replaced):
         chosen: list[str] = []
         for path in anatomy.select(self.targets, self.exclude, self.layers):
             inside = [p for p in anatomy.modules if p == path or p.startswith(f"{path}.")]
+            if path in anatomy.opened or {*inside} & {*anatomy.opened.values()}:
+                raise TargetError(
+                    f"{path!r}: an nn.MultiheadAttention cannot be trained in full; train its projections by a method "
+                    "that edits them, such as LoRA."
+                )
             layers = (
                 [path] if path in anatomy.experts else [p for p in inside if anatomy.weighted(p)]
             )

@@ -29,6 +29,7 @@ from trimtab.adapt.factors import paired
 from trimtab.adapt.lowbit import SHORTEST, rounded
 from trimtab.adapt.lowrank import BIASES, LowRank
 from trimtab.errors import UnsupportedError
+from trimtab.models.anatomy import Anatomy
 
 RANDOM = frozenset({"lora_A.weight", "lora_embedding_B"})
 FACTORS = ("A", "B")
@@ -72,6 +73,16 @@ class LoRA(LowRank):
     @property
     def peft_nests(self) -> bool:
         return not (self.dropout or self.rank_pattern or self.alpha_pattern or self.bias != "none")
+
+    @property
+    def peft_opens(self) -> bool:
+        return True
+
+    def in_peft(self, anatomy: Anatomy, places: Sequence[Place]) -> bool:
+        # PEFT has one rank and one alpha for both projections of an nn.MultiheadAttention
+        pairs = self.projections(place.path for place in places)
+        alike = all(self.at(one) == self.at(other) for one, other in pairs)
+        return alike and super().in_peft(anatomy, places)
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         specs = super().tensors(layer, role)

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from trimtab.errors import TargetError
 from trimtab.frozen import Layer, view
 from trimtab.frozen.experts import ExpertLayer, expert_parameters
+from trimtab.frozen.multihead import OUTPUT, PARAMETER, InputProjection, opens
 from trimtab.frozen.sublayer import SubLayer
 from trimtab.models.attention_layer import AttentionLayer
 from trimtab.models.families import GENERIC, HEADS, family_of
@@ -182,7 +183,7 @@ class Anatomy:
         """Layers whose weight is read without calling them (torch's own attention does so too)."""
         found = [p for p in self.modules if any(glob_match(g, p) for g in self.family.uncalled)]
         attention = [p for p, m in self.modules.items() if isinstance(m, nn.MultiheadAttention)]
-        return [*found, *(f"{path}.out_proj" if path else "out_proj" for path in attention)]
+        return [*found, *(f"{path}.{OUTPUT}" if path else OUTPUT for path in attention)]
 
     def around(self, path: str) -> nn.Module:
         """The nearest module that encloses ``path`` and has parameters (the root, if none has)."""
@@ -223,10 +224,23 @@ class Anatomy:
             for name in expert_parameters(module)
         }
 
+    @cached_property
+    def opened(self) -> dict[str, str]:
+        """Path of the input projection of each ``nn.MultiheadAttention``, which is a parameter -> its own path."""
+        found = [path for path, module in self.modules.items() if path and opens(module)]
+        return {f"{path}.{PARAMETER}": path for path in found if self.weighted(f"{path}.{OUTPUT}")}
+
+    @cached_property
+    def parameters(self) -> dict[str, str]:
+        """Path of each parameter that is a site -> path of the module that holds it."""
+        return {**self.experts, **self.opened}
+
     def layer(self, path: str) -> Layer:
         """The view of the layer at a path (of expert 0 at an expert parameter, of a sub-layer's output)."""
         if path in self.experts:
             return self.expert_layers(path)[0]
+        if path in self.opened:
+            return InputProjection(cast(nn.MultiheadAttention, self.modules[self.opened[path]]))
         if path in self.attentions:
             return AttentionLayer.at(self, path)
         module = self.modules[path]
@@ -329,8 +343,14 @@ class Anatomy:
         return selected(self, targets, exclude, layers)
 
     def ordered(self, paths: Iterable[str]) -> list[str]:
-        order = {path: number for number, path in enumerate([*self.modules, *self.experts])}
+        order = {path: number for number, path in enumerate([*self.modules, *self.parameters])}
         return sorted(paths, key=lambda path: order[path])
+
+    def projections(self, paths: Sequence[str]) -> list[str]:
+        """These paths; in the place of a ``nn.MultiheadAttention``, which has no weight of its own, its projections."""
+        inside = {p: [inner, f"{p}.{OUTPUT}"] for inner, p in self.opened.items()}
+        found = [each for path in paths for each in inside.get(path, [path])]
+        return list(dict.fromkeys(found))
 
 
 def _is_linear(module: nn.Module) -> bool:

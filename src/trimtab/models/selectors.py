@@ -54,7 +54,7 @@ def selected(
 def _matches(anatomy: Anatomy, selector: str) -> list[str]:
     if selector in ROLES and (found := anatomy.role(selector)):
         return found
-    pool = [*(path for path in anatomy.modules if path), *anatomy.experts, *anatomy.aliases]
+    pool = [*(path for path in anatomy.modules if path), *anatomy.parameters, *anatomy.aliases]
     if selector.startswith("re:"):
         try:
             pattern = re.compile(selector[3:])

@@ -49,8 +49,17 @@ _PLACES = {
         ),
         "configs.ours",
     ),
+    "PeftModel": "model",
     **dict.fromkeys(("PeftConfig", "get_peft_config"), "config"),
-    "PEFT_TYPE_TO_CONFIG_MAPPING": "mapping",
+    **dict.fromkeys(("PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING"), "mapping"),
+    **dict.fromkeys(
+        (
+            "AdaLoraModel", "AdaptionPromptModel", "BOFTModel", "FourierFTModel", "HRAModel", "HiraModel", "IA3Model",
+            "LNTuningModel", "LoHaModel", "LoKrModel", "LoraModel", "MissModel", "OFTModel", "RandLoraModel",
+            "ShiraModel", "TrainableTokensModel", "VeraModel",
+        ),
+        "kinds",
+    ),
     **dict.fromkeys(("PeftType", "TaskType"), "types"),
     **dict.fromkeys(("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"), "status"),
     **dict.fromkeys(("convert_to_lora", "save_as_lora"), "conversion"),
@@ -60,12 +69,12 @@ _PLACES = {
     ),
     **dict.fromkeys(
         (
-            "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftMixedModel", "PeftModel", "PeftModelForCausalLM",
+            "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftMixedModel", "PeftModelForCausalLM",
             "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM",
             "PeftModelForSequenceClassification", "PeftModelForTokenClassification", "get_peft_model",
             "inject_adapter_in_model",
         ),
-        "model",
+        "task_models",
     ),
     **dict.fromkeys(
         (

@@ -23,7 +23,8 @@ from transformers import (
 from trimtab.errors import ConfigError
 from trimtab.peft.config import PeftConfig
 from trimtab.peft.hub import OPTIONS, local_adapter, optional_file
-from trimtab.peft.model import PeftModel, class_of
+from trimtab.peft.model import PeftModel
+from trimtab.peft.task_models import class_of
 from trimtab.peft.types import TaskType
 
 _TOKENIZER = "tokenizer_config.json"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from trimtab.adapt.encoder import TABLE
 from trimtab.adapt.export import exported
 from trimtab.errors import UnsupportedError
 
@@ -19,9 +20,13 @@ if TYPE_CHECKING:
 
 
 class Delegates:
-    """The methods; ``base_model`` is the tuner."""
+    """The methods; the tuner is no child here, since not every `PeftModel` has it as its ``base_model``."""
 
-    base_model: Tuner
+    @property
+    def tuner(self) -> Tuner:
+        """What the adapters are asked for."""
+        found: Tuner = self.__dict__["_tuner"]
+        return found
 
     # -- merging ---------------------------------------------------------------------------------------
 
@@ -29,11 +34,11 @@ class Delegates:
         self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False
     ) -> None:
         """Put merged weights in the place of the base's, which are kept beside them, bit for bit."""
-        self.base_model.merge_adapter(adapter_names, safe_merge)
+        self.tuner.merge_adapter(adapter_names, safe_merge)
 
     def unmerge_adapter(self) -> None:
         """The base's own weights again."""
-        self.base_model.unmerge_adapter()
+        self.tuner.unmerge_adapter()
 
     def merge_and_unload(
         self,
@@ -42,11 +47,11 @@ class Delegates:
         adapter_names: Sequence[str] | None = None,
     ) -> nn.Module:
         """The user's model with the adapters in its weights, and nothing of them beside."""
-        return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
+        return self.tuner.merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def unload(self) -> nn.Module:
         """The user's model as it was, without adapters."""
-        return self.base_model.unload()
+        return self.tuner.unload()
 
     # -- prompts ---------------------------------------------------------------------------------------
 
@@ -56,9 +61,9 @@ class Delegates:
         Raises:
             UnsupportedError: the adapter is no prompt.
         """
-        plain = exported(self.base_model.require(adapter_name))
+        plain = exported(self.tuner.require(adapter_name))
         for name, tensor in plain.named().items():
-            if name.slot == "prompt_embeddings":
+            if name.slot == TABLE:
                 return tensor.detach().cpu()
         raise UnsupportedError(f"adapter {adapter_name!r} ({plain.method.kind}) is no prompt.")
 
@@ -87,4 +92,4 @@ class Delegates:
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """The user's model's own."""
-        return self.base_model.model.prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[operator]
+        return self.tuner.model.prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[operator]

@@ -14,8 +14,10 @@ from trimtab.adapt.adapter import Adapter, Origin
 from trimtab.adapt.files import TRAINING, save
 from trimtab.errors import ConfigError
 from trimtab.peft.config import PeftConfig
-from trimtab.peft.hub import local_adapter
+from trimtab.peft.encoded import ENCODER, has_encoder, shared_form, with_encoder, write_encoder
+from trimtab.peft.hub import local_adapter, optional_file
 from trimtab.peft.state import gathered, whole
+from trimtab.peft.types import on_disk
 
 if TYPE_CHECKING:
     from trimtab.peft.tuner import Tuner
@@ -26,18 +28,30 @@ def read_folder(
     name: str,
     trainable: bool,
     *,
+    trained: bool = False,
     config: PeftConfig | None = None,
     subfolder: str | None = None,
     **hub: Any,
 ) -> tuple[PeftConfig, Adapter]:
-    """The configuration and the adapter of a folder, or of a repository."""
+    """The configuration and the adapter of a folder, or of a repository.
+
+    ``trained`` asks for its encoder, as ``trainable`` does, where it is a prompt that one makes.
+    """
     folder = local_adapter(place, subfolder, **hub)
+    adapter = Adapter.load(folder, name=name)
     found = PeftConfig.from_pretrained(folder)
+    if trainable or trained:
+        optional_file(place, ENCODER, subfolder, **hub)
+        shared, adapter = adapter, with_encoder(folder, adapter)
+        if adapter is not shared:
+            from trimtab.peft.configs.ours import config_of
+
+            found = config_of(adapter.method.to_dict(), found.to_dict())
     if config is not None:
         _agree(config, found, folder)
         found = config.copied()
     found.inference_mode = not trainable
-    return found, Adapter.load(folder, name=name)
+    return found, adapter
 
 
 def compare_names(adapter: Adapter, model: nn.Module) -> None:
@@ -90,7 +104,14 @@ def write_folder(
         adapter.name, adapter.method, adapter.sites, values, base=adapter.base, origin=origin
     )
     written.drawn = dict(adapter.drawn)
-    save(written, folder, beside=True, said=_said(config, origin, tuner.model))
+    shared = shared_form(written, values)
+    said = _said(config, origin, tuner.model)
+    if has_encoder(written):
+        own = {**shared.method.to_peft(shared.places()), "modules_to_save": None}
+        told = {name: value for name, value in config.options().items() if name not in own}
+        said = {**said, **told, "peft_type": on_disk(config.peft_type)}
+    write_encoder(written, folder)
+    save(shared, folder, beside=True, said=said)
 
 
 def _said(config: PeftConfig, origin: Origin, model: nn.Module) -> dict[str, Any]:

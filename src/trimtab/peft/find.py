@@ -8,12 +8,18 @@ from torch import nn
 
 from trimtab.adapt.bank import CHILD, Bank
 from trimtab.peft.config import PeftConfig
+from trimtab.peft.delegates import Delegates
 from trimtab.peft.tuner import Tuner
 
 
 def tuner_of(model: nn.Module) -> Tuner | None:
     """The tuner in a model; None where adapters were put into the model itself."""
-    return next((module for module in model.modules() if isinstance(module, Tuner)), None)
+    for module in model.modules():
+        if isinstance(module, Delegates):
+            return module.tuner
+        if isinstance(module, Tuner):
+            return module
+    return None
 
 
 def configs_of(model: nn.Module) -> Mapping[str, PeftConfig]:

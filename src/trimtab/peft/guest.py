@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from trimtab.adapt.adapter import Adapter, TensorName
 from trimtab.adapt.bank import CHILD, bank_of
 from trimtab.adapt.files import disk_key
+from trimtab.adapt.multihead import opened, peft_module
 from trimtab.adapt.site import SiteBase
 from trimtab.adapt.slots import memory_name
 from trimtab.errors import FileFormatError, UnsupportedError
 from trimtab.peft.config import PeftConfig
 from trimtab.peft.kin import register
-from trimtab.peft.model import class_of
+from trimtab.peft.task_models import class_of
 from trimtab.peft.tuner import Tuner
 from trimtab.peft.types import OURS, on_disk
 
@@ -184,7 +185,9 @@ def _found(adapter: Adapter, name: TensorName, state: Mapping[str, Tensor]) -> s
     """The name of a tensor in a state dict of the model, or of one around it."""
     slot = memory_name(name.slot, adapter.name)
     key = f"{name.path}.{slot}" if name.path else f"{CHILD}.{slot}"
+    inside = name.path and peft_module(name.path, opened(s.path for s in adapter.sites))
     for root in _ROOTS:
-        if root + key in state:
-            return root + key
+        for known in (key, f"{inside}.{slot}"):
+            if root + known in state:
+                return root + known
     raise FileFormatError(f"state_dict has no {key!r}, which adapter {adapter.name!r} needs.")

@@ -36,7 +36,7 @@ def initialize_lora_eva_weights(
         ConfigError: the adapter is no LoRA of ``init_lora_weights="eva"``, or there is no data.
         DataError: the batches show too little of a layer.
     """
-    tuner = model.base_model
+    tuner = model.tuner
     old, config = tuner.require(adapter_name), tuner.peft_config[adapter_name]
     if not isinstance(config, LoraConfig) or str(config.init_lora_weights).lower() != "eva":
         raise ConfigError(f"adapter {adapter_name!r} is not of init_lora_weights='eva'.")

@@ -12,6 +12,7 @@ changed, and without ``peft`` none of this is needed or done.
 
 from __future__ import annotations
 
+from abc import ABCMeta
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -39,9 +40,14 @@ def related(cls: C) -> C:
 
 
 def register(cls: type, name: str) -> None:
-    """Make a class a virtual subclass of an abstract class of ``peft.tuners.tuners_utils``."""
-    if THEIRS is not None:
-        getattr(THEIRS.tuners.tuners_utils, name).register(cls)
+    """Make a class a virtual subclass of PEFT's tuner of that name, or abstract class, where there is one.
+
+    It inherits nothing so.
+    """
+    places = () if THEIRS is None else (THEIRS, THEIRS.tuners.tuners_utils)
+    theirs = next((found for place in places if (found := getattr(place, name, None))), None)
+    if isinstance(theirs, ABCMeta):
+        theirs.register(cls)
 
 
 def enter(peft_type: str, tuner: type, prefix: str) -> None:

@@ -14,13 +14,15 @@ from transformers.utils.hub import PushToHubMixin
 
 from trimtab.adapt.acting import using
 from trimtab.adapt.adapter import Adapter
-from trimtab.errors import AttachError, ConfigError, DuplicateNameError, UnknownNameError
+from trimtab.errors import ConfigError, DuplicateNameError, UnknownNameError
 from trimtab.peft.card import write_card
 from trimtab.peft.config import PeftConfig
 from trimtab.peft.delegates import Delegates
+from trimtab.peft.encoded import has_encoder
 from trimtab.peft.files import compare_names, read_folder, write_folder
 from trimtab.peft.hub import push
 from trimtab.peft.kin import related
+from trimtab.peft.kinds import tuner_class
 from trimtab.peft.state import LoadResult, check_embeddings, replace_tensors
 from trimtab.peft.status import (
     TunerLayerStatus,
@@ -28,8 +30,8 @@ from trimtab.peft.status import (
     get_layer_status,
     get_model_status,
 )
-from trimtab.peft.tuner import Tuner
-from trimtab.peft.types import PeftType, TaskType
+from trimtab.peft.tuner import keep_names
+from trimtab.peft.types import PeftType
 
 
 @related
@@ -38,7 +40,8 @@ class PeftModel(Delegates, PushToHubMixin, nn.Module):  # type: ignore[misc]
 
     heads: ClassVar[tuple[str, ...]] = ()
     """Modules of this task that are trained in full, where the model has them."""
-    base_model: Tuner
+    base_model: nn.Module
+    """The tuner; of a model that began with a prompt, the user's model, as in PEFT."""
 
     def __init__(
         self,
@@ -52,8 +55,18 @@ class PeftModel(Delegates, PushToHubMixin, nn.Module):  # type: ignore[misc]
     ) -> None:
         nn.Module.__init__(self)
         config = self._prepared(peft_config, model)
-        self.base_model = Tuner(model, {adapter_name: config}, adapter_name, adapter=adapter)
-        self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        made = tuner_class(config.peft_type)
+        tuner = made(model, {adapter_name: config}, adapter_name, adapter=adapter, home=self)
+        self.__dict__["_tuner"] = tuner
+        beside = self._modules.copy()
+        self._modules.clear()
+        if beside:  # a prompt: PEFT puts no tuner around the model
+            self.base_model = model
+            self._modules.update(beside)
+            keep_names(self)
+        else:
+            self.base_model = tuner
+        self.tuner._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def _prepared(self, given: PeftConfig, model: nn.Module) -> PeftConfig:
         """A copy of a configuration for this model; the user's own is left as it is."""
@@ -82,15 +95,15 @@ class PeftModel(Delegates, PushToHubMixin, nn.Module):  # type: ignore[misc]
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
         """The adapters' configurations, by name."""
-        return self.base_model.peft_config
+        return self.tuner.peft_config
 
     @property
     def active_adapter(self) -> str | list[str]:
-        return self.base_model.active_adapter
+        return self.tuner.active_adapter
 
     @property
     def active_adapters(self) -> list[str]:
-        return self.base_model.active_adapters
+        return self.tuner.active_adapters
 
     @property
     def active_peft_config(self) -> PeftConfig:
@@ -103,7 +116,7 @@ class PeftModel(Delegates, PushToHubMixin, nn.Module):  # type: ignore[misc]
     @property
     def has_active_enabled_adapter(self) -> bool:
         """Whether any adapter acts now."""
-        return bool(self.active_adapters) and not self.base_model.off
+        return bool(self.active_adapters) and not self.tuner.off
 
     @property
     def modules_to_save(self) -> set[str] | None:
@@ -122,8 +135,8 @@ class PeftModel(Delegates, PushToHubMixin, nn.Module):  # type: ignore[misc]
         """Attach another new adapter, of any method; it acts once `set_adapter` says so."""
         if adapter_name in self.peft_config:
             raise DuplicateNameError(f"there is an adapter {adapter_name!r} already.")
-        self.base_model.add(adapter_name, self._prepared(peft_config, self.get_base_model()))
-        self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        self.tuner.add(adapter_name, self._prepared(peft_config, self.get_base_model()))
+        self.tuner._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def load_adapter(
         self,
@@ -142,38 +155,39 @@ class PeftModel(Delegates, PushToHubMixin, nn.Module):  # type: ignore[misc]
         Whether the model trains or evaluates is left as it is.
         """
         _refuse(key_mapping=key_mapping, ephemeral_gpu_offload=ephemeral_gpu_offload)
-        config, adapter = read_folder(model_id, adapter_name, is_trainable, **hub)
+        present = self.tuner.adapters.get(adapter_name)
+        trained = present is not None and has_encoder(present)
+        config, adapter = read_folder(model_id, adapter_name, is_trainable, trained=trained, **hub)
         compare_names(adapter, self.get_base_model())
-        present = self.base_model.adapters.get(adapter_name)
         if present is not None and replace_tensors(present, adapter):
             self.peft_config[adapter_name] = config
             return LoadResult([], [])
         if present is not None:
             active = list(self.active_adapters)
-            self.base_model.replace(adapter_name, config, adapter)
-            self.base_model.set_adapter(active)
+            self.tuner.replace(adapter_name, config, adapter)
+            self.tuner.set_adapter(active)
             warnings.warn(
                 f"adapter {adapter_name!r} was of another configuration; it is now the one in {model_id}. An "
                 "optimizer made before does not know its parameters.",
                 stacklevel=2,
             )
         else:
-            self.base_model.add(adapter_name, config, adapter)
-        self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            self.tuner.add(adapter_name, config, adapter)
+        self.tuner._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         return LoadResult([], [])
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Which adapter acts, or which several."""
-        self.base_model.set_adapter(adapter_name, inference_mode)
+        self.tuner.set_adapter(adapter_name, inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self.base_model.delete_adapter(adapter_name)
+        self.tuner.delete_adapter(adapter_name)
 
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
         """Whether adapters are trained, whichever act."""
-        self.base_model.set_requires_grad(adapter_names, requires_grad)
+        self.tuner.set_requires_grad(adapter_names, requires_grad)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -215,14 +229,14 @@ class PeftModel(Delegates, PushToHubMixin, nn.Module):  # type: ignore[misc]
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         folder = Path(save_directory)
         for name in names:
-            self.base_model.require(name)
+            self.tuner.require(name)
         if not is_main_process:
             return
         for name in names:
             where = folder if name == "default" else folder / name
-            write_folder(self.base_model, name, where, state_dict)
+            write_folder(self.tuner, name, where, state_dict)
         if names:
-            write_card(folder, self.base_model, names)
+            write_card(folder, self.tuner, names)
         if push_to_hub:
             self.push_to_hub(**{"repo_id": folder.name, **hub})
 
@@ -244,6 +258,8 @@ class PeftModel(Delegates, PushToHubMixin, nn.Module):  # type: ignore[misc]
         _refuse(key_mapping=key_mapping, ephemeral_gpu_offload=ephemeral_gpu_offload)
         found, adapter = read_folder(model_id, adapter_name, is_trainable, config=config, **hub)
         compare_names(adapter, model)
+        from trimtab.peft.task_models import class_of
+
         made = class_of(found.task_type) if cls is PeftModel else cls
         return made(model, found, adapter_name, autocast_adapter_dtype, adapter=adapter)
 
@@ -268,13 +284,13 @@ class PeftModel(Delegates, PushToHubMixin, nn.Module):  # type: ignore[misc]
 
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
         """Write or complete the README of a folder of adapters."""
-        write_card(Path(output_dir), self.base_model)
+        write_card(Path(output_dir), self.tuner)
 
     # -- facts -----------------------------------------------------------------------------------------
 
     def get_base_model(self) -> nn.Module:
         """The user's model, with the adapters in it."""
-        return self.base_model.model
+        return self.tuner.model
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """How many values are trained, and how many there are."""
@@ -301,29 +317,29 @@ class PeftModel(Delegates, PushToHubMixin, nn.Module):  # type: ignore[misc]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether `trimtab.peft.convert_to_lora` makes a LoRA of this adapter."""
-        return not self.base_model.require(adapter_name).method.unmergeable
+        return not self.tuner.require(adapter_name).method.unmergeable
 
     # -- being a model ---------------------------------------------------------------------------------
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The model's forward; ``adapter_names`` gives each row an adapter, or ``"__base__"``."""
-        with self.base_model.routed(adapter_names):
-            return self.base_model(*args, **kwargs)
+        with self.tuner.routed(adapter_names):
+            return self.tuner(*args, **kwargs)
 
     def generate(
         self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> Any:
         """The model's generate, with an adapter for each prompt if ``adapter_names`` are given."""
-        with self.base_model.routed(adapter_names):
+        with self.tuner.routed(adapter_names):
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_model":  # not made yet
+            if "_tuner" not in self.__dict__:  # not made yet
                 raise
-            return getattr(self.base_model, name)
+            return getattr(self.tuner, name)
 
 
 def _refuse(**given: Any) -> None:
@@ -342,96 +358,3 @@ def _count(parameter: nn.Parameter) -> int:
     """Values of a parameter; bitsandbytes packs two of four bits into a byte."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else int(torch.Size(state.shape).numel())
-
-
-@related
-class PeftModelForCausalLM(PeftModel):
-    """For ``task_type="CAUSAL_LM"``."""
-
-
-@related
-class PeftModelForSeq2SeqLM(PeftModel):
-    """For ``task_type="SEQ_2_SEQ_LM"``."""
-
-
-@related
-class PeftModelForSequenceClassification(PeftModel):
-    """For ``task_type="SEQ_CLS"``; the classifier is trained too."""
-
-    heads = ("classifier", "score")
-
-
-@related
-class PeftModelForTokenClassification(PeftModel):
-    """For ``task_type="TOKEN_CLS"``; the classifier is trained too."""
-
-    heads = ("classifier", "score")
-
-
-@related
-class PeftModelForQuestionAnswering(PeftModel):
-    """For ``task_type="QUESTION_ANS"``; the head is trained too."""
-
-    heads = ("qa_outputs",)
-
-
-@related
-class PeftModelForFeatureExtraction(PeftModel):
-    """For ``task_type="FEATURE_EXTRACTION"``."""
-
-
-@related
-class PeftMixedModel(PeftModel):
-    """A model with adapters of several methods; here every `PeftModel` is one, and so is this."""
-
-
-MODEL_TYPE_TO_PEFT_MODEL_MAPPING: Mapping[str, type[PeftModel]] = {
-    TaskType.SEQ_CLS: PeftModelForSequenceClassification,
-    TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
-    TaskType.CAUSAL_LM: PeftModelForCausalLM,
-    TaskType.TOKEN_CLS: PeftModelForTokenClassification,
-    TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
-    TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
-}
-
-
-def class_of(task_type: str | None) -> type[PeftModel]:
-    """The class of a task's models."""
-    return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task_type or "", PeftModel)
-
-
-def get_peft_model(
-    model: nn.Module,
-    peft_config: PeftConfig,
-    adapter_name: str = "default",
-    mixed: bool = False,
-    autocast_adapter_dtype: bool = True,
-    revision: str | None = None,
-    low_cpu_mem_usage: bool = False,
-) -> PeftModel:
-    """A model with a new adapter, in the class of its task. The model is changed in place, its weights never.
-
-    Raises:
-        AttachError: the model has adapters already.
-    """
-    if isinstance(model, PeftModel):
-        raise AttachError(
-            "the model is a PeftModel already; add another adapter with model.add_adapter(name, config)."
-        )
-    if isinstance(peft_config, PeftConfig) and revision is not None:
-        peft_config = peft_config.copied()
-        peft_config.revision = revision
-    made = PeftMixedModel if mixed else class_of(getattr(peft_config, "task_type", None))
-    return made(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-
-
-def inject_adapter_in_model(
-    peft_config: PeftConfig,
-    model: nn.Module,
-    adapter_name: str = "default",
-    low_cpu_mem_usage: bool = False,
-    state_dict: Mapping[str, Tensor] | None = None,
-) -> nn.Module:
-    """The model itself with a new adapter in it, and nothing around it."""
-    Tuner(model, peft_config.copied(), adapter_name)
-    return model

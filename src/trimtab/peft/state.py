@@ -28,8 +28,9 @@ from trimtab.adapt.site import BASE, SiteBase
 from trimtab.adapt.slots import memory_name
 from trimtab.adapt.tree import anatomy_of, canonical
 from trimtab.errors import AttachError, ConfigError, FileFormatError, StorageError, suggest
+from trimtab.peft.encoded import has_encoder, prompt_keys, shared_form
+from trimtab.peft.find import tuner_of
 from trimtab.peft.hub import local_file
-from trimtab.peft.tuner import Tuner
 
 _ROOTS = ("base_model.model.", "base_model.")
 _WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
@@ -69,6 +70,9 @@ def get_peft_model_state_dict(
     adapter = bank_of(model).require(adapter_name)
     root = _root(model)
     values = adapter.named() if state_dict is None else gathered(adapter, _owner(model), state_dict)
+    if has_encoder(adapter):
+        adapter = shared_form(adapter, values)
+        values = adapter.named()
     state = {disk_key(adapter, n): tensor.detach() for n, tensor in values.items()}
     if (experts := experts_of(adapter)) and in_peft_form(adapter):
         state = folded(state, adapter.method.peft_root, experts)[0]
@@ -98,6 +102,9 @@ def set_peft_model_state_dict(
     present = adapter.named()
     names = {_bare(disk_key(adapter, name)): name for name in present}
     given = _own_keys(adapter, peft_model_state_dict)
+    if has_encoder(adapter) and given.keys() == {_bare(key) for key in prompt_keys(adapter)}:
+        return _without_encoder(model, adapter, given)
+    given = _prefix_of_peft(adapter, given)
     if (experts := experts_of(adapter)) and in_peft_form(adapter):
         options = {"target_parameters": experts, "r": dict(adapter.method)["rank"]}
         given = unfolded(options, given, f"the state dict for {adapter_name!r}")
@@ -225,11 +232,17 @@ def gathered(
     for key, value in state.items():
         for wrapper in _WRAPPERS:
             key = key.replace(wrapper, "")
-        by_key[_bare(canonical(key))] = value
+        for begin in (
+            "base_model.model.",
+            "base_model.",
+            "",
+        ):  # a prompt has no tuner around the model
+            if key.startswith(begin):
+                by_key.setdefault(canonical(key[len(begin) :]), value)
     places = {id(module): path for path, module in root.named_modules()}
     found = {}
     for name, tensor in adapter.named().items():
-        path = places[id(adapter.held[name])]
+        path = places.get(id(adapter.held[name]), "")  # a prompt lies beside the model
         slot = memory_name(name.slot, adapter.name)
         key = canonical(f"{path}.{slot}" if path else slot)
         if key not in by_key:
@@ -277,7 +290,7 @@ def _owner(model: nn.Module) -> nn.Module:
 
 def _root(model: nn.Module) -> bool:
     """Whether keys begin with ``base_model.``: whether there is a tuner around the model."""
-    return any(isinstance(module, Tuner) for module in model.modules())
+    return tuner_of(model) is not None
 
 
 def _bare(key: str) -> str:
@@ -348,12 +361,53 @@ def _same_keys(name: str, expected: Iterable[str], given: Iterable[str]) -> None
 
 def _fitted(model: nn.Module, adapter: Adapter, slot: str, value: Tensor, mine: Tensor) -> Tensor:
     """A tensor as the method holds it, where PEFT's is another (a prompt of an encoder-decoder)."""
-    tuners = [module for module in model.modules() if isinstance(module, Tuner)]
-    if value.shape == mine.shape or not tuners:
+    tuner = tuner_of(model)
+    if value.shape == mine.shape or tuner is None:
         return value
-    return adapter.method.tensor_from_peft(
-        tuners[0].peft_config[adapter.name].to_dict(), slot, value
+    return adapter.method.tensor_from_peft(tuner.peft_config[adapter.name].to_dict(), slot, value)
+
+
+def _without_encoder(model: nn.Module, adapter: Adapter, given: Mapping[str, Tensor]) -> LoadResult:
+    """Let an adapter become the prompt that its encoder would make: what PEFT's files hold of it."""
+    tuner = tuner_of(model)
+    if tuner is None:
+        raise FileFormatError(
+            f"adapter {adapter.name!r} has an encoder, and these are the values of a prompt without one."
+        )
+    shared = shared_form(adapter, adapter.named())
+    values = {
+        name: given[_bare(disk_key(shared, name))].detach().clone() for name in shared.named()
+    }
+    shared = Adapter(
+        shared.name, shared.method, shared.sites, values, base=shared.base, origin=shared.origin
     )
+    active, config = list(tuner.active_adapters), tuner.peft_config[adapter.name]
+    tuner.replace(adapter.name, config, shared)
+    tuner.set_adapter(active)
+    warnings.warn(
+        f"adapter {adapter.name!r} is the given prompt from now on, without the encoder that made it; an optimizer "
+        "made before does not know its parameters.",
+        stacklevel=3,
+    )
+    return LoadResult([], [])
+
+
+def _prefix_of_peft(adapter: Adapter, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """PEFT's prefix of an encoder-decoder in our layout: each layer of the decoder has values of its own here."""
+    table = "prompt_encoder.embedding.weight"
+    method = adapter.method
+    if "prompt_embeddings" not in given or method.kind != "prefix" or adapter.origin.in_peft:
+        return given
+    paths = [site.path for site in adapter.sites if site.method == 0]
+    if any("encoder" in path.split(".") for path in paths):
+        raise FileFormatError(
+            f"adapter {adapter.name!r} reaches the encoder too, and PEFT's prefix is of the decoder alone; make it "
+            "with PrefixTuningConfig."
+        )
+    config = {"num_transformer_submodules": 2, "num_layers": len(paths)}
+    turned = method.tensor_from_peft(config, table, given["prompt_embeddings"])
+    return {table if key == "prompt_embeddings" else key: turned if key == "prompt_embeddings" else value
+            for key, value in given.items()}  # fmt: skip
 
 
 def _put(adapter: Adapter, name: TensorName, present: Tensor, value: Tensor) -> None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.apart import Apart
+from trimtab.adapt.multihead import MultiheadSite
 from trimtab.adapt.site import ExpertsSite, Site, SiteBase
 from trimtab.errors import AttachError
 from trimtab.peft.changes import trained
@@ -168,7 +169,8 @@ def _type(site: SiteBase, adapter: Adapter) -> str:
         return "ModulesToSaveWrapper"
     method = adapter.method.members[0]
     layer = type(site.frozen).__name__
-    if isinstance(site, Site) and site.layer.kind == "linear":
+    plain = isinstance(site, Site) and not isinstance(site, MultiheadSite)
+    if plain and site.layer.kind == "linear":
         layer = "Linear"
     if method.peft_type == "LN_TUNING":
         layer = "LNTuningLayer"

@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from trimtab.adapt.contract import Method
+from trimtab.adapt.lowrank import LowRank
 from trimtab.adapt.tree import anatomy_of
 from trimtab.errors import ConfigError, TargetError, suggest
 from trimtab.models.anatomy import Anatomy
@@ -56,6 +57,8 @@ def aimed(method: Method, where: Where, model: nn.Module) -> Method:
         chosen = _in_layers(anatomy, chosen, where)
         targets = tuple(chosen)
     exclude = _exclude(anatomy, where, chosen)
+    if isinstance(method, LowRank):
+        method = method.opening(set(anatomy.opened.values()) & set(chosen))
     return method.replace(targets=targets, exclude=exclude, layers=None)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,10 @@ from trimtab.adapt.bank import Bank, bank_of, find_bank
 from trimtab.adapt.merge import fold, merge_in_place, unmerge
 from trimtab.adapt.site import BASE, SiteBase
 from trimtab.adapt.tree import sites_of
-from trimtab.errors import AttachError, DuplicateNameError, UnknownNameError, suggest
+from trimtab.errors import AttachError, ConfigError, DuplicateNameError, UnknownNameError, suggest
 from trimtab.peft.combination import Combination, Signs
 from trimtab.peft.config import PeftConfig
+from trimtab.peft.encoded import PROMPTS
 from trimtab.peft.kin import register
 from trimtab.peft.schedule import Schedule, with_losses
 from trimtab.peft.weighted import combined, config_of
@@ -35,7 +36,9 @@ class Tuner(nn.Module):
     is of no more use: the model's attribute ``peft_config`` then says what is in it.
     """
 
-    prefix = ""
+    prefix: ClassVar[str] = ""
+    peft_type: ClassVar[str] = ""
+    """The method that it begins with; empty for any."""
 
     def __init__(
         self,
@@ -46,6 +49,7 @@ class Tuner(nn.Module):
         state_dict: Mapping[str, Tensor] | None = None,
         *,
         adapter: Adapter | None = None,
+        home: nn.Module | None = None,
     ) -> None:
         injected = isinstance(peft_config, PeftConfig)
         present = model.__dict__.get("peft_config") if injected else None
@@ -54,15 +58,22 @@ class Tuner(nn.Module):
                 f"{type(model).__name__} has adapters already. Add another with model.add_adapter(name, config), or "
                 "take them out first with model.unload()."
             )
+        config = peft_config if isinstance(peft_config, PeftConfig) else peft_config[adapter_name]
+        if self.peft_type not in ("", config.peft_type):
+            raise ConfigError(
+                f"{type(self).__name__} does not begin with a {type(config).__name__}; get_peft_model(model, config) "
+                "finds the class that does."
+            )
         super().__init__()
         self.model = model
         self.peft_config: dict[str, PeftConfig] = present or {}
         self.active_adapters: list[str] = list(bank_of(model).chosen) if present else []
         self._inference: set[str] = set()
         self._schedule = Schedule()
-        self.register_state_dict_post_hook(_show_base)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_take_base)  # type: ignore[no-untyped-call]
-        config = peft_config if isinstance(peft_config, PeftConfig) else peft_config[adapter_name]
+        self._home = (
+            () if home is None else (home,)
+        )  # in a tuple, so that torch does not take it for a child
+        keep_names(self)
         self.add(adapter_name, config, adapter)
         if injected:  # nothing is around the model: by this name others find the configurations
             model.__dict__["peft_config"] = self.peft_config
@@ -90,6 +101,8 @@ class Tuner(nn.Module):
             config.begin(adapter, seed)
         else:
             adapter = attach(self.model, adapter, name, trainable=trainable)
+        if self._home and adapter.method.peft_root == PROMPTS:
+            bank_of(self.model).lodge(name, self._home[0])
         self.peft_config[name] = config
         if not trainable:
             self._inference.add(name)
@@ -361,9 +374,20 @@ register(Tuner, "BaseTuner")
 register(SiteBase, "BaseTunerLayer")
 
 
-def _names(tuner: nn.Module) -> dict[str, str]:
+def keep_names(module: nn.Module) -> None:
+    """Let state dicts of a tuner, or of another module right around the user's model, have PEFT's names."""
+    module.register_state_dict_post_hook(_show_base)
+    module.register_load_state_dict_pre_hook(_take_base)
+
+
+def _inner(module: nn.Module) -> str:
+    """The name of the user's model in a module around it."""
+    return "model" if isinstance(module, Tuner) else "base_model"
+
+
+def _names(module: nn.Module) -> dict[str, str]:
     """Names in the model's own state dict, which hides ``base_layer`` -> those that PEFT's has."""
-    model = tuner.get_submodule("model")
+    model = module.get_submodule(_inner(module))
     wrapped = {path for path, module in model.named_modules() if isinstance(module, SiteBase)}
     names = {}
     tensors = (model.named_parameters, model.named_buffers)
@@ -379,16 +403,16 @@ def _names(tuner: nn.Module) -> dict[str, str]:
     return names
 
 
-def _show_base(tuner: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    names = {
-        f"{prefix}model.{own}": f"{prefix}model.{pefts}" for own, pefts in _names(tuner).items()
-    }
+def _show_base(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    root = f"{prefix}{_inner(module)}."
+    names = {f"{root}{own}": f"{root}{pefts}" for own, pefts in _names(module).items()}
     whole = {names.get(key, key): value for key, value in state.items()}
     state.clear()
     state.update(whole)
 
 
-def _take_base(tuner: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    for own, pefts in _names(tuner).items():
-        if f"{prefix}model.{pefts}" in state:
-            state[f"{prefix}model.{own}"] = state.pop(f"{prefix}model.{pefts}")
+def _take_base(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    root = f"{prefix}{_inner(module)}."
+    for own, pefts in _names(module).items():
+        if f"{root}{pefts}" in state:
+            state[f"{root}{own}"] = state.pop(f"{root}{pefts}")
