@@ -103,6 +103,7 @@ ON_MODEL = {
         for c in POOLED
     },
     ("lora", "classifier"): "lora(rank=4, train=['score'])",
+    ("lora", "gpt2"): "lora(rank=4, lora_bias=True)",
     ("lora", "bert"): "lora(rank=4, train=['classifier'])",
     # each tower has attention of its own width, and an input of its own
     ("tokens", "clip"): "tokens(ids=(5, 17, 40, 3, 60), targets='token_embedding')",

@@ -23,11 +23,12 @@ from safetensors.torch import load_file, save_file
 import trimtab as tt
 from tests.oracles import kit
 from tests.oracles.cases import CASES, ENCODED, Case
+from tests.oracles.variants import VARIANTS
 from trimtab.adapt.files import CONFIG, OURS, WEIGHTS
 from trimtab.errors import AttachError, FileFormatError, UnsupportedError
 
 EMBEDDINGS = "Setting `save_embedding_layers` to `True`"  # PEFT adds a copy of a targeted embedding
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+every_case = pytest.mark.parametrize("case", [*CASES, *VARIANTS], ids=lambda case: case.name)
 
 
 def written_by_peft(case: Case, folder: Path) -> PeftModel:
@@ -76,7 +77,7 @@ def test_peft_reads_what_we_write(case: Case, tmp_path: Path) -> None:
     model, _ = written_by_us(case, tmp_path / "ours")
     with kit.quiet():
         theirs = PeftModel.from_pretrained(case.make(), tmp_path / "ours").eval()
-    held = get_peft_model_state_dict(theirs, save_embedding_layers=False)
+        held = get_peft_model_state_dict(theirs, save_embedding_layers=False)
     written = load_file(tmp_path / "ours" / WEIGHTS)
     assert held.keys() == written.keys()
     assert all(torch.equal(held[key], written[key]) for key in held)
@@ -205,7 +206,6 @@ def change(folder: Path, **options: Any) -> None:
         ("lora_beta", 3, "unknown option 'lora_beta'"),
         ("use_qalora", True, "use_qalora=True"),
         ("layer_replication", [[0, 2]], "layer_replication"),
-        ("lora_bias", True, "lora_bias"),
         ("alora_invocation_tokens", [1, 2], "alora_invocation_tokens"),
         ("trainable_token_indices", [3], "trainable_token_indices"),
         ("init_lora_weights", "pissa_niter_4", "path_initial_model_for_weight_conversion"),

@@ -112,6 +112,19 @@ def test_any_change_of_weight_is_a_lora(kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(acting(ours, "b"), expected, **CLOSE)
 
 
+@pytest.mark.parametrize("base", [tiny.llama, tiny.gpt2])
+def test_a_bias_of_b_comes_along(base: Any) -> None:
+    """As the layers' own, where they have one; else as that of B."""
+    model = base()
+    shaken(tt.attach(model, "lora(rank=4, lora_bias=True, targets=['mlp_up', 'mlp_down'])", "a"))
+    for rank in (4, 6, 1.0):
+        made = converted(model, rank, "a")
+        assert made.method.lora_bias == (base is tiny.llama)
+        fresh = base()
+        tt.attach(fresh, made, "b")
+        torch.testing.assert_close(acting(fresh, "b"), acting(model, "a"), **CLOSE)
+
+
 def test_a_share_gives_each_layer_its_rank() -> None:
     model = tiny.llama(num_hidden_layers=1)
     shaken(tt.attach(model, "loha(rank=4, targets=['q_proj', 'down_proj'])", "a"))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import trimtab as tt
 from tests import tiny
-from tests.oracles import cases, kit
+from tests.oracles import cases, kit, variants
 from trimtab.errors import AttachError, UnsupportedError
 from trimtab.peft import (
     PeftConfig,
@@ -61,7 +61,7 @@ FROM_THE_CORE = [
     Case(case.name, case.make, case.theirs)
     for each in (
         cases.LORA, cases.DORA, cases.ADALORA, cases.IA3, cases.PREFIX, cases.PROMPT, cases.LLAMA_ADAPTER, cases.WEIGHT,
-        cases.ROTATION, cases.SELECTION, cases.SHIRA,
+        cases.ROTATION, cases.SELECTION, cases.SHIRA, variants.VARIANTS,
     )
     for case in each
 ]  # fmt: skip

@@ -78,7 +78,7 @@ def add(
     methods_at: list[dict[str, Method]] = [{} for _ in first.methods]
     for site, holders in sites.items():
         given = [(a.methods[site.method].at(site.path), _params(a, site)[0]) for a in holders]
-        slots = _params(holders[0], site)[1]
+        slots = {short: slot for a in holders for short, slot in _params(a, site)[1].items()}
         method, params = given[0][0].sum(given, site.role)
         places = [Place(other.path, other.role) for other in sites if other.method == site.method]
         methods_at[site.method][site.path] = method if alike else method.aimed(places)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, Self, final
+from typing import ClassVar, Literal, Self, final
 
 import torch
 from pydantic import Field, model_validator
@@ -71,7 +71,8 @@ class LoRA(LowRank):
 
     @property
     def peft_nests(self) -> bool:
-        return not (self.dropout or self.rank_pattern or self.alpha_pattern or self.bias != "none")
+        own = self.rank_pattern or self.alpha_pattern or self.lora_bias or self.bias != "none"
+        return not (self.dropout or own)
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         specs = super().tensors(layer, role)
@@ -119,12 +120,6 @@ class LoRA(LowRank):
     ) -> tuple[Method, dict[str, Tensor]]:
         self._check_whole()
         return super().sum(parts, role)
-
-    @classmethod
-    def from_peft(
-        cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]
-    ) -> LoRA | None:
-        return None if config.get("use_dora") else cls(**cls.fields_from_peft(config))
 
     def _rounded(self, p: Params) -> Params:
         if not self.bits:

@@ -28,6 +28,7 @@ class AdaLoraConfig(LoraConfig):
     lacks: ClassVar[dict[str, str]] = {
         **LoraConfig.lacks,
         "use_dora": "AdaLoRA has no magnitudes.",
+        "lora_bias": "Use bias='lora_only', which trains the layers' own biases.",
         "eva_config": _NO,
         "lora_ga_config": _NO,
         "target_parameters": "AdaLoRA acts on layers.",

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from trimtab.adapt.contract import Init, Method, kaiming_uniform, normal
+from trimtab.adapt.contract import Init, Method, kaiming_uniform, normal, uniform
+from trimtab.adapt.factors import OFFSET
 from trimtab.adapt.parse import methods
 from trimtab.adapt.tree import anatomy_of
 from trimtab.errors import ConfigError, UnknownNameError, UnsupportedError, suggest
@@ -47,7 +48,6 @@ class LoraConfig(Excluding, Layered, Transposed):
         "loftq_config": "The base is never changed; quantise it when it is loaded.",
         "megatron_config": "Layers of Megatron are not known here.",
         "layer_replication": "The base is never changed, nor are its layers repeated.",
-        "lora_bias": "Use bias='lora_only', which trains the layers' own biases.",
         "ensure_weight_tying": "Name both ends of tied weights, and each is trained apart.",
     }  # fmt: skip
 
@@ -97,7 +97,7 @@ class LoraConfig(Excluding, Layered, Transposed):
         default_factory=LoraRuntimeConfig,
         metadata={"help": "Settings of the process; not in a file."},
     )
-    lora_bias: bool = option("Not in Trimtab.", default=False)
+    lora_bias: bool = option("Train a bias of B, which is scaled as the product is.", default=False)
     use_bdlora: Any = option("Not in Trimtab.", default=None)
     arrow_config: Any = option("Not in Trimtab.", default=None)
     kasa_config: Any = option("Not in Trimtab.", default=None)
@@ -179,7 +179,8 @@ class LoraConfig(Excluding, Layered, Transposed):
     def first_values(self) -> Mapping[str, Init]:
         if self.init_lora_weights is not False:
             return {}
-        linear = dict.fromkeys(("lora_A.weight", "lora_B.weight"), kaiming_uniform)
+        linear: dict[str, Init] = dict.fromkeys(("lora_A.weight", "lora_B.weight"), kaiming_uniform)
+        linear[OFFSET] = uniform(self.r**-0.5)  # as torch begins the bias of a linear layer
         return linear | dict.fromkeys(("lora_embedding_A", "lora_embedding_B"), normal(1.0))
 
     def _with_tokens(self, method: Method, model: nn.Module) -> Method:
