@@ -18,7 +18,7 @@ from trimtab.errors import ConfigError, DataError, UnsupportedError
 
 MIXED = ("embed", "re:conv[12]", "grouped", "head")
 DATA = ("eva", "lora-ga")
-FREE = ("gaussian", "orthogonal", "pissa", "pissa(niter=2)", "olora")
+FREE = ("gaussian", "orthogonal", "pissa", "pissa(niter=2)", "olora", "mica")
 
 
 def batches(name: str, rows: int = 12) -> list[dict[str, Tensor]]:

@@ -30,6 +30,11 @@ SMALL = {
     "lora": "lora(rank=4)",
     "dora": "dora(rank=4)",
     "adalora": "adalora(rank=4, target_rank=2)",
+    "bdlora": "bdlora(rank=4, blocks=2, block_a=['o_proj', 'down_proj'])",
+    "kasa": "kasa(rank=4, alpha=8)",
+    "monteclora": "monteclora(rank=4, samples=3)",
+    "qalora": "qalora(rank=4, alpha=8, group=8)",
+    "velora": "velora(rank=4, groups=8)",
     "bottleneck": "bottleneck(size=6)",
     "pfeiffer": "pfeiffer(size=6)",
     "parallel": "parallel(size=6)",
@@ -76,6 +81,11 @@ ON_MODEL = {
             "diff",
         )
     },
+    ("kasa", "mixed"): f"kasa(rank=2, targets={MATRICES})",
+    ("bdlora", "mixed"): "bdlora(rank=4, blocks=2, block_a=['head'], targets='head')",
+    ("monteclora", "mixed"): "monteclora(rank=4, samples=3, targets='head')",
+    ("qalora", "mixed"): "qalora(rank=4, group=2, targets='head')",
+    ("velora", "mixed"): "velora(rank=4, groups=4, targets='head')",
     ("shira", "mixed"): f"shira(rank=2, targets={MATRICES})",
     ("piggyback", "mixed"): f"piggyback(targets={MATRICES})",
     ("oft", "mixed"): "oft(block=2, targets=['embed', 'conv1', 'conv2', 'grouped', 'head'])",
@@ -181,9 +191,9 @@ NOT_MERGEABLE = {
     "union": "in its part prefix, it adds keys and values to the softmax of attention",
 }
 IDENTITY_AT_FIRST = {
-    "adafit", "adalora", "bitfit", "boft", "diff", "dora", "full", "gated", "hira", "hra", "ia3", "llama-adapter",
-    "loha", "lokr", "lora", "miss", "mora", "norms", "oft", "parallel", "piggyback", "randlora", "shira", "spottune",
-    "tokens", "vera",
+    "adafit", "adalora", "bdlora", "bitfit", "boft", "diff", "dora", "full", "gated", "hira", "hra", "ia3", "llama-adapter",
+    "loha", "lokr", "lora", "miss", "monteclora", "mora", "norms", "oft", "parallel", "piggyback", "qalora", "randlora", "shira", "spottune",
+    "tokens", "velora", "vera",
 }  # fmt: skip
 """Methods that start as the identity (other bottlenecks only nearly; a prefix, prompt or intervention never)."""
 

@@ -112,11 +112,15 @@ def test_any_change_of_weight_is_a_lora(kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(acting(ours, "b"), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("base", [tiny.llama, tiny.gpt2])
-def test_a_bias_of_b_comes_along(base: Any) -> None:
+@pytest.mark.parametrize(
+    ("base", "targets"),
+    [(tiny.llama, ["q_proj", "down_proj"]), (tiny.gpt2, ["c_attn", "c_proj"])],
+    ids=["llama", "gpt2"],
+)
+def test_a_bias_of_b_comes_along(base: Any, targets: list[str]) -> None:
     """As the layers' own, where they have one; else as that of B."""
     model = base()
-    shaken(tt.attach(model, "lora(rank=4, lora_bias=True, targets=['mlp_up', 'mlp_down'])", "a"))
+    shaken(tt.attach(model, f"lora(rank=4, lora_bias=True, targets={targets})", "a"))
     for rank in (4, 6, 1.0):
         made = converted(model, rank, "a")
         assert made.method.lora_bias == (base is tiny.llama)

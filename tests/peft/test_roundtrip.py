@@ -114,6 +114,7 @@ with kit.quiet(*QUIET):
         lora("experts-some-layers", qwen3_moe, target_modules=[], target_parameters=["experts.gate_up_proj"]),
     ]  # fmt: skip
     REFUSED = [
+        lora("qalora", use_qalora=True, qalora_group_size=8),  # on dense layers PEFT passes over it
         method("randlora-sparse", kit.llama, peft.RandLoraConfig(target_modules=QV, r=8, sparse=True)),
         method("loha-effective", kit.convolutions, peft.LoHaConfig(
             target_modules=["line", "square"], r=3, use_effective_conv2d=True)),

@@ -35,7 +35,15 @@ from trimtab.adapt.contract import (
     pattern_value,
     zeros,
 )
-from trimtab.adapt.factors import FACTORS, KEPT, OFFSET, factor_specs, joined, plain_factors
+from trimtab.adapt.factors import (
+    EMBEDDED,
+    FACTORS,
+    KEPT,
+    OFFSET,
+    factor_specs,
+    joined,
+    plain_factors,
+)
 from trimtab.adapt.initial import DEFAULT, Initialisation, initialisation
 from trimtab.adapt.peft_config import refuse_unknown, selectors
 from trimtab.errors import TargetError, UnsupportedError
@@ -48,7 +56,7 @@ PEFT_DEFAULTS: Mapping[str, Any] = {
     "layers_to_transform": None, "layers_pattern": None, "rank_pattern": {}, "alpha_pattern": {},
     "megatron_config": None, "megatron_core": "megatron.core", "trainable_token_indices": None, "loftq_config": {},
     "eva_config": None, "corda_config": None, "lora_ga_config": None, "use_dora": False, "velora_config": None,
-    "alora_invocation_tokens": None, "use_qalora": False, "qalora_group_size": 16, "monteclora_config": None,
+    "alora_invocation_tokens": None, "use_qalora": False, "qalora_group_size": ..., "monteclora_config": None,
     "layer_replication": None, "lora_bias": False, "target_parameters": None, "use_bdlora": None,
     "arrow_config": None, "kasa_config": None, "ensure_weight_tying": False,
 }  # fmt: skip
@@ -71,11 +79,13 @@ BIASES = (INNER, OWN)
 class LowRank(Method):
     """Fields and edits of LoRA; its variants add to it. Patterns map the end of a path to a rank or an alpha.
 
-    ``variant`` is the option of PEFT's that makes its LoRA this method, ``offsets`` whether B may have a bias.
+    ``variant`` is the option of PEFT's that makes its LoRA this method, ``offsets`` whether B may have a bias,
+    ``halves`` whether one factor may stay as it begins.
     """
 
     variant: ClassVar[str] = ""
     offsets: ClassVar[bool] = True
+    halves: ClassVar[bool] = False
     peft_type: ClassVar[str | None] = "LORA"
     disk: ClassVar[Mapping[str, str]] = {
         "lora_A.weight": "lora_A.weight",
@@ -130,6 +140,10 @@ class LowRank(Method):
             raise ValueError(
                 f"{self.kind} has no lora_bias; bias='lora_only' trains the layers' own"
             )
+        if self._start is not None and self._start.keeps_b and not self.halves:
+            raise ValueError(
+                f"{self.kind} trains both factors, so it does not begin as {self.init}"
+            )
         return self
 
     @property
@@ -146,7 +160,10 @@ class LowRank(Method):
 
     @property
     def fixed(self) -> frozenset[str]:
-        return frozenset(KEPT) if self._away else frozenset()
+        own = (
+            {FACTORS[1], EMBEDDED[1]} if self._start is not None and self._start.keeps_b else set()
+        )
+        return frozenset({*own, *KEPT} if self._away else own)
 
     @property
     def rebuilt(self) -> frozenset[str]:
@@ -283,8 +300,12 @@ class LowRank(Method):
         # Dropout acts on each x before its A; one shared dropout would act on all of them at once.
         changes = {"rank": rank, "alpha": float(rank), "rslora": False, "dropout": 0.0}
         offsets = [c for m, p in parts if isinstance(m, LowRank) and (c := m.offset(p)) is not None]
-        summed = self.replace(init=DEFAULT, lora_bias=bool(offsets), **changes)
+        summed = self.summed(init=DEFAULT, lora_bias=bool(offsets), **changes)
         return summed, {"A": a, "B": b} | ({"c": torch.stack(offsets).sum(0)} if offsets else {})
+
+    def summed(self, **changes: Any) -> Method:
+        """The method of a sum, from that of one of its parts."""
+        return self.replace(**changes)
 
     def plain(self) -> Method:
         """Twice the rank, where the first factors are kept. The scale stays."""
@@ -362,7 +383,7 @@ class LowRank(Method):
             "lora_bias": bool(config.get("lora_bias", False)),
             "rank_pattern": config.get("rank_pattern") or {},
             "alpha_pattern": config.get("alpha_pattern") or {},
-            "init": init if init in ("pissa", "olora") else DEFAULT,
+            "init": init if init in ("pissa", "olora", "mica") else DEFAULT,
         }  # fmt: skip
 
     def roles_in_file(self, path: str, slots: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal, Self, final
+from typing import Any, ClassVar, Literal, Self, final
 
 import torch
 from pydantic import Field, model_validator
@@ -39,6 +39,7 @@ class LoRA(LowRank):
     """``LoRA(rank=16, alpha=32, targets="all-linear")``, ``LoRA(init="pissa")``; LoRA+ is ``LoRA(plus=16)``."""
 
     kind: ClassVar[str] = "lora"
+    halves: ClassVar[bool] = True
     lr: ClassVar[float] = 2e-4
 
     plus: float = Field(default=1.0, gt=0)
@@ -59,6 +60,18 @@ class LoRA(LowRank):
                 f"bits rounds the factors, which would move the start that {self.init} keeps"
             )
         return self
+
+    @model_validator(mode="after")
+    def _one_learns(self) -> Self:
+        if self._keeps_b and (self.frozen_a or self.plus != 1):
+            raise ValueError(
+                f"{self.init} trains A alone, which leaves frozen_a and plus no meaning"
+            )
+        return self
+
+    @property
+    def _keeps_b(self) -> bool:
+        return self._start is not None and self._start.keeps_b
 
     @property
     def rates(self) -> Mapping[str, float]:
@@ -96,6 +109,10 @@ class LoRA(LowRank):
             if place.role not in BIASES:
                 method = self.at(place.path)
                 _project(p["A"], p["B"], method.rank, method.scaling)
+
+    def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
+        own = {"init_lora_weights": self.init} if self._keeps_b else {}
+        return {**super().to_peft(places), **own}
 
     def plain(self) -> Method:
         plain = super().plain()
