@@ -191,9 +191,9 @@ NOT_MERGEABLE = {
     "union": "in its part prefix, it adds keys and values to the softmax of attention",
 }
 IDENTITY_AT_FIRST = {
-    "adafit", "adalora", "bdlora", "bitfit", "boft", "diff", "dora", "full", "gated", "hira", "hra", "ia3", "llama-adapter",
-    "loha", "lokr", "lora", "miss", "monteclora", "mora", "norms", "oft", "parallel", "piggyback", "qalora", "randlora", "shira", "spottune",
-    "tokens", "velora", "vera",
+    "adafit", "adalora", "bdlora", "bitfit", "boft", "diff", "dora", "full", "gated", "hira", "hra", "ia3",
+    "llama-adapter", "loha", "lokr", "lora", "miss", "monteclora", "mora", "norms", "oft", "parallel", "piggyback",
+    "qalora", "randlora", "shira", "spottune", "tokens", "velora", "vera",
 }  # fmt: skip
 """Methods that start as the identity (other bottlenecks only nearly; a prefix, prompt or intervention never)."""
 

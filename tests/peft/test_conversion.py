@@ -91,7 +91,7 @@ def test_what_began_elsewhere_is_exact_at_twice_the_rank(method: str) -> None:
 
 @pytest.mark.parametrize(
     "kind", ["dora", "loha", "lokr", "oft", "boft", "hra", "ia3", "vera", "randlora", "fourierft", "miss", "shira",
-             "hira", "mora", "diff", "adalora", "lora"],
+             "hira", "mora", "diff", "adalora", "lora", "kasa", "qalora", "bdlora", "velora", "monteclora"],
 )  # fmt: skip
 def test_any_change_of_weight_is_a_lora(kind: str, tmp_path: Path) -> None:
     method = SMALL.get(kind, kind)

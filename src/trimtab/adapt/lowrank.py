@@ -115,7 +115,7 @@ class LowRank(Method):
     lora_bias: bool = False
     """Train a bias of B, which is scaled as the product is."""
     init: str = DEFAULT
-    """Where the factors begin: default, gaussian, orthogonal, pissa, olora, lora-ga or eva."""
+    """Where the factors begin: default, gaussian, orthogonal, pissa, olora, mica, lora-ga or eva."""
     rank_pattern: Mapping[str, int] = Field(default_factory=dict)
     """End of a path -> its rank."""
     alpha_pattern: Mapping[str, float] = Field(default_factory=dict)

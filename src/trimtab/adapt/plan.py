@@ -69,16 +69,22 @@ def _origin(
     layers = [layer_at(anatomy, path) for path in named]
     kind = type(model).__name__
     task = next((task for ending, task in _TASKS.items() if kind.endswith(ending)), None)
+    apart = {path.rpartition(".")[2] for path in named} & _FUSED if anatomy.experts else set()
+    like_peft_s = all(layer.in_peft for layer in layers) and not apart
+
+    def known(method: Method) -> bool:
+        nests = method.peft_nests or named == paths
+        return like_peft_s and nests and method.in_peft(anatomy, places)
+
+    in_peft, plain = known(method), method.plain()
     headless = not any(site.method >= parts and site.path in anatomy.head for site in sites)
     return Origin(
         base_name=getattr(anatomy.config, "_name_or_path", None) or None,
         task_type=None if headless and task in _HEADS_TOO else task,
         suffixes=_suffixes(named, anatomy),
         transposed=any(layer.transposed for layer in layers),
-        in_peft=method.in_peft(anatomy, places)
-        and all(layer.in_peft for layer in layers)
-        and (method.peft_nests or named == paths)
-        and not (anatomy.experts and {path.rpartition(".")[2] for path in named} & _FUSED),
+        in_peft=in_peft,
+        plain_in_peft=None if in_peft or plain == method else known(plain),
     )
 
 
