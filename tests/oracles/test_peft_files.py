@@ -214,7 +214,8 @@ def change(folder: Path, **options: Any) -> None:
     ("option", "value", "message"),
     [
         ("lora_beta", 3, "unknown option 'lora_beta'"),
-        ("use_qalora", True, "use_qalora=True"),
+        ("monteclora_config", {"samples": 3}, "unknown option 'samples' of monteclora_config"),
+        ("velora_config", {"scales": 3}, "unknown option 'scales' of velora_config"),
         ("layer_replication", [[0, 2]], "layer_replication"),
         ("alora_invocation_tokens", [1, 2], "alora_invocation_tokens"),
         ("trainable_token_indices", [3], "trainable_token_indices"),
@@ -228,6 +229,12 @@ def change(folder: Path, **options: Any) -> None:
 def test_an_option_that_we_lack_raises(folder: Path, option: str, value: Any, message: str) -> None:
     change(folder, **{option: value})
     with pytest.raises((FileFormatError, UnsupportedError), match=message):
+        tt.Adapter.load(folder)
+
+
+def test_two_variants_in_one_raise(folder: Path) -> None:
+    change(folder, use_dora=True, kasa_config={"beta": 0.1, "gamma": 0.1})
+    with pytest.raises(UnsupportedError, match="use_dora and kasa_config are two methods in one"):
         tt.Adapter.load(folder)
 
 

@@ -209,6 +209,22 @@ def test_qalora_acts_where_peft_passes_over_it(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(ours.merge_and_unload()), expected, **CLOSE)
 
 
+def test_a_variant_that_begins_elsewhere_is_shared_as_a_lora(tmp_path: Path) -> None:
+    options = {**PLAIN, **VARIANTS["velora"], "init_lora_weights": "pissa"}
+    ours = made(face, {"default": options})
+    expected = logits(ours)
+    ours.save_pretrained(tmp_path / "ours")
+    again = face.PeftModel.from_pretrained(tiny.llama(num_hidden_layers=2), tmp_path / "ours")
+    assert torch.equal(logits(again), expected)
+    assert again.peft_config["default"].init_lora_weights == "pissa"
+    with pytest.raises((ValueError, KeyError), match="TRIMTAB_VELORA"), quiet():
+        peft.PeftModel.from_pretrained(tiny.llama(num_hidden_layers=2), tmp_path / "ours")
+    tt.exported(ours.base_model.adapters["default"]).save(tmp_path / "shared")
+    with quiet():
+        read = peft.PeftModel.from_pretrained(tiny.llama(num_hidden_layers=2), tmp_path / "shared")
+    torch.testing.assert_close(logits(read), expected, **CLOSE)
+
+
 def module(model: nn.Module) -> nn.Module:
     return model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
 

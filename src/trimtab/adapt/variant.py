@@ -16,7 +16,8 @@ from trimtab.adapt.factors import EMBEDDED, FACTORS, OFFSET
 from trimtab.adapt.initial import DEFAULT
 from trimtab.adapt.lowrank import BIASES, LowRank
 from trimtab.adapt.parse import method_from
-from trimtab.errors import TargetError
+from trimtab.adapt.peft_config import CONFIG
+from trimtab.errors import FileFormatError, TargetError
 
 
 class Variant(LowRank):
@@ -45,7 +46,7 @@ class Variant(LowRank):
 
     @property
     def peft_reads(self) -> bool:
-        return True
+        return not self._away  # PEFT would take the first factors out of its base again
 
     def plain(self) -> Method:
         own = {name: value for name, value in self if name in LowRank.model_fields}
@@ -78,6 +79,19 @@ class Variant(LowRank):
 
     def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
         return {**super().to_peft(places), **self.variant_to_peft()}
+
+    @classmethod
+    def read(
+        cls, config: Mapping[str, Any], names: Mapping[str, str], unused: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """Our fields of the options below ``variant``, PEFT's name -> ours; ``unused`` are those of no effect here."""
+        given = dict(config[cls.variant])
+        for name in given:
+            if name not in names and name not in unused:
+                raise FileFormatError(
+                    f"{CONFIG}: unknown option {name!r} of {cls.variant}; a newer PEFT wrote it."
+                )
+        return {names[name]: value for name, value in given.items() if name in names}
 
     def variant_to_peft(self) -> dict[str, Any]:
         """PEFT's options of the variant."""

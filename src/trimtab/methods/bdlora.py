@@ -25,6 +25,13 @@ from trimtab.models.anatomy import Anatomy
 
 ALL = ("",)
 """What every name contains."""
+_OPTIONS = {
+    "target_modules_bd_a": "block_a",
+    "target_modules_bd_b": "block_b",
+    "nblocks": "blocks",
+    "match_strict": "strict",
+}
+"""PEFT's option -> our field."""
 
 
 @final
@@ -110,23 +117,13 @@ class BDLoRA(Variant):
 
     def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
         a, b = self._said(places)
-        options = {
-            "target_modules_bd_a": a or None,
-            "target_modules_bd_b": b or None,
-            "nblocks": self.blocks,
-            "match_strict": self.strict,
-        }
+        said = {**dict(self), "block_a": a or None, "block_b": b or None}
+        options = {theirs: said[ours] for theirs, ours in _OPTIONS.items()}
         return {**super().to_peft(places), "use_bdlora": options}
 
     @classmethod
     def fields_of_variant(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        given = config["use_bdlora"]
-        return {
-            "blocks": given.get("nblocks", 1),
-            "block_a": given.get("target_modules_bd_a") or (),
-            "block_b": given.get("target_modules_bd_b") or (),
-            "strict": given.get("match_strict", True),
-        }
+        return {"blocks": 1, "block_b": (), **cls.read(config, _OPTIONS)}
 
     def _sides(self, path: str) -> tuple[bool, bool]:
         """Whether A, or B, is block-diagonal at a site."""

@@ -106,7 +106,7 @@ class KaSA(Variant):
 
     @classmethod
     def fields_of_variant(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(config["kasa_config"])
+        return cls.read(config, {"beta": "beta", "gamma": "gamma"})
 
 
 class _Least(Initialisation):

@@ -149,8 +149,7 @@ class MonteCLoRA(Variant):
 
     @classmethod
     def fields_of_variant(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        given = config["monteclora_config"]
-        return {ours: given[theirs] for theirs, ours in _OPTIONS.items() if theirs in given}
+        return cls.read(config, _OPTIONS, unused=("buffer_size",))
 
 
 _OPTIONS = {

@@ -23,6 +23,8 @@ from trimtab.adapt.variant import Variant
 from trimtab.kernels.compressed import compressed_linear, group_width, mean_direction
 
 SLOT = "lora_velora_embed"
+_OPTIONS = {"num_groups": "groups", "scale": "backward_scale", "init_type": "direction"}
+"""PEFT's option -> our field."""
 
 
 @final
@@ -73,22 +75,11 @@ class VeLoRA(Variant):
         return new
 
     def variant_to_peft(self) -> dict[str, Any]:
-        return {
-            "velora_config": {
-                "num_groups": self.groups,
-                "scale": self.backward_scale,
-                "init_type": self.direction,
-            }
-        }
+        return {"velora_config": {theirs: dict(self)[ours] for theirs, ours in _OPTIONS.items()}}
 
     @classmethod
     def fields_of_variant(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        given = config["velora_config"]
-        return {
-            "groups": given.get("num_groups", 64),
-            "backward_scale": given.get("scale", 1.0),
-            "direction": given.get("init_type", "batch_average"),
-        }
+        return cls.read(config, _OPTIONS)
 
 
 def _drawn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
