@@ -43,6 +43,11 @@ _PLACES = {
     "using": "trimtab.adapt.acting",
     "LoRA": "trimtab.methods.lora",
     "DoRA": "trimtab.methods.dora",
+    "VeLoRA": "trimtab.methods.velora",
+    "QALoRA": "trimtab.methods.qalora",
+    "MonteCLoRA": "trimtab.methods.monteclora",
+    "KaSA": "trimtab.methods.kasa",
+    "BDLoRA": "trimtab.methods.bdlora",
     "AdaLoRA": "trimtab.methods.adalora",
     "IA3": "trimtab.methods.ia3",
     "BitFit": "trimtab.methods.bitfit",
@@ -140,6 +145,7 @@ if TYPE_CHECKING:
     from trimtab.methods.adafit import AdaFit as AdaFit
     from trimtab.methods.adalora import AdaLoRA as AdaLoRA
     from trimtab.methods.adapterplus import AdapterPlus as AdapterPlus
+    from trimtab.methods.bdlora import BDLoRA as BDLoRA
     from trimtab.methods.bitfit import BitFit as BitFit
     from trimtab.methods.boft import BOFT as BOFT
     from trimtab.methods.bottleneck import Bottleneck as Bottleneck
@@ -154,12 +160,14 @@ if TYPE_CHECKING:
     from trimtab.methods.hira import HiRA as HiRA
     from trimtab.methods.hra import HRA as HRA
     from trimtab.methods.ia3 import IA3 as IA3
+    from trimtab.methods.kasa import KaSA as KaSA
     from trimtab.methods.llama_adapter import LlamaAdapter as LlamaAdapter
     from trimtab.methods.loha import LoHa as LoHa
     from trimtab.methods.lokr import LoKr as LoKr
     from trimtab.methods.lora import LoRA as LoRA
     from trimtab.methods.loreft import LoReFT as LoReFT
     from trimtab.methods.miss import MiSS as MiSS
+    from trimtab.methods.monteclora import MonteCLoRA as MonteCLoRA
     from trimtab.methods.mora import MoRA as MoRA
     from trimtab.methods.noreft import NoReFT as NoReFT
     from trimtab.methods.norms import Norms as Norms
@@ -170,11 +178,13 @@ if TYPE_CHECKING:
     from trimtab.methods.prefix import Prefix as Prefix
     from trimtab.methods.prompt import Prompt as Prompt
     from trimtab.methods.ptuning import PTuning as PTuning
+    from trimtab.methods.qalora import QALoRA as QALoRA
     from trimtab.methods.randlora import RandLoRA as RandLoRA
     from trimtab.methods.shira import SHiRA as SHiRA
     from trimtab.methods.spottune import SpotTune as SpotTune
     from trimtab.methods.tokens import Tokens as Tokens
     from trimtab.methods.union import Union as Union
+    from trimtab.methods.velora import VeLoRA as VeLoRA
     from trimtab.methods.vera import VeRA as VeRA
     from trimtab.models.load import load as load
     from trimtab.optim.adam import parameter_groups as parameter_groups

@@ -579,22 +579,25 @@ def test_s24_saving_biases_raises_no_false_alarm(tmp_path: Path) -> None:
     alarmed = theirs(kit.bert, target_modules=["query"], lora_bias=True)
     with pytest.warns(UserWarning, match="ZeRO"):
         alarmed.save_pretrained(tmp_path / "peft")
-    for bias in ("lora_only", "all"):
-        model = kit.bert()
-        adapter = shaken(tt.attach(model, tt.LoRA(rank=2, targets="query", bias=bias), "a"))
-        adapter.save(tmp_path / bias)
+    for number, options in enumerate(({"bias": "lora_only"}, {"bias": "all"}, {"lora_bias": True})):
+        model, folder = kit.bert(), tmp_path / str(number)
+        adapter = shaken(tt.attach(model, tt.LoRA(rank=2, targets="query", **options), "a"))
+        adapter.save(folder)
         again = kit.bert()
-        tt.attach(again, tt.Adapter.load(tmp_path / bias))
+        tt.attach(again, tt.Adapter.load(folder))
         assert torch.equal(logits(again), logits(model))
-        assert any(tensor.dim() == 1 for tensor in load_file(tmp_path / bias / WEIGHTS).values())
+        assert any(tensor.dim() == 1 for tensor in load_file(folder / WEIGHTS).values())
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.25, -2.0])
 @pytest.mark.parametrize("rslora", [False, True])
-def test_s25_a_trained_bias_is_merged_at_its_scale(scale: float, rslora: bool) -> None:
+@pytest.mark.parametrize("options", [{"bias": "lora_only"}, {"lora_bias": True}])
+def test_s25_a_trained_bias_is_merged_at_its_scale(
+    options: dict[str, Any], scale: float, rslora: bool
+) -> None:
     """PEFT's quantised merges add a trained bias without its scaling. Trimtab: one merge, by the forward itself."""
     model = kit.bert().double()
-    method = tt.LoRA(rank=4, alpha=6, rslora=rslora, targets="all-linear", bias="lora_only")
+    method = tt.LoRA(rank=4, alpha=6, rslora=rslora, targets="all-linear", **options)
     shaken(tt.attach(model, method, "a"))
     tt.scale(model, "a", scale)
     expected = logits(model)

@@ -23,6 +23,7 @@ from trimtab.errors import ConfigError, UnsupportedError
 IDS = torch.arange(3, 19).reshape(2, 8)
 ADDITIVE = {
     "lora": "lora(rank=3, targets=['q_proj', 'embed_tokens'])",
+    "offset": "lora(rank=3, lora_bias=True, rslora=True, targets=['q_proj', 'up_proj'])",
     "adalora": "adalora(rank=3, target_rank=2, targets=['q_proj', 'embed_tokens'])",
     "ia3": "ia3",
     "bitfit": "bitfit",
@@ -294,6 +295,10 @@ def test_a_sum_whose_sizes_would_differ_from_site_to_site_is_refused() -> None:
 def test_the_sum_of_adapters_at_different_sites(kind: str, tmp_path: Path) -> None:
     options = {
         "lora": ("lora(rank=2, targets='q_proj')", "lora(rank=3, targets=['v_proj', 'q_proj'])"),
+        "offset": (
+            "lora(rank=2, lora_bias=True, targets='q_proj')",
+            "lora(rank=3, lora_bias=True, targets=['v_proj', 'q_proj'])",
+        ),
         "adalora": (
             "adalora(rank=2, target_rank=2, targets='q_proj')",
             "adalora(rank=3, target_rank=2, targets=['v_proj', 'q_proj'])",

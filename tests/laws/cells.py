@@ -30,6 +30,11 @@ SMALL = {
     "lora": "lora(rank=4)",
     "dora": "dora(rank=4)",
     "adalora": "adalora(rank=4, target_rank=2)",
+    "bdlora": "bdlora(rank=4, blocks=2, block_a=['o_proj', 'down_proj'])",
+    "kasa": "kasa(rank=4, alpha=8)",
+    "monteclora": "monteclora(rank=4, samples=3)",
+    "qalora": "qalora(rank=4, alpha=8, group=8)",
+    "velora": "velora(rank=4, groups=8)",
     "bottleneck": "bottleneck(size=6)",
     "pfeiffer": "pfeiffer(size=6)",
     "parallel": "parallel(size=6)",
@@ -79,6 +84,11 @@ ON_MODEL = {
     ("lokr", "mixed"): f"lokr(rank=1, tucker=True, targets={MATRICES})",
     ("hira", "mixed"): f"hira(rank=4, rank_pattern={{'conv1': 2}}, targets={MATRICES})",
     ("randlora", "mixed"): f"randlora(rank=8, alpha=32, drawing='sparse', targets={MATRICES})",
+    ("kasa", "mixed"): f"kasa(rank=2, targets={MATRICES})",
+    ("bdlora", "mixed"): "bdlora(rank=4, blocks=2, block_a=['head'], targets='head')",
+    ("monteclora", "mixed"): "monteclora(rank=4, samples=3, targets='head')",
+    ("qalora", "mixed"): "qalora(rank=4, group=2, targets='head')",
+    ("velora", "mixed"): "velora(rank=4, groups=4, targets='head')",
     ("shira", "mixed"): f"shira(rank=2, targets={MATRICES})",
     ("piggyback", "mixed"): f"piggyback(targets={MATRICES})",
     ("oft", "mixed"): "oft(block=2, epsilon=1.0, terms=4, targets=['embed', 'conv1', 'conv2', 'grouped', 'head'])",
@@ -106,6 +116,7 @@ ON_MODEL = {
         for c in POOLED
     },
     ("lora", "classifier"): "lora(rank=4, train=['score'])",
+    ("lora", "gpt2"): "lora(rank=4, lora_bias=True)",
     ("lora", "bert"): "lora(rank=4, train=['classifier'])",
     # each tower has attention of its own width, and an input of its own
     ("tokens", "clip"): "tokens(ids=(5, 17, 40, 3, 60), targets='token_embedding')",
@@ -183,9 +194,9 @@ NOT_MERGEABLE = {
     "union": "in its part prefix, it adds keys and values to the softmax of attention",
 }
 IDENTITY_AT_FIRST = {
-    "adafit", "adalora", "bitfit", "boft", "diff", "dora", "full", "gated", "hira", "hra", "ia3", "llama-adapter",
-    "loha", "lokr", "lora", "miss", "mora", "norms", "oft", "parallel", "piggyback", "randlora", "shira", "spottune",
-    "tokens", "vera",
+    "adafit", "adalora", "bdlora", "bitfit", "boft", "diff", "dora", "full", "gated", "hira", "hra", "ia3",
+    "llama-adapter", "loha", "lokr", "lora", "miss", "monteclora", "mora", "norms", "oft", "parallel", "piggyback",
+    "qalora", "randlora", "shira", "spottune", "tokens", "velora", "vera",
 }  # fmt: skip
 """Methods that start as the identity (other bottlenecks only nearly; a prefix, prompt or intervention never)."""
 

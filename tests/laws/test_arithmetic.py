@@ -34,7 +34,7 @@ def adapters(kind: str) -> list[tt.Adapter]:
 
 def bare() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 8)).double()
+    return nn.Sequential(nn.Linear(16, 8)).double().eval()
 
 
 @torch.no_grad()

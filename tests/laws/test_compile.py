@@ -41,7 +41,8 @@ def test_compiled_is_eager(method: str) -> None:
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
 @pytest.mark.parametrize(
-    "method", ["lora", "bottleneck", "ia3", "shira", "prefix", "prompt", "llama-adapter"]
+    "method",
+    ["lora", "bottleneck", "ia3", "shira", "prefix", "prompt", "llama-adapter", "kasa", "velora"],
 )
 def test_compiled_gradients_are_eager_gradients(method: str) -> None:
     torch._dynamo.reset()
@@ -50,6 +51,7 @@ def test_compiled_gradients_are_eager_gradients(method: str) -> None:
         model = llama(num_hidden_layers=1)
         inputs = {**CASES["llama"].inputs(), "use_cache": False}
         adapter = attached(Cell(method, "llama"), model)
+        model.train()  # nothing is dropped
         run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
         output(run, inputs).tanh().sum().backward()
         found.append({n.key: t.grad for n, t in adapter.named().items() if n not in adapter.fixed})

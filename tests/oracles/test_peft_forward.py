@@ -16,10 +16,11 @@ import trimtab as tt
 from tests import tiny as models
 from tests.oracles import kit
 from tests.oracles.cases import CASES, ENCODED, Case
+from tests.oracles.variants import VARIANTS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-@pytest.mark.parametrize("case", [*CASES, *ENCODED], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *ENCODED, *VARIANTS], ids=lambda case: case.name)
 def test_outputs_and_gradients_equal_those_of_peft(case: Case, dtype: torch.dtype) -> None:
     if case.fp32_only and dtype == torch.float64:
         pytest.skip("PEFT computes it in float32")

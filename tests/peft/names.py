@@ -51,6 +51,7 @@ class Group(NamedTuple):
 
 PATHS = (
     "peft.AutoPeftModelForCausalLM", "peft.functional", "peft.helpers.DoraCaching",
+    "peft.helpers.MontecloraTrainerMixin",
     "peft.helpers.check_if_peft_model", "peft.helpers.disable_input_dtype_casting",
     "peft.helpers.find_kappa_target_modules", "peft.helpers.rescale_adapter_scale",
     "peft.helpers.update_forward_signature", "peft.helpers.update_generate_signature",

@@ -91,7 +91,7 @@ def test_what_began_elsewhere_is_exact_at_twice_the_rank(method: str) -> None:
 
 @pytest.mark.parametrize(
     "kind", ["dora", "loha", "lokr", "oft", "boft", "hra", "ia3", "vera", "randlora", "fourierft", "miss", "shira",
-             "hira", "mora", "diff", "adalora", "lora"],
+             "hira", "mora", "diff", "adalora", "lora", "kasa", "qalora", "bdlora", "velora", "monteclora"],
 )  # fmt: skip
 def test_any_change_of_weight_is_a_lora(kind: str, tmp_path: Path) -> None:
     method = SMALL.get(kind, kind)
@@ -110,6 +110,23 @@ def test_any_change_of_weight_is_a_lora(kind: str, tmp_path: Path) -> None:
     ours = tiny.llama(num_hidden_layers=1)
     tt.attach(ours, tt.Adapter.load(tmp_path / "lora"), "b")
     torch.testing.assert_close(acting(ours, "b"), expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("base", "targets"),
+    [(tiny.llama, ["q_proj", "down_proj"]), (tiny.gpt2, ["c_attn", "c_proj"])],
+    ids=["llama", "gpt2"],
+)
+def test_a_bias_of_b_comes_along(base: Any, targets: list[str]) -> None:
+    """As the layers' own, where they have one; else as that of B."""
+    model = base()
+    shaken(tt.attach(model, f"lora(rank=4, lora_bias=True, targets={targets})", "a"))
+    for rank in (4, 6, 1.0):
+        made = converted(model, rank, "a")
+        assert made.method.lora_bias == (base is tiny.llama)
+        fresh = base()
+        tt.attach(fresh, made, "b")
+        torch.testing.assert_close(acting(fresh, "b"), acting(model, "a"), **CLOSE)
 
 
 def test_a_share_gives_each_layer_its_rank() -> None:

@@ -68,12 +68,16 @@ OTHERS: dict[str, dict[str, Any]] = {
     "patterns": {**PLAIN, "rank_pattern": {"v_proj": 1}, "alpha_pattern": {"q_proj": 20}},
     "fewer": {**PLAIN, "target_modules": ["v_proj"]},
 }
+BIASED = {**PLAIN, "lora_bias": True}
 
 
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
-def test_swapped_is_the_other_in_the_same_parameters(other: dict[str, Any], tmp_path: Path) -> None:
-    folder, expected = saved(tmp_path, other)
-    model = made(face, {"default": PLAIN})
+@pytest.mark.parametrize("own", [PLAIN, BIASED], ids=["plain", "biased"])
+def test_swapped_is_the_other_in_the_same_parameters(
+    own: dict[str, Any], other: dict[str, Any], tmp_path: Path
+) -> None:
+    folder, expected = saved(tmp_path, {**other, "lora_bias": "lora_bias" in own})
+    model = made(face, {"default": own})
     before = parameters(model)
     assert not torch.allclose(logits(model), expected, **CLOSE)
     hotswap_adapter(model, folder, "default")
@@ -81,9 +85,18 @@ def test_swapped_is_the_other_in_the_same_parameters(other: dict[str, Any], tmp_
     assert parameters(model) == before
     again = tmp_path / "again"
     model.save_pretrained(again)
-    with quiet():
+    with quiet("`lora_bias=True` was passed"):
         theirs = peft.PeftModel.from_pretrained(tiny.llama(num_hidden_layers=2), again)
     torch.testing.assert_close(logits(theirs), expected, **CLOSE)
+
+
+def test_a_bias_of_b_has_no_place_where_there_is_none(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path, BIASED)
+    model = made(face, {"default": PLAIN})
+    before = logits(model)
+    with pytest.raises(AttachError, match="no place for it"):
+        hotswap_adapter(model, folder, "default")
+    assert torch.equal(logits(model), before)
 
 
 def test_swapped_is_what_peft_swaps(tmp_path: Path) -> None:

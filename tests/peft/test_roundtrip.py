@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import trimtab as tt
 from tests import tiny
-from tests.oracles import cases, kit
+from tests.oracles import cases, kit, variants
 from trimtab.errors import AttachError, UnsupportedError
 from trimtab.peft import (
     PeftConfig,
@@ -61,7 +61,7 @@ FROM_THE_CORE = [
     Case(case.name, case.make, case.theirs)
     for each in (
         cases.LORA, cases.DORA, cases.ADALORA, cases.IA3, cases.PREFIX, cases.PROMPT, cases.LLAMA_ADAPTER, cases.WEIGHT,
-        cases.ROTATION, cases.SELECTION, cases.SHIRA,
+        cases.ROTATION, cases.SELECTION, cases.SHIRA, variants.VARIANTS,
     )
     for case in each
 ]  # fmt: skip
@@ -133,6 +133,7 @@ with kit.quiet(*QUIET):
     REFUSED = [
         method("oft-bias", kit.bert, peft.OFTConfig(target_modules=["query"], oft_block_size=8, bias="all")),
         method("boft-bias", kit.bert, peft.BOFTConfig(target_modules=["query"], bias="boft_only")),
+        lora("qalora", use_qalora=True, qalora_group_size=8),  # on dense layers PEFT passes over it
     ]  # fmt: skip
 """Options that the core lacks: never read or written as something else."""
 ALL = [*FROM_THE_CORE, *OURS_ALONE, *MORE]

@@ -244,10 +244,27 @@ def test_s23_a_configuration_is_left_as_it_is() -> None:
     assert config.to_dict() == before
 
 
-@pytest.mark.parametrize("name", ["S24", "S25"])
-def test_s24_s25_a_bias_of_the_second_factor(name: str) -> None:
-    with pytest.raises(UnsupportedError, match="lora_bias.*bias='lora_only'"):
-        made(lora_bias=True)
+def test_s24_saving_a_bias_of_the_second_factor_raises_no_alarm(tmp_path: Path) -> None:
+    model = made(lora_bias=True)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(base(), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    assert any(
+        key.endswith(".lora_B.bias") for key in load_file(tmp_path / "adapter_model.safetensors")
+    )
+
+
+@pytest.mark.parametrize("stored", ["gpt2-int8", "llama-nf4", "llama"])
+def test_s25_a_bias_of_the_second_factor_is_merged_at_its_scale(stored: str) -> None:
+    """On layers without a bias too, where PEFT cannot merge it."""
+    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", lora_bias=True)
+    model = peft.get_peft_model(tiny.CASES[stored].model(torch.float32), config)
+    kit.filled(model)
+    expected = logits(model.eval())
+    assert not close(expected, logits(model.unload()))
+    model = peft.get_peft_model(tiny.CASES[stored].model(torch.float32), config)
+    kit.filled(model)
+    assert close(logits(model.eval().merge_and_unload()), expected)
 
 
 def test_s26_experts_leave_nothing_behind() -> None:

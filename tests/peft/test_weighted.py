@@ -162,10 +162,11 @@ def test_dare_keeps_the_mean() -> None:
 
 HARD = {
     "rslora": "lora(rank=16, alpha=3, rslora=True, targets=['q_proj', 'v_proj'])",
+    "offset": "lora(rank=4, alpha=3, lora_bias=True, targets=['q_proj', 'v_proj'])",
     "dora": "dora(rank=4, targets=['q_proj', 'v_proj'])",
     "pissa": "lora(rank=4, init='pissa', targets=['q_proj', 'v_proj'])",
 }
-"""What PEFT combines wrongly: S10, S11 and S12."""
+"""What PEFT combines wrongly: S10, S11 and S12; and biases of B, which it forgets."""
 
 
 @pytest.mark.parametrize("method", HARD.values(), ids=HARD)
@@ -196,8 +197,9 @@ def test_two_adapters_sum_as_merged_weights_do(kind: str, method: str) -> None:
         tt.detach(model, name)
     bare = dict(model.named_parameters())
     for key, new in weights["new"].items():
-        expected = 0.3 * (weights["a"][key] - bare[key]) + 0.6 * (weights["b"][key] - bare[key])
-        torch.testing.assert_close(new - bare[key], expected, **WHOLE)
+        old = bare.get(key, torch.zeros(()))  # a bias where the base has none
+        expected = 0.3 * (weights["a"][key] - old) + 0.6 * (weights["b"][key] - old)
+        torch.testing.assert_close(new - old, expected, **WHOLE)
 
 
 def merged_weights(model: nn.Module, name: str) -> dict[str, Tensor]:

@@ -57,6 +57,8 @@ class Origin:
     suffixes: tuple[str, ...] | None = None
     transposed: bool = False
     in_peft: bool = True
+    plain_in_peft: bool | None = None
+    """Whether PEFT can read its form to share, where it cannot read the adapter itself."""
     copies: Mapping[str, str] = field(default_factory=dict)
     """Path -> checksum, in bf16, of the copy of the base's weight that PEFT's file held."""
     rebuilt: frozenset[str] = frozenset()
@@ -176,7 +178,7 @@ class Adapter:
         for name, tensor in self.named().items():
             if name.path == site.path:
                 self._tensors[TensorName(path, name.slot)] = tensor.clone()
-        self.origin = replace(self.origin, in_peft=False)
+        self.origin = replace(self.origin, in_peft=False, plain_in_peft=None)
 
     def check_whole(self, deed: str) -> None:
         """Raise where tensors are left to be made from the base, so that this cannot be done without it."""

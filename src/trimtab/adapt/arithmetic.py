@@ -78,20 +78,21 @@ def add(
     methods_at: list[dict[str, Method]] = [{} for _ in first.methods]
     for site, holders in sites.items():
         given = [(a.methods[site.method].at(site.path), _params(a, site)[0]) for a in holders]
-        slots = _params(holders[0], site)[1]
+        slots = {short: slot for a in holders for short, slot in _params(a, site)[1].items()}
         method, params = given[0][0].sum(given, site.role)
         places = [Place(other.path, other.role) for other in sites if other.method == site.method]
         methods_at[site.method][site.path] = method if alike else method.aimed(places)
         tensors |= {
             TensorName(site.path, slots[short]): tensor.clone() for short, tensor in params.items()
         }
+    method = method_from([_one_method(of_part) for of_part in methods_at])
     return Adapter(
         name,
-        method_from([_one_method(of_part) for of_part in methods_at]),
+        method,
         list(sites),
         tensors,
         base=first.base,
-        origin=_origin(parts, alike),
+        origin=_origin(parts, alike, plain=method.kind != first.method.kind),
     )
 
 
@@ -100,13 +101,14 @@ def interpolate(a: Adapter, b: Adapter, t: float, *, name: str) -> Adapter:
     return add([a, b], name=name, weights=[1 - t, t])
 
 
-def _origin(parts: Sequence[Adapter], alike: bool) -> Origin:
-    """Of the same base as its parts; PEFT is told of the targets of all of them."""
-    first = parts[0].origin
+def _origin(parts: Sequence[Adapter], alike: bool, *, plain: bool) -> Origin:
+    """Of the same base as its parts; PEFT is told of the targets of all. ``plain``: it is of their plain form."""
+    origins = [part.origin for part in parts]
+    first = origins[0]
     return replace(
         first,
         suffixes=first.suffixes if alike else None,
-        in_peft=all(part.origin.in_peft for part in parts),
+        in_peft=all(o.in_peft or (plain and bool(o.plain_in_peft)) for o in origins),
         provenance={"sum_of": [part.name for part in parts]},
     )
 

@@ -7,7 +7,7 @@ model at a time; a recomputation in backward, on whatever thread, restores the c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -305,12 +305,17 @@ class Bank(nn.Module):
 
     # -- losses and probes -----------------------------------------------------------------------------
 
-    def take_losses(self) -> list[tuple[str, str, Tensor]]:
-        """Auxiliary losses of the last forward as (adapter, name, value); taken once."""
-        if self._last is None:
-            return []
-        losses, self._last.losses = self._last.losses, []
-        return losses
+    def take_losses(self, *, but: Collection[str] = ()) -> list[tuple[str, str, Tensor]]:
+        """Auxiliary losses of the last forward as (adapter, name, value); taken once. Those named ``but`` stay."""
+        losses = self.losses
+        if self._last is not None:
+            self._last.losses = [loss for loss in losses if loss[1] in but]
+        return [loss for loss in losses if loss[1] not in but]
+
+    @property
+    def losses(self) -> list[tuple[str, str, Tensor]]:
+        """What `take_losses` would take."""
+        return [] if self._last is None else list(self._last.losses)
 
     def fire(self, path: str) -> None:
         """Note that a site was reached, while a probe is listening."""

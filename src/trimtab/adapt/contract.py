@@ -40,6 +40,8 @@ from trimtab.adapt.values import kaiming_uniform as kaiming_uniform
 from trimtab.adapt.values import normal as normal
 from trimtab.adapt.values import ones as ones
 from trimtab.adapt.values import truncated_normal as truncated_normal
+from trimtab.adapt.values import uniform as uniform
+from trimtab.adapt.values import uniform_from_zero as uniform_from_zero
 from trimtab.adapt.values import zeros as zeros
 from trimtab.config import Config
 from trimtab.errors import UnsupportedError

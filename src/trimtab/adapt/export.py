@@ -40,9 +40,9 @@ def exported(adapter: Adapter, *, name: str | None = None) -> Adapter:
         place = next((p for p in copy.places(number) if p.path == path), None) if path else None
         new = method.plain_tensors(slots, place)
         tensors |= {TensorName(path, slot): tensor for slot, tensor in new.items()}
-    return Adapter(
-        copy.name, plain, copy.sites, tensors, base=copy.base, origin=replace(copy.origin)
-    )
+    in_peft = copy.origin.in_peft or bool(copy.origin.plain_in_peft)
+    origin = replace(copy.origin, in_peft=in_peft, plain_in_peft=None)
+    return Adapter(copy.name, plain, copy.sites, tensors, base=copy.base, origin=origin)
 
 
 def settled(model: nn.Module, name: str, *, to: str | None = None) -> Adapter:

@@ -22,6 +22,8 @@ EMBEDDED = (
     "lora_embedding_B_first",
 )
 """Slots of A, B, A₀ and B₀."""
+OFFSET = "lora_B.bias"
+"""Slot of the bias of B."""
 KEPT = {
     slot: short
     for slots in (FACTORS, EMBEDDED)

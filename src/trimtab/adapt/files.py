@@ -57,7 +57,8 @@ class Description(Config):
     ``methods`` are the method, and the one that trains modules in full, if any are; ``sites`` are (path, role,
     number of the method), where the parts of a union count one by one. Checksums are of what reading gives.
     ``packing`` says what is stored in few bits; ``drawn`` holds checksums of tensors that are not in the file,
-    because a seed gives them; ``in_peft`` whether PEFT has this in these places.
+    because a seed gives them; ``in_peft`` whether PEFT has this in these places, ``plain_in_peft`` whether it has the
+    form to share.
     """
 
     version: Literal[1] = Field(alias="schema")  # pydantic has a method of that name
@@ -70,6 +71,7 @@ class Description(Config):
     tensors: dict[str, Entry]
     packing: Packing | None = None
     in_peft: bool | None = None
+    plain_in_peft: bool | None = None
     drawn: dict[str, str] = Field(default_factory=dict)
 
     @field_validator("name")
@@ -139,6 +141,7 @@ def save(
         base_name=adapter.origin.base_name,
         provenance=provenance,
         in_peft=adapter.origin.in_peft,
+        plain_in_peft=adapter.origin.plain_in_peft,
         tensors=index,
         packing=packing,
         drawn=adapter.drawn,
@@ -233,6 +236,7 @@ def _from_ours(
         suffixes=tuple(config.get("target_modules") or ()),
         transposed=bool(config.get("fan_in_fan_out")),
         in_peft=in_peft if ours.in_peft is None else ours.in_peft,
+        plain_in_peft=ours.plain_in_peft,
         provenance=ours.provenance,
     )
     sites = [SiteSpec(*site) for site in ours.sites]

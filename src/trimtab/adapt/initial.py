@@ -33,6 +33,8 @@ class Initialisation(Config, ABC):
 
     away: ClassVar[bool] = False
     """Whether B A is not zero at first."""
+    keeps_b: ClassVar[bool] = False
+    """Whether B stays as it begins, and A alone is trained."""
 
     def observes(self, rank: int) -> Observation | None:
         """What must be seen of the layer first."""
@@ -63,6 +65,7 @@ inits: Registry[type[Initialisation]] = Registry(
         "eva": "trimtab.inits.eva:EVA",
         "gaussian": "trimtab.inits.gaussian:Gaussian",
         "lora-ga": "trimtab.inits.lora_ga:LoRAGA",
+        "mica": "trimtab.inits.mica:MiCA",
         "olora": "trimtab.inits.olora:OLoRA",
         "orthogonal": "trimtab.inits.orthogonal:Orthogonal",
         "pissa": "trimtab.inits.pissa:PiSSA",

@@ -7,6 +7,8 @@ PEFT do (its A is looked up, and would never learn from a zero B that looks noth
 start (`trimtab.adapt.initial`); where that is away from zero, the first factors are kept:
 
     ΔW = s · (B A − B₀ A₀) = s · [B, −B₀] [A; A₀],   the second being a plain LoRA of twice the rank, to share
+
+With ``lora_bias`` B has a bias of its own, c, which starts at zero:   y = W x + s · (B A x + c)
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
+import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from trimtab.adapt.contract import (
@@ -30,8 +33,17 @@ from trimtab.adapt.contract import (
     copy_of,
     exactly,
     pattern_value,
+    zeros,
 )
-from trimtab.adapt.factors import FACTORS, KEPT, factor_specs, joined, plain_factors
+from trimtab.adapt.factors import (
+    EMBEDDED,
+    FACTORS,
+    KEPT,
+    OFFSET,
+    factor_specs,
+    joined,
+    plain_factors,
+)
 from trimtab.adapt.initial import DEFAULT, Initialisation, initialisation
 from trimtab.adapt.multihead import opened
 from trimtab.adapt.peft_config import refuse_unknown, selectors
@@ -46,11 +58,20 @@ PEFT_DEFAULTS: Mapping[str, Any] = {
     "layers_to_transform": None, "layers_pattern": None, "rank_pattern": {}, "alpha_pattern": {},
     "megatron_config": None, "megatron_core": "megatron.core", "trainable_token_indices": None, "loftq_config": {},
     "eva_config": None, "corda_config": None, "lora_ga_config": None, "use_dora": False, "velora_config": None,
-    "alora_invocation_tokens": None, "use_qalora": False, "qalora_group_size": 16, "monteclora_config": None,
+    "alora_invocation_tokens": None, "use_qalora": False, "qalora_group_size": ..., "monteclora_config": None,
     "layer_replication": None, "lora_bias": False, "target_parameters": None, "use_bdlora": None,
     "arrow_config": None, "kasa_config": None, "ensure_weight_tying": False,
 }  # fmt: skip
 """Options of PEFT's LoRA and their defaults: one that is set otherwise and that we lack is an error."""
+VARIANTS = (
+    "use_dora",
+    "use_qalora",
+    "kasa_config",
+    "use_bdlora",
+    "velora_config",
+    "monteclora_config",
+)
+"""Those of them that make it another method; each is a class here."""
 
 ENDS = (PARAMETER, OUTPUT)
 INNER, OWN = "bias-of-target", "bias"
@@ -59,12 +80,20 @@ BIASES = (INNER, OWN)
 
 
 class LowRank(Method):
-    """Fields and edits of LoRA; DoRA adds to it. Patterns map the end of a path to a rank or an alpha."""
+    """Fields and edits of LoRA; its variants add to it. Patterns map the end of a path to a rank or an alpha.
 
+    ``variant`` is the option of PEFT's that makes its LoRA this method, ``offsets`` whether B may have a bias,
+    ``halves`` whether one factor may stay as it begins.
+    """
+
+    variant: ClassVar[str] = ""
+    offsets: ClassVar[bool] = True
+    halves: ClassVar[bool] = False
     peft_type: ClassVar[str | None] = "LORA"
     disk: ClassVar[Mapping[str, str]] = {
         "lora_A.weight": "lora_A.weight",
         "lora_B.weight": "lora_B.weight",
+        OFFSET: OFFSET,
         "lora_embedding_A": "lora_embedding_A",
         "lora_embedding_B": "lora_embedding_B",
         "lora_bias.inner": "base_layer.bias",
@@ -72,7 +101,7 @@ class LowRank(Method):
     }
     short_names: ClassVar[Mapping[str, str]] = {
         "lora_A.weight": "A", "lora_B.weight": "B", "lora_embedding_A": "A", "lora_embedding_B": "B",
-        "lora_bias.inner": "bias", "lora_bias.own": "bias", **KEPT,
+        OFFSET: "c", "lora_bias.inner": "bias", "lora_bias.own": "bias", **KEPT,
     }  # fmt: skip
 
     targets: str | tuple[str, ...] = "all-linear"
@@ -86,8 +115,10 @@ class LowRank(Method):
     """Of what enters A, in training."""
     bias: Literal["none", "lora_only", "all"] = "none"
     """Train biases too: those of the targets, or all."""
+    lora_bias: bool = False
+    """Train a bias of B, which is scaled as the product is."""
     init: str = DEFAULT
-    """Where the factors begin: default, gaussian, orthogonal, pissa, olora, lora-ga or eva."""
+    """Where the factors begin: default, gaussian, orthogonal, pissa, olora, mica, lora-ga or eva."""
     rank_pattern: Mapping[str, int] = Field(default_factory=dict)
     """End of a path -> its rank."""
     alpha_pattern: Mapping[str, float] = Field(default_factory=dict)
@@ -106,6 +137,18 @@ class LowRank(Method):
         initialisation(value)
         return value
 
+    @model_validator(mode="after")
+    def _offset(self) -> Self:
+        if self.lora_bias and not self.offsets:
+            raise ValueError(
+                f"{self.kind} has no lora_bias; bias='lora_only' trains the layers' own"
+            )
+        if self._start is not None and self._start.keeps_b and not self.halves:
+            raise ValueError(
+                f"{self.kind} trains both factors, so it does not begin as {self.init}"
+            )
+        return self
+
     @property
     def scaling(self) -> float:
         return float(self.alpha / (self.rank**0.5 if self.rslora else self.rank))
@@ -120,7 +163,10 @@ class LowRank(Method):
 
     @property
     def fixed(self) -> frozenset[str]:
-        return frozenset(KEPT) if self._away else frozenset()
+        own = (
+            {FACTORS[1], EMBEDDED[1]} if self._start is not None and self._start.keeps_b else set()
+        )
+        return frozenset({*own, *KEPT} if self._away else own)
 
     @property
     def rebuilt(self) -> frozenset[str]:
@@ -190,7 +236,12 @@ class LowRank(Method):
                 raise TargetError("a bias was asked for on a layer that has none.")
             slot = "lora_bias.inner" if role == INNER else "lora_bias.own"
             return {"bias": Spec(slot, tuple(bias.shape), copy_of(bias))}
-        return factor_specs(layer, self.rank, self.scaling, self._start)
+        specs = factor_specs(layer, self.rank, self.scaling, self._start)
+        if not self.lora_bias:
+            return specs
+        if layer.kind == "embedding":
+            raise TargetError("lora_bias: an embedding has no bias; leave it out of the targets.")
+        return {**specs, "c": Spec(OFFSET, (layer.out_features,), zeros)}
 
     def delta(self, p: Params, x: Tensor, at: At) -> Tensor | None:
         if at.role in BIASES:
@@ -202,11 +253,17 @@ class LowRank(Method):
                     "dropout before an embedding would drop token ids; set dropout=0 for it."
                 )
             x = F.dropout(x, self.dropout)
-        change = at.layer.lowrank(x, *self.factors(p))
+        change = self.change(p, x, at)
+        if "c" in p:
+            change = change + at.layer.over_out(p["c"] * self.scaling)
         if "A0" not in p:
             return change
         # twice the same operation, and no longer product, so that it is exactly zero at first
         return change - at.layer.lowrank(given, p["A0"], p["B0"] * self.scaling)
+
+    def change(self, p: Params, x: Tensor, at: At) -> Tensor:
+        """s · B A x, of an x that dropout has seen."""
+        return at.layer.lowrank(x, *self.factors(p))
 
     def leave(self, p: Params, y: Tensor, at: At) -> Tensor:
         if at.role not in BIASES:
@@ -239,12 +296,21 @@ class LowRank(Method):
     def merged(self, p: Params, layer: Layer, role: str) -> tuple[Tensor, Tensor | None] | None:
         if role in BIASES:
             return layer.dense(), p["bias"]
-        return layer.dense() + self.product(p, layer), layer.bias()
+        return layer.dense() + self.product(p, layer), self._moved(p, layer.bias())
+
+    def _moved(self, p: Params, bias: Tensor | None) -> Tensor | None:
+        """A layer's bias, with that of B."""
+        offset = self.offset(p)
+        return bias if offset is None else offset if bias is None else bias + offset
+
+    def offset(self, p: Params) -> Tensor | None:
+        """s · c, where B has a bias."""
+        return p["c"] * self.scaling if "c" in p else None
 
     def scaled(self, p: Params, weight: float, role: str) -> dict[str, Tensor]:
         if role in BIASES:
             return super().scaled(p, weight, role)
-        return {short: t * weight if short in ("B", "B0") else t for short, t in p.items()}
+        return {short: t * weight if short in ("B", "B0", "c") else t for short, t in p.items()}
 
     def sum(
         self, parts: Sequence[tuple[Method, Params]], role: str
@@ -257,7 +323,13 @@ class LowRank(Method):
         rank = sum(rank for _, _, rank in found)
         # Dropout acts on each x before its A; one shared dropout would act on all of them at once.
         changes = {"rank": rank, "alpha": float(rank), "rslora": False, "dropout": 0.0}
-        return self.replace(init=DEFAULT, **changes), {"A": a, "B": b}
+        offsets = [c for m, p in parts if isinstance(m, LowRank) and (c := m.offset(p)) is not None]
+        summed = self.summed(init=DEFAULT, lora_bias=bool(offsets), **changes)
+        return summed, {"A": a, "B": b} | ({"c": torch.stack(offsets).sum(0)} if offsets else {})
+
+    def summed(self, **changes: Any) -> Method:
+        """The method of a sum, from that of one of its parts."""
+        return self.replace(**changes)
 
     def plain(self) -> Method:
         """Twice the rank, where the first factors are kept. The scale stays."""
@@ -280,6 +352,7 @@ class LowRank(Method):
     def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
         return {
             "r": self.rank,
+            **({"lora_bias": True} if self.lora_bias else {}),
             "lora_alpha": int(self.alpha) if self.alpha.is_integer() else self.alpha,
             "lora_dropout": self.dropout,
             "use_rslora": self.rslora,
@@ -305,12 +378,30 @@ class LowRank(Method):
         return {**more, **left}
 
     @classmethod
+    def from_peft(
+        cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]
+    ) -> Self | None:
+        chosen = [name for name in VARIANTS if config.get(name)]
+        if len(chosen) > 1:
+            raise UnsupportedError(
+                f"{' and '.join(chosen)} are two methods in one; PEFT has no such LoRA either. Leave one of them out."
+            )
+        if chosen != [name for name in [cls.variant] if name]:
+            return None
+        return cls(**cls.fields_from_peft(config), **cls.fields_of_variant(config))
+
+    @classmethod
+    def fields_of_variant(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Our fields of the option that makes it this method."""
+        return {}
+
+    @classmethod
     def fields_from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """Our fields of a PEFT LoRA config."""
         read = {
-            "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "rank_pattern", "alpha_pattern", "use_dora",
+            "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "rank_pattern", "alpha_pattern",
             "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
-            "init_lora_weights", "lora_ga_config", "eva_config",
+            "init_lora_weights", "lora_ga_config", "eva_config", "lora_bias", cls.variant,
         }  # fmt: skip
         refuse_unknown(config, PEFT_DEFAULTS, read, "LoRA")
         init = str(config.get("init_lora_weights", True)).lower()
@@ -329,9 +420,10 @@ class LowRank(Method):
             "dropout": config.get("lora_dropout", 0.0),
             "rslora": bool(config.get("use_rslora", False)),
             "bias": config.get("bias", "none"),
+            "lora_bias": bool(config.get("lora_bias", False)),
             "rank_pattern": config.get("rank_pattern") or {},
             "alpha_pattern": config.get("alpha_pattern") or {},
-            "init": init if init in ("pissa", "olora") else DEFAULT,
+            "init": init if init in ("pissa", "olora", "mica") else DEFAULT,
         }  # fmt: skip
 
     def roles_in_file(self, path: str, slots: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:

@@ -72,17 +72,23 @@ def _origin(
     opens = any(path in anatomy.opened for path in named)
     kind = type(model).__name__
     task = next((task for ending, task in _TASKS.items() if kind.endswith(ending)), None)
+    apart = {path.rpartition(".")[2] for path in named} & _FUSED if anatomy.experts else set()
+
+    def known(method: Method) -> bool:
+        alike = not any(method.peft_differs(layer) for layer in layers) and not apart
+        nests = method.peft_nests or named == paths
+        opened = method.peft_opens or not opens
+        return alike and nests and opened and method.in_peft(anatomy, places)
+
+    in_peft, plain = known(method), method.plain()
     headless = not any(site.method >= parts and site.path in anatomy.head for site in sites)
     return Origin(
         base_name=getattr(anatomy.config, "_name_or_path", None) or None,
         task_type=None if headless and task in _HEADS_TOO else task,
         suffixes=_suffixes(named_by_peft(named), anatomy),
         transposed=any(layer.transposed for layer in layers),
-        in_peft=method.in_peft(anatomy, places)
-        and not any(method.peft_differs(layer) for layer in layers)
-        and (method.peft_nests or named == paths)
-        and (method.peft_opens or not opens)
-        and not (anatomy.experts and {path.rpartition(".")[2] for path in named} & _FUSED),
+        in_peft=in_peft,
+        plain_in_peft=None if in_peft or plain == method else known(plain),
     )
 
 

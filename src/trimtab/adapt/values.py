@@ -42,6 +42,16 @@ def truncated_normal(std: float) -> Init:
     return init
 
 
+def uniform(bound: float) -> Init:
+    """U(±bound)."""
+    return lambda shape, generator: (torch.rand(shape, generator=generator) * 2 - 1) * bound
+
+
+def uniform_from_zero(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """U(0, 1)."""
+    return torch.rand(shape, generator=generator)
+
+
 def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """U(±1/√fan_in): what ``nn.Linear`` and LoRA's A start from."""
     fan_in = 1

@@ -53,6 +53,7 @@ class AdaLoRA(LowRank):
     kind: ClassVar[str] = "adalora"
     lr: ClassVar[float] = 1e-3  # E starts at zero, between two small factors
     peft_type: ClassVar[str | None] = "ADALORA"
+    offsets: ClassVar[bool] = False
     disk: ClassVar[Mapping[str, str]] = {**LowRank.disk, **{slot: slot for slot in OWN}}
     short_names: ClassVar[Mapping[str, str]] = {**LowRank.short_names, **OWN}
 

@@ -29,6 +29,8 @@ class DoRA(LowRank):
 
     kind: ClassVar[str] = "dora"
     lr: ClassVar[float] = 1e-4
+    variant: ClassVar[str] = "use_dora"
+    offsets: ClassVar[bool] = False  # its output is rescaled, and an offset would be too
     disk: ClassVar[Mapping[str, str]] = {
         **LowRank.disk,
         "lora_magnitude_vector.weight": "lora_magnitude_vector",
@@ -78,12 +80,6 @@ class DoRA(LowRank):
 
     def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
         return {**super().to_peft(places), "use_dora": True}
-
-    @classmethod
-    def from_peft(
-        cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]
-    ) -> DoRA | None:
-        return cls(**cls.fields_from_peft(config)) if config.get("use_dora") else None
 
     def _factor(self, p: Params, layer: Layer) -> Tensor:
         with torch.no_grad():

@@ -40,6 +40,7 @@ class LoRA(LowRank):
     """``LoRA(rank=16, alpha=32, targets="all-linear")``, ``LoRA(init="pissa")``; LoRA+ is ``LoRA(plus=16)``."""
 
     kind: ClassVar[str] = "lora"
+    halves: ClassVar[bool] = True
     lr: ClassVar[float] = 2e-4
 
     plus: float = Field(default=1.0, gt=0)
@@ -61,6 +62,18 @@ class LoRA(LowRank):
             )
         return self
 
+    @model_validator(mode="after")
+    def _one_learns(self) -> Self:
+        if self._keeps_b and (self.frozen_a or self.plus != 1):
+            raise ValueError(
+                f"{self.init} trains A alone, which leaves frozen_a and plus no meaning"
+            )
+        return self
+
+    @property
+    def _keeps_b(self) -> bool:
+        return self._start is not None and self._start.keeps_b
+
     @property
     def rates(self) -> Mapping[str, float]:
         learners = set(self.short_names) - RANDOM
@@ -72,7 +85,8 @@ class LoRA(LowRank):
 
     @property
     def peft_nests(self) -> bool:
-        return not (self.dropout or self.rank_pattern or self.alpha_pattern or self.bias != "none")
+        own = self.rank_pattern or self.alpha_pattern or self.lora_bias or self.bias != "none"
+        return not (self.dropout or own)
 
     @property
     def peft_opens(self) -> bool:
@@ -107,6 +121,10 @@ class LoRA(LowRank):
                 method = self.at(place.path)
                 _project(p["A"], p["B"], method.rank, method.scaling)
 
+    def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
+        own = {"init_lora_weights": self.init} if self._keeps_b else {}
+        return {**super().to_peft(places), **own}
+
     def plain(self) -> Method:
         plain = super().plain()
         return plain.replace(bits=None) if self.bits else plain
@@ -130,12 +148,6 @@ class LoRA(LowRank):
     ) -> tuple[Method, dict[str, Tensor]]:
         self._check_whole()
         return super().sum(parts, role)
-
-    @classmethod
-    def from_peft(
-        cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]
-    ) -> LoRA | None:
-        return None if config.get("use_dora") else cls(**cls.fields_from_peft(config))
 
     def _rounded(self, p: Params) -> Params:
         if not self.bits:

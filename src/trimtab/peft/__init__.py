@@ -23,7 +23,11 @@ _PLACES = {
         "auto",
     ),
     **dict.fromkeys(
-        ("EvaConfig", "LoftQConfig", "LoraGAConfig", "LoraRuntimeConfig"), "configs.lora_parts"
+        (
+            "BdLoraConfig", "EvaConfig", "KasaConfig", "LoftQConfig", "LoraGAConfig", "LoraRuntimeConfig",
+            "MontecloraConfig", "VeloraConfig",
+        ),
+        "configs.lora_parts",
     ),
     **dict.fromkeys(
         (

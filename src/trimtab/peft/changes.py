@@ -17,7 +17,7 @@ from trimtab.adapt.adapter import Adapter, SiteSpec, TensorName
 from trimtab.adapt.bank import bank_of
 from trimtab.adapt.contract import exactly
 from trimtab.adapt.edit import Edit
-from trimtab.adapt.factors import EMBEDDED, FACTORS
+from trimtab.adapt.factors import EMBEDDED, FACTORS, OFFSET
 from trimtab.adapt.lowrank import INNER
 from trimtab.adapt.merge import check_mergeable, merged_weights
 from trimtab.adapt.plan import planned
@@ -141,7 +141,9 @@ def _delta(
         if expert is not None:
             params = {short: tensor[expert] for short, tensor in params.items()}
         scale = site.bank.scales.get(name, 1.0) * first.scale
-        return first.method.product(params, layer) * scale, None
+        offset = first.method.offset(params)
+        product = first.method.product(params, layer) * scale
+        return product, None if offset is None or not offset.any() else offset * scale
     weight, bias = merged_weights(site, (name,), layer, edits, holder, expert)
     old = layer.bias()
     if bias is not None and old is not None:
@@ -206,13 +208,16 @@ def lora_of(
     ranks = {part.path: part.rank for part in parts}
     usual = max(ranks.values(), key=list(ranks.values()).count)
     other = {exactly(path, ranks): rank for path, rank in ranks.items() if rank != usual}
+    moved = [part for part in parts if part.bias is not None]
+    unbiased = [part for part in moved if part.layer.bias() is None]  # nothing there to be trained
     method = LoRA(
         targets=tuple(ranks),
         rank=usual,
         alpha=float(usual),
         rank_pattern=other,
         alpha_pattern={path: float(rank) for path, rank in other.items()},
-        bias="lora_only" if any(part.bias is not None for part in parts) else "none",
+        bias="lora_only" if moved and not unbiased else "none",
+        lora_bias=bool(unbiased),
     )
     adapter = with_trained(planned(model, method, name, anatomy_of(model)), like)
     for part in parts:
@@ -220,9 +225,10 @@ def lora_of(
         adapter._tensors[TensorName(part.path, slots[0])] = part.a.float()
         adapter._tensors[TensorName(part.path, slots[1])] = part.b.float()
         bias = part.layer.bias()
-        if part.bias is not None and bias is None:
-            raise UnsupportedError(
-                f"{part.path} has no bias, and the change of it would need one; a LoRA cannot hold it."
+        if unbiased:
+            zero = torch.zeros(part.layer.out_features)
+            adapter._tensors[TensorName(part.path, OFFSET)] = (
+                zero if part.bias is None else part.bias.float()
             )
         if bias is not None and SiteSpec(part.path, INNER, 0) in adapter.sites:
             new = part.layer.wide(bias.detach())

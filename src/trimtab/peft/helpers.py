@@ -20,6 +20,23 @@ from trimtab.errors import ConfigError, FileFormatError
 from trimtab.peft.find import root_of
 from trimtab.peft.hub import local_file
 from trimtab.peft.model import PeftModel
+from trimtab.peft.tuner import Tuner
+
+
+class MontecloraTrainerMixin:
+    """Before a ``Trainer`` among the bases of a class: adds MonteCLoRA's own loss to that of the task."""
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """As the trainer's; see `Tuner._get_monteclora_loss`."""
+        trainer: Any = super()
+        loss, out = trainer.compute_loss(model, inputs, return_outputs=True, **kwargs)
+        tuners = [module for module in model.modules() if isinstance(module, Tuner)]
+        for tuner in tuners:
+            loss = loss + tuner._get_monteclora_loss() / len(tuners)
+        return (loss, out) if return_outputs else loss
+
 
 # -- signatures ---------------------------------------------------------------------------------------
 

@@ -2,24 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.bank import Bank
+from trimtab.adapt.site import ExpertsSite, SiteBase
 from trimtab.adapt.stepper import Stepper
 from trimtab.errors import ConfigError
+from trimtab.methods.kasa import LOSS as KASA
+from trimtab.methods.kasa import KaSA
+from trimtab.methods.monteclora import LOSS as VARIATIONAL
 from trimtab.peft.types import PeftType
 
 if TYPE_CHECKING:
     from trimtab.peft.tuner import Tuner
 
 
+ASIDE = (KASA, VARIATIONAL)
+"""Losses that PEFT leaves to its user, who gets them by `kasa_loss` and `monteclora_loss`."""
+
+
+def kasa_loss(sites: Iterable[SiteBase], names: Collection[str]) -> Tensor | float:
+    """What KaSA adds to the loss, as these adapters are now; 0.0 where none is KaSA."""
+    total: Tensor | float = 0.0
+    for site in sites:
+        for edit in [edit for name in names for edit in site.edits.get(name, ())]:
+            if isinstance(edit.method, KaSA) and not edit.role:
+                leaf = edit.path.rpartition(".")[2]
+                holder = site.get_submodule(leaf) if isinstance(site, ExpertsSite) else site
+                total = total + edit.method.loss(edit.params(holder, torch.float32))
+    return total
+
+
+def monteclora_loss(bank: Bank | None, names: Collection[str]) -> Tensor | float:
+    """What MonteCLoRA adds to the loss, of the draws of the last forward in training; 0.0 where there were none."""
+    losses = [] if bank is None else bank.losses
+    total: Tensor | float = 0.0
+    for name, kind, value in losses:
+        if kind == VARIATIONAL and name in names:
+            total = total + value
+    return total
+
+
 def with_losses(bank: Bank | None, out: Any) -> Any:
-    """A model's output, with the methods' own losses (AdaLoRA's, those of gates) in its loss, where it has one."""
+    """A model's output, with the methods' own losses (AdaLoRA's, those of gates) in its loss, where it has one.
+
+    Those that users of PEFT add themselves are left to them.
+    """
     loss = getattr(out, "loss", None)
-    if bank is not None and isinstance(loss, Tensor) and (own := bank.take_losses()):
+    if bank is not None and isinstance(loss, Tensor) and (own := bank.take_losses(but=ASIDE)):
         out.loss = loss + sum(value.to(loss) for _, _, value in own)
     return out
 

@@ -110,7 +110,9 @@ def set_peft_model_state_dict(
         given = unfolded(options, given, f"the state dict for {adapter_name!r}")
     if any(key not in names for key in given):
         given = _without_copies(model, given, names)
-    _same_keys(adapter_name, names, given)
+    made = tuple(f".{slot}" for slot in adapter.method.rebuilt)  # PEFT leaves them to the base
+    optional = {key for key in names if made and key.endswith(made) and key not in given}
+    _same_keys(adapter_name, names.keys() - optional, given)
     fitted = {
         names[key]: _fitted(model, adapter, names[key].slot, value, present[names[key]])
         for key, value in given.items()

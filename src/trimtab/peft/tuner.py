@@ -25,7 +25,7 @@ from trimtab.peft.combination import Combination, Signs
 from trimtab.peft.config import PeftConfig
 from trimtab.peft.encoded import PROMPTS
 from trimtab.peft.kin import register
-from trimtab.peft.schedule import Schedule, with_losses
+from trimtab.peft.schedule import Schedule, kasa_loss, monteclora_loss, with_losses
 from trimtab.peft.weighted import combined, config_of
 
 
@@ -360,6 +360,21 @@ class Tuner(nn.Module):
     def update_and_allocate(self, global_step: int) -> None:
         """AdaLoRA's budget: call it after each step of the optimizer, before gradients are cleared."""
         self._schedule.allocate(self, global_step)
+
+    def _get_kasa_loss(self, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
+        """KaSA's own loss, to be added to that of the task; PEFT's users call it by this name."""
+        return kasa_loss(sites_of(self.model).values(), self._these(adapter_names))
+
+    def _get_monteclora_loss(
+        self, adapter_names: str | Sequence[str] | None = None
+    ) -> Tensor | float:
+        """MonteCLoRA's own loss, of the last forward, to be added to that of the task."""
+        return monteclora_loss(self.bank, self._these(adapter_names))
+
+    def _these(self, names: str | Sequence[str] | None) -> list[str]:
+        """The adapters of these names; by default those that act."""
+        given = self.active_adapters if names is None else names
+        return [given] if isinstance(given, str) else list(given)
 
     def __getattr__(self, name: str) -> Any:
         try:

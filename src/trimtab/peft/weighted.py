@@ -192,7 +192,7 @@ def _factors(model: nn.Module, adapters: Sequence[str]) -> bool:
         isinstance(edit.method, LoRA)
         and not edit.role
         and not edit.method.bits
-        and "A0" not in edit.tensors
+        and not edit.tensors.keys() & {"A0", "c"}
         for edit in edits
     )
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from trimtab.adapt.contract import Init, Method, normal
+from trimtab.adapt.lowrank import VARIANTS
 from trimtab.errors import ConfigError
 from trimtab.peft.config import config, option
 from trimtab.peft.configs.lora import LoraConfig
@@ -27,7 +28,9 @@ class AdaLoraConfig(LoraConfig):
     sizes: ClassVar[tuple[str, ...]] = ("init_r", "target_r", "deltaT")
     lacks: ClassVar[dict[str, str]] = {
         **LoraConfig.lacks,
+        **dict.fromkeys(VARIANTS, "AdaLoRA is another method."),
         "use_dora": "AdaLoRA has no magnitudes.",
+        "lora_bias": "Use bias='lora_only', which trains the layers' own biases.",
         "eva_config": _NO,
         "lora_ga_config": _NO,
         "target_parameters": "AdaLoRA acts on layers.",

@@ -10,24 +10,41 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from trimtab.adapt.contract import Init, Method, kaiming_uniform, normal
+from trimtab.adapt.contract import Init, Method, kaiming_uniform, normal, uniform
+from trimtab.adapt.factors import OFFSET
+from trimtab.adapt.lowrank import VARIANTS
 from trimtab.adapt.parse import methods
 from trimtab.adapt.tree import anatomy_of
 from trimtab.errors import ConfigError, UnknownNameError, UnsupportedError, suggest
 from trimtab.peft.config import PeftConfig, config, option
 from trimtab.peft.configs.common import Excluding, Layered, Transposed, listed
-from trimtab.peft.configs.lora_parts import EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig
+from trimtab.peft.configs.lora_parts import (
+    BdLoraConfig,
+    EvaConfig,
+    KasaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    LoraRuntimeConfig,
+    MontecloraConfig,
+    VeloraConfig,
+)
 from trimtab.peft.types import PeftType
 
-_INITS = ("gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga")
+_INITS = ("gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga", "mica")
 _NITER = re.compile(r"pissa_niter_\d+")
 _ELSEWHERE = {
     "loftq": "LoftQ quantises the base anew, and a base is never changed here; 'pissa' begins near, too",
     "corda": "'eva' begins from data, too",
-    "mica": "'orthogonal' keeps directions apart, too",
 }
 """Initialisations that PEFT has and we lack -> what there is instead."""
-_CONFIGS: dict[str, Any] = {"eva_config": EvaConfig, "lora_ga_config": LoraGAConfig}
+_CONFIGS: dict[str, Any] = {
+    "eva_config": EvaConfig,
+    "lora_ga_config": LoraGAConfig,
+    "kasa_config": KasaConfig,
+    "use_bdlora": BdLoraConfig,
+    "velora_config": VeloraConfig,
+    "monteclora_config": MontecloraConfig,
+}
 _NONE = "It is another method than LoRA."
 
 
@@ -40,14 +57,12 @@ class LoraConfig(Excluding, Layered, Transposed):
     shares: ClassVar[tuple[str, ...]] = ("lora_dropout",)
     lacks: ClassVar[dict[str, str]] = {
         **dict.fromkeys(
-            ("corda_config", "velora_config", "monteclora_config", "arrow_config", "kasa_config", "use_bdlora"), _NONE
+            ("corda_config", "arrow_config"), _NONE
         ),
-        "use_qalora": _NONE,
         "alora_invocation_tokens": _NONE,
         "loftq_config": "The base is never changed; quantise it when it is loaded.",
         "megatron_config": "Layers of Megatron are not known here.",
         "layer_replication": "The base is never changed, nor are its layers repeated.",
-        "lora_bias": "Use bias='lora_only', which trains the layers' own biases.",
         "ensure_weight_tying": "Name both ends of tied weights, and each is trained apart.",
     }  # fmt: skip
 
@@ -87,20 +102,31 @@ class LoraConfig(Excluding, Layered, Transposed):
     megatron_core: str | None = option("Not in Trimtab; no effect.", default="megatron.core")
     loftq_config: LoftQConfig | dict[str, Any] = option("Not in Trimtab.", default={})
     corda_config: Any = option("Not in Trimtab.", default=None)
-    velora_config: Any = option("Not in Trimtab.", default=None)
+    velora_config: VeloraConfig | dict[str, Any] | None = option(
+        "VeLoRA: keep little of the inputs for backward.", default=None
+    )
     alora_invocation_tokens: list[int] | None = option("Not in Trimtab.", default=None)
-    use_qalora: bool = option("Not in Trimtab.", default=False)
-    qalora_group_size: int = option("Not in Trimtab; no effect.", default=16)
-    monteclora_config: Any = option("Not in Trimtab.", default=None)
+    use_qalora: bool = option(
+        "QA-LoRA: A sees means of groups of inputs. Here on any linear layer, in PEFT on GPTQ's alone.",
+        default=False,
+    )
+    qalora_group_size: int = option("Inputs of a group of QA-LoRA.", default=16)
+    monteclora_config: MontecloraConfig | dict[str, Any] | None = option(
+        "MonteCLoRA: draw around A in training.", default=None
+    )
     layer_replication: list[tuple[int, int]] | None = option("Not in Trimtab.", default=None)
     runtime_config: LoraRuntimeConfig = field(
         default_factory=LoraRuntimeConfig,
         metadata={"help": "Settings of the process; not in a file."},
     )
-    lora_bias: bool = option("Not in Trimtab.", default=False)
-    use_bdlora: Any = option("Not in Trimtab.", default=None)
+    lora_bias: bool = option("Train a bias of B, which is scaled as the product is.", default=False)
+    use_bdlora: BdLoraConfig | dict[str, Any] | None = option(
+        "BD-LoRA: one factor is block-diagonal.", default=None
+    )
     arrow_config: Any = option("Not in Trimtab.", default=None)
-    kasa_config: Any = option("Not in Trimtab.", default=None)
+    kasa_config: KasaConfig | dict[str, Any] | None = option(
+        "KaSA: learnt singular values in the place of the base's least ones.", default=None
+    )
     ensure_weight_tying: bool = option("Not in Trimtab.", default=False)
 
     def check(self) -> None:
@@ -115,6 +141,7 @@ class LoraConfig(Excluding, Layered, Transposed):
                 f"{kind}: bias must be none, all or lora_only, not {self.bias!r}.{hint}"
             )
         self._check_init(kind)
+        self._check_variant(kind)
         if self.runtime_config.ephemeral_gpu_offload:
             raise UnsupportedError(
                 f"{kind}: ephemeral_gpu_offload is not in Trimtab; DoRA finds its norms without the whole product."
@@ -136,6 +163,15 @@ class LoraConfig(Excluding, Layered, Transposed):
                 or f" There are: True, False, {', '.join(_INITS)}, pissa_niter_N."
             )
             raise UnknownNameError(f"{kind}: init_lora_weights={init!r} is not known.{hint}")
+
+    def _check_variant(self, kind: str) -> None:
+        chosen = [name for name in VARIANTS if getattr(self, name)]
+        if str(self.init_lora_weights).lower() == "mica":
+            chosen.append("init_lora_weights='mica'")
+        if len(chosen) > 1:
+            raise ConfigError(
+                f"{kind}: {' and '.join(chosen)} do not go together; each makes it another method."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         fields = super().to_dict()
@@ -179,7 +215,8 @@ class LoraConfig(Excluding, Layered, Transposed):
     def first_values(self) -> Mapping[str, Init]:
         if self.init_lora_weights is not False:
             return {}
-        linear = dict.fromkeys(("lora_A.weight", "lora_B.weight"), kaiming_uniform)
+        linear: dict[str, Init] = dict.fromkeys(("lora_A.weight", "lora_B.weight"), kaiming_uniform)
+        linear[OFFSET] = uniform(self.r**-0.5)  # as torch begins the bias of a linear layer
         return linear | dict.fromkeys(("lora_embedding_A", "lora_embedding_B"), normal(1.0))
 
     def _with_tokens(self, method: Method, model: nn.Module) -> Method:

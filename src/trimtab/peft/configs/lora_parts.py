@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from trimtab.errors import ConfigError
+from trimtab.errors import ConfigError, suggest
 from trimtab.peft.config import config, option
 
 
@@ -65,6 +65,91 @@ class LoraGAConfig:
         return (
             f"lora-ga(gamma={float(self.stable_gamma)}, direction='{self.direction}', scale='peft')"
         )
+
+
+@config()
+class KasaConfig:
+    """Of KaSA: the weights of its loss, which `LoraModel._get_kasa_loss` gives."""
+
+    beta: float = option("Weight of the squares of the singular values.", default=1e-4)
+    gamma: float = option("Weight of how far the factors are from orthogonal.", default=1e-3)
+
+    def __post_init__(self) -> None:
+        _at_least_zero(self, "beta", "gamma")
+
+
+@config()
+class BdLoraConfig:
+    """Of BD-LoRA: which of the two factors is block-diagonal in which layers."""
+
+    target_modules_bd_a: list[str] | None = option(
+        "Layers whose own names contain one of these have blocks in A.", default=None
+    )
+    target_modules_bd_b: list[str] | None = option("The same for B.", default=None)
+    nblocks: int = option("How many blocks there are.", default=1)
+    match_strict: bool = option("Whether a layer that has neither is refused.", default=True)
+
+    def __post_init__(self) -> None:
+        _above_zero(self, "nblocks")
+        both = set(self.target_modules_bd_a or ()) & set(self.target_modules_bd_b or ())
+        if both:
+            raise ConfigError(
+                f"BdLoraConfig: {sorted(both)[0]!r} is in target_modules_bd_a and in target_modules_bd_b; one of the "
+                "factors can have blocks."
+            )
+
+
+@config()
+class VeloraConfig:
+    """Of VeLoRA: what is kept of the inputs for backward."""
+
+    num_groups: int = option("Numbers that are kept of each position.", default=64)
+    scale: float = option("Of the input that backward takes.", default=1.0)
+    init_type: Literal["batch_average", "batch_average_once", "random"] = option(
+        "The direction of each batch, of the first one, or a drawn one.", default="batch_average"
+    )
+
+    def __post_init__(self) -> None:
+        _above_zero(self, "num_groups", "scale")
+        known = ("batch_average", "batch_average_once", "random")
+        if self.init_type not in known:
+            raise ConfigError(
+                f"VeloraConfig: init_type must be one of {', '.join(known)}, not {self.init_type!r}."
+                f"{suggest(str(self.init_type), known)}"
+            )
+
+
+@config()
+class MontecloraConfig:
+    """Of MonteCLoRA: the draws around A in training, and the loss that `LoraModel._get_monteclora_loss` gives."""
+
+    num_samples: int = option("Draws in each forward.", default=8)
+    use_entropy: bool = option(
+        "Whether the weights of draws have a loss of their own.", default=False
+    )
+    dirichlet_prior: float = option("Prior concentration of those weights.", default=0.1)
+    sample_scaler: float = option("How far draws stray.", default=1e-4)
+    kl_loss_weight: float = option("Weight of the divergences from the priors.", default=1e-5)
+    buffer_size: int = option("No effect: nothing is drawn in advance.", default=150)
+
+    def __post_init__(self) -> None:
+        _above_zero(self, "num_samples", "dirichlet_prior", "buffer_size")
+
+
+def _above_zero(part: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(part, name) > 0:
+            raise ConfigError(
+                f"{type(part).__name__}: {name} must be above 0, not {getattr(part, name)!r}."
+            )
+
+
+def _at_least_zero(part: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(part, name) >= 0:
+            raise ConfigError(
+                f"{type(part).__name__}: {name} must not be below 0, as {getattr(part, name)!r} is."
+            )
 
 
 @config()

@@ -20,7 +20,7 @@ from trimtab.adapt.attach import attach, detach
 from trimtab.adapt.bank import bank_of
 from trimtab.adapt.contract import exactly
 from trimtab.adapt.export import exported
-from trimtab.adapt.factors import EMBEDDED, FACTORS
+from trimtab.adapt.factors import EMBEDDED, FACTORS, OFFSET
 from trimtab.adapt.lowrank import BIASES, LowRank
 from trimtab.adapt.plan import checked
 from trimtab.adapt.tree import sites_of
@@ -151,8 +151,9 @@ def _same(
 def _nothing(
     model: nn.Module, own: Mapping[TensorName, Tensor], method: LowRank
 ) -> dict[TensorName, Tensor]:
-    """Values with which a LoRA does nothing: B, or an embedding's A, as it starts."""
-    zero = {n: torch.zeros_like(t) for n, t in own.items() if n.slot in (FACTORS[1], EMBEDDED[1])}
+    """Values with which a LoRA does nothing: B and its bias, or an embedding's A, as they start."""
+    starts = (FACTORS[1], EMBEDDED[1], OFFSET)
+    zero = {n: torch.zeros_like(t) for n, t in own.items() if n.slot in starts}
     if isinstance(method, DoRA):
         path = next(iter(own)).path
         norms = sites_of(model)[path].layer.row_norms()
@@ -168,8 +169,12 @@ def _factors(
     new: LowRank,
     name: str,
 ) -> dict[TensorName, Tensor]:
-    """A and B of one layer with zeros up to the rank there is, and the ratio of the scalings in B."""
+    """A and B of one layer with zeros up to the rank there is, and the ratio of the scalings in B and its bias."""
     path = next(iter(own)).path
+    if any(n.slot == OFFSET for n in there) and not any(n.slot == OFFSET for n in own):
+        raise AttachError(
+            f"{path}: the saved adapter has a bias of B, and {name!r} has no place for it; load it with load_adapter."
+        )
     a, b = (
         next(TensorName(path, s[i]) for s in (FACTORS, EMBEDDED) if TensorName(path, s[i]) in own)
         for i in (0, 1)
@@ -181,12 +186,14 @@ def _factors(
             "it with load_adapter, which makes new parameters."
         )
     values = dict(zip((a, b), padded(there[a], there[b], new.rank, old.rank), strict=True))
-    values[b] = values[b] * (new.scaling / old.scaling)
+    ratio = new.scaling / old.scaling
+    values[b] = values[b] * ratio
     if values[a].shape != own[a].shape or values[b].shape != own[b].shape:
         raise AttachError(f"{path}: the saved adapter was made for a layer of another shape.")
     factors = {*FACTORS, *EMBEDDED}
     rest = [n for n in own if n.slot not in factors and not n.slot.startswith("lora_bias")]
-    return values | _same(rest, own, there, name)
+    same = _same(rest, own, there, name)
+    return values | {n: t * ratio if n.slot == OFFSET else t for n, t in same.items()}
 
 
 # -- making room --------------------------------------------------------------------------------------

@@ -1,0 +1,101 @@
+"""Variants of LoRA whose change is a product of two factors, and so a plain LoRA once training is over.
+
+ΔW = B' A',   `whole` says which;   shared as the LoRA of these, with a scaling of 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import model_validator
+from torch import Tensor
+
+from trimtab.adapt.contract import Layer, Method, Place, Spec
+from trimtab.adapt.factors import EMBEDDED, FACTORS, OFFSET
+from trimtab.adapt.initial import DEFAULT
+from trimtab.adapt.lowrank import BIASES, LowRank
+from trimtab.adapt.parse import method_from
+from trimtab.adapt.peft_config import CONFIG
+from trimtab.errors import FileFormatError, TargetError
+
+
+class Variant(LowRank):
+    """What they share: PEFT reads them as they are, their plain form is a LoRA, and so is a sum of them."""
+
+    peft_kinds: ClassVar[tuple[str, ...]] = ("linear",)
+    linear_only: ClassVar[str] = ""
+    """Why it acts on linear layers alone, where it does."""
+    starts: ClassVar[Literal["anywhere", "at zero", "in its own way"]] = "anywhere"
+    """Where its factors may begin."""
+
+    @model_validator(mode="after")
+    def _begins(self) -> Self:
+        own = self.starts == "in its own way" and self.init != DEFAULT
+        if own or (self.starts == "at zero" and self._away):
+            raise ValueError(f"{self.kind} begins {self.starts}, and so not as {self.init}")
+        return self
+
+    def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
+        specs = super().tensors(layer, role)
+        if self.linear_only and role not in BIASES and layer.kind != "linear":
+            raise TargetError(
+                f"{self.kind} {self.linear_only}, and this is a layer of kind {layer.kind!r}; target linear layers."
+            )
+        return specs
+
+    @property
+    def peft_reads(self) -> bool:
+        return not self._away  # PEFT would take the first factors out of its base again
+
+    def plain(self) -> Method:
+        own = {name: value for name, value in self if name in LowRank.model_fields}
+        times = self.plain_rank // self.rank
+        ranks = {path: times * rank for path, rank in self.rank_pattern.items()}
+        changes: dict[str, Any] = {
+            "init": DEFAULT,
+            "rank": times * self.rank,
+            "alpha": float(times * self.rank),
+            "rslora": False,
+            "rank_pattern": ranks,
+            "alpha_pattern": {path: float(rank) for path, rank in ranks.items()},
+        }
+        return method_from({"kind": "lora", **own, **changes})
+
+    def summed(self, **changes: Any) -> Method:
+        return self.plain().replace(**changes)
+
+    def plain_tensors(
+        self, tensors: Mapping[str, Tensor], place: Place | None
+    ) -> dict[str, Tensor]:
+        slots = next((s for s in (FACTORS, EMBEDDED) if s[0] in tensors), None)
+        if slots is None:
+            return dict(tensors)
+        p = {self.short_names[slot]: tensor for slot, tensor in tensors.items()}
+        offset = self.offset(p)
+        rest = {slot: t for slot, t in tensors.items() if slot in _BIASES}
+        own = {} if offset is None else {OFFSET: offset}
+        return {**rest, **own, **dict(zip(slots[:2], self.whole(p), strict=True))}
+
+    def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
+        return {**super().to_peft(places), **self.variant_to_peft()}
+
+    @classmethod
+    def read(
+        cls, config: Mapping[str, Any], names: Mapping[str, str], unused: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """Our fields of the options below ``variant``, PEFT's name -> ours; ``unused`` are those of no effect here."""
+        given = dict(config[cls.variant])
+        for name in given:
+            if name not in names and name not in unused:
+                raise FileFormatError(
+                    f"{CONFIG}: unknown option {name!r} of {cls.variant}; a newer PEFT wrote it."
+                )
+        return {names[name]: value for name, value in given.items() if name in names}
+
+    def variant_to_peft(self) -> dict[str, Any]:
+        """PEFT's options of the variant."""
+        return {self.variant: True}
+
+
+_BIASES = ("lora_bias.inner", "lora_bias.own")
