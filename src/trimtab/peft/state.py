@@ -24,7 +24,7 @@ from trimtab.adapt.files import WEIGHTS, disk_key, in_peft_form
 from trimtab.adapt.fingerprint import fingerprint
 from trimtab.adapt.nested import experts_of, folded, unfolded
 from trimtab.adapt.plan import other_base
-from trimtab.adapt.site import BASE, SiteBase
+from trimtab.adapt.site import BASE, WRAPPED, SiteBase
 from trimtab.adapt.slots import memory_name
 from trimtab.adapt.tree import anatomy_of, canonical
 from trimtab.errors import AttachError, ConfigError, FileFormatError, StorageError, suggest
@@ -446,7 +446,7 @@ def _adapter_keys(base: nn.Module) -> set[str]:
         kept = (
             part
             for number, part in enumerate(parts)
-            if part != BASE or ".".join(parts[:number]) not in wrapped
+            if part not in WRAPPED or ".".join(parts[:number]) not in wrapped
         )
         keys.add(".".join(kept))
     return keys

@@ -18,7 +18,8 @@ from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.attach import attach, detach
 from trimtab.adapt.bank import Bank, bank_of, find_bank
 from trimtab.adapt.merge import fold, merge_in_place, unmerge
-from trimtab.adapt.site import BASE, SiteBase
+from trimtab.adapt.multihead import MultiheadSite
+from trimtab.adapt.site import WRAPPED, ExpertsSite, Site, SiteBase
 from trimtab.adapt.tree import sites_of
 from trimtab.errors import AttachError, ConfigError, DuplicateNameError, UnknownNameError, suggest
 from trimtab.peft.combination import Combination, Signs
@@ -371,7 +372,12 @@ class Tuner(nn.Module):
 
 
 register(Tuner, "BaseTuner")
-register(SiteBase, "BaseTunerLayer")
+for _kind in (
+    Site,
+    MultiheadSite,
+    ExpertsSite,
+):  # but no module that is trained in full: PEFT's is none either
+    register(_kind, "BaseTunerLayer")
 
 
 def keep_names(module: nn.Module) -> None:
@@ -396,7 +402,7 @@ def _names(module: nn.Module) -> dict[str, str]:
         kept = [
             part
             for number, part in enumerate(parts)
-            if part != BASE or ".".join(parts[:number]) not in wrapped
+            if part not in WRAPPED or ".".join(parts[:number]) not in wrapped
         ]
         if len(kept) != len(parts):
             names[".".join(kept)] = name
