@@ -20,8 +20,8 @@ from trimtab.adapt.bank import Bank, bank_of, find_bank
 from trimtab.adapt.merge import fold, merge_in_place, unmerge
 from trimtab.adapt.multihead import MultiheadSite
 from trimtab.adapt.site import WRAPPED, ExpertsSite, Site, SiteBase
-from trimtab.adapt.tree import sites_of
 from trimtab.errors import AttachError, ConfigError, DuplicateNameError, UnknownNameError, suggest
+from trimtab.peft.adapters import cast_adapter_dtype
 from trimtab.peft.combination import Combination, Signs
 from trimtab.peft.config import PeftConfig
 from trimtab.peft.encoded import PROMPTS
@@ -308,14 +308,7 @@ class Tuner(nn.Module):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Adapters are kept in fp32; without ``autocast_adapter_dtype``, in the dtype of the layer they edit."""
-        if autocast_adapter_dtype:
-            return
-        sites = sites_of(self.model)
-        for name, holder in self.require(adapter_name).held.items():
-            site = sites.get(name.path)
-            dtype = getattr(getattr(site, "weight", None), "dtype", None)
-            if dtype is not None and dtype.is_floating_point:
-                holder.to(dtype)
+        cast_adapter_dtype(self.model, adapter_name, autocast_adapter_dtype)
 
     # What ``peft``'s own functions ask of a tuner's class, with a model of ours; accelerate calls them. -----
 
