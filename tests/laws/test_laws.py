@@ -25,7 +25,7 @@ from trimtab.adapt.bank import bank_of
 from trimtab.adapt.merge import merge_in_place, pushed, unmerge
 from trimtab.adapt.probe import bare_state
 from trimtab.adapt.replaced import Replaced
-from trimtab.adapt.site import Site
+from trimtab.adapt.site import LayerSite, SiteBase
 from trimtab.adapt.tree import sites_of
 from trimtab.errors import NotMergeableError, TrimtabError
 
@@ -113,7 +113,7 @@ def test_merge_is_forward(cell: Cell) -> None:
     expected = output(model, inputs)
     merged = tt.merge(model, "a")
     assert close(output(merged, inputs), expected, 1e-5)
-    assert not any(isinstance(module, Site) for module in merged.modules())
+    assert not any(isinstance(module, SiteBase) for module in merged.modules())
     assert same(state(model), before)
     assert torch.equal(output(model, inputs), expected)
 
@@ -157,7 +157,7 @@ def test_closed_form_merge_is_the_identity_push(cell: Cell) -> None:
     attached(cell, model)
     with torch.no_grad():
         for site in sites_of(model).values():
-            if not isinstance(site, Site):
+            if not isinstance(site, LayerSite):
                 continue
             edits = site.acting(("a",))
             replaced = any(isinstance(edit.method, Replaced) for edit in edits)

@@ -301,11 +301,29 @@ def test_a_given_configuration_serves_again(tmp_path: Path) -> None:
     assert counts == [theirs.get_nb_trainable_parameters()[0]] * 2
 
 
-def test_a_head_trained_in_full_is_refused_by_trl_itself(tmp_path: Path) -> None:
-    """TRL multiplies by ``lm_head.weight`` itself, which is the frozen one here: its own check sees our layer there."""
+@pytest.mark.parametrize("by_config", [True, False], ids=["peft_config", "model"])
+def test_a_head_trained_in_full_learns_as_with_peft(by_config: bool, tmp_path: Path) -> None:
+    """TRL multiplies by ``lm_head.weight`` itself, which must be the trained one, and refuses adapters at the head."""
+    made, trainers = tokenizer(), []
+    for package in (ours, peft):
+        model, config = base(made), lora(package, modules_to_save=["lm_head"])
+        if by_config:
+            trainer = sft(model, made, tmp_path, peft_config=config)
+            fill(trainer.model)
+        else:
+            trainer = sft(fill(package.get_peft_model(model, config)), made, tmp_path)
+        trainer.train()
+        trainers.append(trainer)
+    mine, theirs = trainers
+    close(losses(mine), losses(theirs))
+    first, second = learned(mine.model), learned(theirs.model)
+    same(first, second, atol=2e-5)
+    head = next(t for name, t in first.items() if "lm_head" in name)
+    assert not torch.allclose(head, base(made).lm_head.weight)
+
+
+def test_an_adapter_at_the_head_is_refused_by_trl_itself(tmp_path: Path) -> None:
     made = tokenizer()
-    config = lora(ours, modules_to_save=["lm_head"])
+    config = lora(ours, target_modules=["lm_head"])
     with pytest.raises(ValueError, match="lm_head"):
         sft(base(made), made, tmp_path, peft_config=config)
-    with pytest.raises(ValueError, match="lm_head"):
-        sft(ours.get_peft_model(base(made), config), made, tmp_path)

@@ -21,7 +21,7 @@ from trimtab.adapt.observe import Batches, observe
 from trimtab.adapt.observed import Observation, Observed
 from trimtab.adapt.parse import method_from
 from trimtab.adapt.plan import check_whole, checked, layer_at, placed, planned
-from trimtab.adapt.site import ExpertsSite, Site, SiteBase
+from trimtab.adapt.site import ExpertsSite, Site, SiteBase, WholeSite
 from trimtab.adapt.tensors import initial_tensors, specs_of
 from trimtab.adapt.tree import Children, anatomy_of, sites_of, uncover
 from trimtab.errors import (
@@ -195,7 +195,7 @@ def _put(model: nn.Module, bank: Bank, edit: Edit, anatomy: Anatomy, tree: _Tree
         attention.insert(model, bank, edit, anatomy)
         front.prepare(model, bank, edit, anatomy)
         return attention.holder(bank, edit.path) if edit.tensors else bank
-    site = tree.site(edit.path)
+    site = tree.site(edit.path, whole=edit.method.kind == "full")
     site.edits.setdefault(edit.adapter, []).append(edit)
     return site.holder(edit.path.rpartition(".")[2]) if isinstance(site, ExpertsSite) else site
 
@@ -258,8 +258,8 @@ class _Tree:
         self._children.replace(self._anatomy.modules[path], site)
         self.sites[path] = site
 
-    def site(self, path: str) -> SiteBase:
-        """The wrapper at a path, made if there is none yet."""
+    def site(self, path: str, *, whole: bool = False) -> SiteBase:
+        """The wrapper at a path, made if there is none yet; ``whole`` is for a layer that is trained in full."""
         anatomy = self._anatomy
         where = anatomy.parameters.get(path, path)
         if where in anatomy.apart:
@@ -268,7 +268,7 @@ class _Tree:
                 "the layers inside it."
             )
         if where not in self.sites:
-            site = self._made(where, path)
+            site = self._made(where, path, whole)
             if anatomy.inside(where, nn.TransformerEncoderLayer):
                 site.register_forward_pre_hook(_no_fast_path)
                 self._bank.keep_padding(anatomy.modules.values())
@@ -280,13 +280,14 @@ class _Tree:
             )
         return self.sites[where]
 
-    def _made(self, where: str, path: str) -> SiteBase:
+    def _made(self, where: str, path: str, whole: bool) -> SiteBase:
         anatomy, module = self._anatomy, self._anatomy.modules[where]
         if path in anatomy.opened:
             return MultiheadSite(cast(nn.MultiheadAttention, module), where, self._bank)
         if path in anatomy.experts:
             return ExpertsSite(module, where, self._bank)
-        return Site(module, where, self._bank, anatomy.width_at(where))
+        kind = WholeSite if whole else Site
+        return kind(module, where, self._bank, anatomy.width_at(where))
 
 
 def _no_fast_path(module: nn.Module, args: Any) -> None:

@@ -180,7 +180,11 @@ class LowRank(Method):
         """Ranks where data want them, at the same scale everywhere; ranks that are given stay."""
         if self._start is None or self.rank_pattern:
             return self
-        ranks = self._start.ranks({path: self.at(path).rank for path in observed}, observed)
+        ranks = {path: self.at(path).rank for path in observed}
+        return self.ranked(self._start.ranks(ranks, observed))
+
+    def ranked(self, ranks: Mapping[str, int]) -> Self:
+        """The method with these ranks by path, at the scales that it has; a rank of 0 leaves a place out."""
         new, alphas = {}, {}
         for path, rank in ranks.items():
             method = self.at(path)

@@ -21,7 +21,7 @@ from trimtab.adapt.context import Context
 from trimtab.adapt.edit import Bound, Edit, around, enter, leave
 from trimtab.adapt.multihead import MultiheadSite
 from trimtab.adapt.route import Owner, Part, Route
-from trimtab.adapt.site import ExpertsSite, Site, SiteBase
+from trimtab.adapt.site import ExpertsSite, LayerSite, SiteBase
 from trimtab.adapt.tree import Children, sites_of, uncover, walk
 from trimtab.errors import MergeError, NotMergeableError, RouteError, TargetError
 from trimtab.frozen import Layer, view
@@ -117,7 +117,7 @@ def _merged(site: SiteBase, owner: Owner, finite: bool) -> nn.Module:
         new = merged_experts(site, owner)
     elif isinstance(site, MultiheadSite):
         new = merged_multihead(site, owner)
-    elif isinstance(site, Site):
+    elif isinstance(site, LayerSite):
         new = merged_layer(site, owner)
     else:
         raise AssertionError("there are two kinds of sites")
@@ -139,7 +139,7 @@ def check_mergeable(bank: Bank, owner: Owner) -> None:
             )
 
 
-def merged_layer(site: Site, owner: Owner) -> nn.Module:
+def merged_layer(site: LayerSite, owner: Owner) -> nn.Module:
     """A new layer equal to the site with these adapters, in the base's dtype."""
     layer = site.layer
     weight, bias = merged_weights(site, owner, layer, site.acting(owner), site)

@@ -14,17 +14,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any, cast, final
 
 from torch import Tensor, nn
 
 from trimtab.adapt.edit import enter, leave
-from trimtab.adapt.site import BASE, Site, SiteBase
+from trimtab.adapt.site import BASE, LayerSite, SiteBase
 from trimtab.errors import TargetError
 from trimtab.frozen.multihead import OUTPUT, PARAMETER, Call, InputProjection, attend
 
 
-class MultiheadSite(Site):
+@final
+class MultiheadSite(LayerSite):
     """A wrapped ``nn.MultiheadAttention``. Where nobody acts, torch's own forward runs."""
 
     def __init__(self, base_layer: nn.MultiheadAttention, path: str, bank: Any) -> None:

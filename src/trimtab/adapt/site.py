@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +30,19 @@ if TYPE_CHECKING:
     from trimtab.adapt.bank import Bank
 
 BASE = "base_layer"
+ORIGINAL = "original_module"
+WRAPPED = (BASE, ORIGINAL)
+"""What the wrapped layer is called in a site: by PEFT's names, the latter where it is trained in full."""
+
+
+COPIES = "modules_to_save."
+"""What slots of copies of a layer's own tensors begin with."""
 
 
 class SiteBase(Looks, nn.Module):
-    """What both kinds share: edits by adapter, names, and looking like the wrapped layer."""
+    """What all kinds share: edits by adapter, names, and looking like the wrapped layer. Abstract."""
+
+    child: ClassVar[str] = BASE
 
     def __init__(self, base_layer: nn.Module, path: str, bank: Bank) -> None:
         super().__init__()
@@ -108,18 +117,18 @@ class SiteBase(Looks, nn.Module):
         except AttributeError:
             if name.startswith("__"):  # how a layer copies itself is not how a site does
                 raise
-            return getattr(super().__getattr__(BASE), name)
+            return getattr(super().__getattr__(self.child), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        base = self.__dict__.get("_modules", {}).get(BASE)
+        base = self.__dict__.get("_modules", {}).get(self.child)
         if base is not None and name in base._parameters:
             setattr(base, name, value)
         else:
             super().__setattr__(name, value)
 
 
-class Site(SiteBase):
-    """A wrapped layer: ``y = leave( f( enter(x) ) + delta(x) )`` for whoever acts on each row.
+class LayerSite(SiteBase):
+    """A wrapped layer, abstract: ``y = leave( f( enter(x) ) + delta(x) )`` for whoever acts on each row.
 
     The output of a sub-layer is edited by a hook on it, before the hooks of others: those by which transformers
     records hidden states see what the model goes on with.
@@ -214,6 +223,52 @@ class Site(SiteBase):
         raise TargetError(f"{self.path} was called without a tensor; it cannot hold an adapter.")
 
 
+@final
+class Site(LayerSite):
+    """A layer that adapters edit."""
+
+
+@final
+class WholeSite(LayerSite):
+    """A layer that adapters train in full, each a copy. ``weight`` and ``bias`` are those of whoever acts."""
+
+    child: ClassVar[str] = ORIGINAL
+
+    @property
+    def base_layer(self) -> nn.Module:
+        found = self._modules[ORIGINAL]
+        assert found is not None
+        return found
+
+    @base_layer.setter
+    def base_layer(self, layer: nn.Module) -> None:
+        self._modules[ORIGINAL] = layer
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == BASE:
+            self._modules[ORIGINAL] = value
+        else:
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        copied = self._copied(name) if name in ("weight", "bias") else None
+        return super().__getattr__(name) if copied is None else copied
+
+    def _copied(self, name: str) -> Tensor | None:
+        """The acting adapter's own tensor, where one acts on all rows."""
+        owner = self.bank.context(self.training).route.single
+        if owner is None or self.covers([Part(owner, None, None, False, 1)]):
+            return None
+        edits = self.acting(owner, training=self.training)
+        if (
+            len(edits) != 1
+            or name not in edits[0].tensors
+            or not edits[0].tensors[name].name.startswith(COPIES)
+        ):
+            return None
+        return edits[0].params(self, self.layer.dtype)[name]
+
+
 class ExpertsSite(SiteBase):
     """Wrapped experts of a mixture. Each 3-D parameter is a site: its tensors lie in the child of that name."""
 
@@ -278,8 +333,8 @@ def _some(part: Part, tokens: Tensor) -> Part:
     return Part(part.owner, part.index[tokens], part.units[tokens], True, part.unit_count)
 
 
-def _hide_base(site: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    inner = f"{prefix}{BASE}."
+def _hide_base(site: SiteBase, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    inner = f"{prefix}{site.child}."
     own = list(
         takewhile(lambda key: key.startswith(prefix), reversed(state))
     )  # the site's are the newest keys
@@ -288,14 +343,14 @@ def _hide_base(site: nn.Module, state: dict[str, Any], prefix: str, metadata: An
         state[prefix + key[len(inner) :] if key.startswith(inner) else key] = value
 
 
-def _show_base(site: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+def _show_base(site: SiteBase, state: dict[str, Any], prefix: str, *rest: Any) -> None:
     own = {
         f"{prefix}{name}": tensor.detach()
         for name, tensor in stored(site).items()
-        if not name.startswith(f"{BASE}.")
+        if not name.startswith(f"{site.child}.")
     }
     nested = {key for key in own if key in state}
     for key in [key for key in state if key.startswith(prefix) and key not in own]:
-        state[f"{prefix}{BASE}.{key[len(prefix) :]}"] = state.pop(key)
+        state[f"{prefix}{site.child}.{key[len(prefix) :]}"] = state.pop(key)
     if not nested:  # a state dict of the bare base: the adapters keep what they hold
         state.update(own)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from trimtab.adapt.site import BASE, SiteBase
+from trimtab.adapt.site import WRAPPED, SiteBase
 from trimtab.adapt.slots import Slot
 from trimtab.models.anatomy import Anatomy
 
@@ -59,7 +59,7 @@ def anatomy_of(root: nn.Module) -> Anatomy:
 
 def canonical(path: str) -> str:
     """A path in the wrapped tree -> the path in the bare model."""
-    return ".".join(segment for segment in path.split(".") if segment != BASE)
+    return ".".join(segment for segment in path.split(".") if segment not in WRAPPED)
 
 
 def sites_of(root: nn.Module) -> dict[str, SiteBase]:

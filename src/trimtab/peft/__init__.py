@@ -13,7 +13,8 @@ from typing import Any
 _PLACES = {
     "AdaLoraConfig": "configs.adalora",
     "LoraConfig": "configs.lora",
-    **dict.fromkeys(("initialize_lora_eva_weights", "preprocess_loraga"), "informed"),
+    **dict.fromkeys(("NoMatchingPeftModuleError", "PeftError", "PeftWarning"), "errors"),
+    **dict.fromkeys(("get_eva_state_dict", "initialize_lora_eva_weights", "preprocess_loraga"), "informed"),
     **dict.fromkeys(
         (
             "AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction",

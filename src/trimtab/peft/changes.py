@@ -21,7 +21,7 @@ from trimtab.adapt.factors import EMBEDDED, FACTORS, OFFSET
 from trimtab.adapt.lowrank import INNER
 from trimtab.adapt.merge import check_mergeable, merged_weights
 from trimtab.adapt.plan import planned
-from trimtab.adapt.site import Site, SiteBase
+from trimtab.adapt.site import LayerSite, SiteBase
 from trimtab.adapt.tree import anatomy_of, sites_of
 from trimtab.errors import UnsupportedError
 from trimtab.frozen import Layer
@@ -102,7 +102,7 @@ def trained(adapter: Adapter) -> list[SiteSpec]:
 
 def layer_of(site: SiteBase, path: str) -> Layer:
     """The frozen layer at a path; of experts, the first."""
-    if isinstance(site, Site):
+    if isinstance(site, LayerSite):
         return site.layer
     return ExpertLayer.of(site.frozen, path.rpartition(".")[2], 0)
 
@@ -110,7 +110,7 @@ def layer_of(site: SiteBase, path: str) -> Layer:
 def _change(
     site: SiteBase, name: str, path: str, edits: Sequence[Edit]
 ) -> tuple[Tensor, Tensor | None]:
-    if isinstance(site, Site):
+    if isinstance(site, LayerSite):
         return _delta(site, name, site.layer, edits, site)
     parameter = path.rpartition(".")[2]
     holder = site.get_submodule(parameter)

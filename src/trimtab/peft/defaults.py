@@ -12,6 +12,7 @@ from torch import nn
 
 from trimtab.adapt.tree import anatomy_of
 from trimtab.errors import ConfigError, TargetError
+from trimtab.peft.errors import PeftWarning
 from trimtab.peft.types import PeftType
 
 Names = Sequence[str] | str
@@ -151,6 +152,7 @@ def warn_own(model: nn.Module, choice: str) -> None:
     warnings.warn(
         f"PEFT has no default target_modules for models of type {model_type(model)!r}; Trimtab takes {choice}. "
         "Name target_modules to choose.",
+        category=PeftWarning,
         stacklevel=3,
     )
 

@@ -15,6 +15,7 @@ from trimtab.adapt.files import TRAINING, save
 from trimtab.errors import ConfigError
 from trimtab.peft.config import PeftConfig
 from trimtab.peft.encoded import ENCODER, has_encoder, shared_form, with_encoder, write_encoder
+from trimtab.peft.errors import PeftWarning
 from trimtab.peft.hub import local_adapter, optional_file
 from trimtab.peft.state import gathered, whole
 from trimtab.peft.types import on_disk
@@ -64,6 +65,7 @@ def compare_names(adapter: Adapter, model: nn.Module) -> None:
         warnings.warn(
             f"adapter {adapter.name!r} was made for {made_for!r}, and this model is {present!r}. Its file says nothing "
             "of the weights it was made for, so they cannot be compared.",
+            category=PeftWarning,
             stacklevel=3,
         )
 

@@ -9,50 +9,107 @@ model = get_peft_model(model, config)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.attach import attach, detach
-from trimtab.errors import ConfigError
+from trimtab.adapt.contract import Method
+from trimtab.adapt.disk import read_tensors
+from trimtab.adapt.lowrank import LowRank
+from trimtab.adapt.tree import anatomy_of
+from trimtab.errors import ConfigError, FileFormatError, suggest
 from trimtab.peft.configs.lora import LoraConfig
+from trimtab.peft.find import tuner_of
 from trimtab.peft.model import PeftModel
+
+ROOT = "base_model.model."
+Forward = Callable[[nn.Module, Any], Any]
+_TEMPORARY = "trimtab-eva"
+
+
+def get_eva_state_dict(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    peft_config: LoraConfig | None = None,
+    forward_fn: Forward | None = None,
+    prepare_model_inputs_fn: None = None,
+    prepare_layer_inputs_fn: None = None,
+    adapter_name: str = "default",
+    gather_distributed_inputs: bool = True,
+    show_progress_bar: bool = True,
+) -> dict[str, Tensor]:
+    """The directions (rank, width) with which EVA would begin, by the path of the layer; the model stays as it is.
+
+    Args:
+        model: a `PeftModel`, or a bare model with a ``peft_config``.
+        dataloader: batches that the model is called with, or that ``forward_fn(model, batch)`` calls it with.
+
+    Raises:
+        ConfigError: the configuration is not of ``init_lora_weights="eva"``.
+        DataError: the batches show too little of a layer.
+    """
+    _refuse(prepare_model_inputs_fn, prepare_layer_inputs_fn)
+    tuner = tuner_of(model)
+    base = model if tuner is None else tuner.model
+    if peft_config is None and tuner is not None:
+        tuner.require(adapter_name)
+        peft_config = tuner.peft_config.get(adapter_name)  # type: ignore[assignment]
+    config = _of_eva(peft_config, adapter_name).copied()
+    config.batches = _batches(base, dataloader, forward_fn)
+    attach(base, config.method(base), _TEMPORARY, batches=config.batches)
+    made = detach(base, _TEMPORARY)
+    root = "" if tuner is None else ROOT
+    return {
+        f"{root}{name.path}": tensor
+        for name, tensor in made.named().items()
+        if name.slot == "lora_A.weight"
+    }
 
 
 def initialize_lora_eva_weights(
     model: PeftModel,
     dataloader: Iterable[Any] | None = None,
     eva_state_dict: Mapping[str, Tensor] | None = None,
-    *,
+    forward_fn: Forward | None = None,
+    prepare_model_inputs_fn: None = None,
+    prepare_layer_inputs_fn: None = None,
     adapter_name: str = "default",
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> PeftModel:
-    """Begin a LoRA as EVA does, from batches that the model is called with. Make the optimizer after this.
+    """Begin a LoRA as EVA does, from batches, or from `get_eva_state_dict`. Make the optimizer after this.
 
     Raises:
         ConfigError: the adapter is no LoRA of ``init_lora_weights="eva"``, or there is no data.
         DataError: the batches show too little of a layer.
     """
+    _refuse(prepare_model_inputs_fn, prepare_layer_inputs_fn)
     tuner = model.tuner
-    old, config = tuner.require(adapter_name), tuner.peft_config[adapter_name]
-    if not isinstance(config, LoraConfig) or str(config.init_lora_weights).lower() != "eva":
-        raise ConfigError(f"adapter {adapter_name!r} is not of init_lora_weights='eva'.")
-    if dataloader is None or eva_state_dict is not None:
-        raise ConfigError(
-            "initialize_lora_eva_weights needs a dataloader; eva_state_dict is not read."
-        )
+    old = tuner.require(adapter_name)
+    config = _of_eva(tuner.peft_config[adapter_name], adapter_name)
+    if (dataloader is None) == (eva_state_dict is None):
+        raise ConfigError("initialize_lora_eva_weights needs a dataloader, or an eva_state_dict.")
     active = list(tuner.active_adapters)
     tuner.unmerge_adapter()
     base = model.get_base_model()
-    config.batches = _on(next(base.parameters()).device, dataloader)
+    config.batches = [] if dataloader is None else _batches(base, dataloader, forward_fn)
     detach(base, adapter_name)
     try:
         seed = int(torch.randint(2**31, ()))
         method = config.method(base)
-        made = attach(base, method, adapter_name, seed=seed, batches=config.batches)
+        if eva_state_dict is None:
+            made = attach(base, method, adapter_name, seed=seed, batches=config.batches)
+        else:
+            made = _with_directions(base, method, adapter_name, seed, eva_state_dict)
     except BaseException:
         attach(base, old)
         raise
@@ -65,18 +122,59 @@ def initialize_lora_eva_weights(
     return model
 
 
+def _of_eva(config: Any, name: str) -> LoraConfig:
+    if not isinstance(config, LoraConfig) or str(config.init_lora_weights).lower() != "eva":
+        raise ConfigError(f"adapter {name!r} is not of init_lora_weights='eva'.")
+    return config
+
+
+def _refuse(*functions: object) -> None:
+    if any(function is not None for function in functions):
+        raise ConfigError(
+            "prepare_model_inputs_fn and prepare_layer_inputs_fn are not called: the attention_mask and the labels of "
+            "a batch say which positions count. Change the batches instead."
+        )
+
+
+def _with_directions(
+    base: nn.Module, method: Method, name: str, seed: int, directions: Mapping[str, Tensor]
+) -> Adapter:
+    """A LoRA that begins with these directions, where there are any."""
+    if not isinstance(method, LowRank):
+        raise ConfigError("eva_state_dict is for a LoRA alone, without trainable_token_indices.")
+    own = {path.removeprefix(ROOT): value for path, value in directions.items()}
+    wanted = [place.path for place in method.place(anatomy_of(base))]
+    foreign = [path for path in own if path not in wanted]
+    if foreign or not own:
+        known = suggest(foreign[0], wanted) if foreign else " It is empty."
+        raise ConfigError(f"eva_state_dict: {foreign[:1]} is no target of adapter {name!r}.{known}")
+    ranks = {path: own[path].shape[0] if path in own else 0 for path in wanted}
+    adapter = attach(base, method.replace(init="default").ranked(ranks), name, seed=seed)
+    with torch.no_grad():
+        for path, value in own.items():
+            adapter.at_site(path)["lora_A.weight"].copy_(value)
+    return adapter
+
+
 def preprocess_loraga(
-    model: nn.Module, lora_config: LoraConfig, train_step: Callable[[], object]
+    model: nn.Module,
+    lora_config: LoraConfig,
+    train_step: Callable[[], object],
+    cache_file: str | Path | None = None,
 ) -> None:
     """Keep what ``train_step`` calls the model with; `get_peft_model` then takes the gradients from it.
 
     The model's own loss is meant, so each call has to have labels. The base's weights and gradients stay as they are.
+    What is kept is written to ``cache_file`` (safetensors); if that is there, it is read, and no step is taken.
 
     Raises:
         ConfigError: the configuration is not of ``init_lora_weights="lora_ga"``, or the model was not called.
     """
     if str(lora_config.init_lora_weights).lower() != "lora_ga":
         raise ConfigError("preprocess_loraga is for init_lora_weights='lora_ga'.")
+    if cache_file is not None and Path(cache_file).is_file():
+        lora_config.batches = _read_calls(Path(cache_file), next(model.parameters()).device)
+        return
     calls: list[dict[str, Any]] = []
 
     def keep(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -97,6 +195,78 @@ def preprocess_loraga(
     if not calls:
         raise ConfigError("preprocess_loraga: train_step did not call the model.")
     lora_config.batches = calls
+    if cache_file is not None:
+        _write_calls(calls, Path(cache_file))
+
+
+def _write_calls(calls: Sequence[Mapping[str, Any]], file: Path) -> None:
+    tensors = {
+        f"{number}.{name}": value.contiguous().clone()
+        for number, call in enumerate(calls)
+        for name, value in call.items()
+        if isinstance(value, Tensor)
+    }
+    others = {
+        f"{number}.{name}": value
+        for number, call in enumerate(calls)
+        for name, value in call.items()
+        if not isinstance(value, Tensor)
+    }
+    try:
+        metadata = {"format": "pt", "others": json.dumps(others)}
+    except TypeError as error:
+        raise ConfigError(
+            f"cache_file: an argument of the model cannot be written: {error}."
+        ) from None
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.new")
+    save_file(tensors, temporary, metadata=metadata)
+    os.replace(temporary, file)
+
+
+def _read_calls(file: Path, device: torch.device) -> list[dict[str, Any]]:
+    calls: dict[int, dict[str, Any]] = {}
+    tensors = read_tensors(file)
+    with safe_open(file, framework="pt") as opened:
+        others = json.loads((opened.metadata() or {}).get("others", "null"))
+    if not isinstance(others, dict):
+        raise FileFormatError(f"{file} was not written by preprocess_loraga; remove it.")
+    for key, value in [*tensors.items(), *others.items()]:
+        number, _, name = key.partition(".")
+        calls.setdefault(int(number), {})[name] = (
+            value.to(device) if isinstance(value, Tensor) else value
+        )
+    return [calls[number] for number in sorted(calls)]
+
+
+class _Called(Exception):
+    """What a forward function has called the model with."""
+
+
+def _batches(base: nn.Module, batches: Iterable[Any], forward: Forward | None) -> Iterator[Any]:
+    """What the model is to be called with, on its device."""
+    device = next(base.parameters()).device
+    if forward is None:
+        yield from _on(device, batches)
+        return
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if args:
+            raise ConfigError("forward_fn calls the model with arguments that have no names.")
+        raise _Called(kwargs)
+
+    for batch in batches:
+        handle = base.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+        found: tuple[Any, ...] = ()
+        try:
+            forward(base, batch)
+        except _Called as called:
+            found = called.args
+        finally:
+            handle.remove()
+        if not found:
+            raise ConfigError("forward_fn did not call the model.")
+        yield from _on(device, found)
 
 
 def _on(device: torch.device, batches: Iterable[Any]) -> Iterator[Any]:

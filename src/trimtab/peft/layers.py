@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trimtab.adapt.site import Site, SiteBase
+from trimtab.adapt.site import LayerSite, SiteBase
 
 
 class LayerType(type):
@@ -16,7 +16,7 @@ class LayerType(type):
     def __instancecheck__(cls, thing: Any) -> bool:
         if not isinstance(thing, SiteBase):
             return False
-        if cls.kind and not (isinstance(thing, Site) and thing.layer.kind == cls.kind):
+        if cls.kind and not (isinstance(thing, LayerSite) and thing.layer.kind == cls.kind):
             return False
         edits = (edit for held in thing.edits.values() for edit in held)
         return any(edit.method.peft_type == cls.method for edit in edits)

@@ -19,6 +19,7 @@ from trimtab.peft.card import write_card
 from trimtab.peft.config import PeftConfig
 from trimtab.peft.delegates import Delegates
 from trimtab.peft.encoded import has_encoder
+from trimtab.peft.errors import PeftWarning
 from trimtab.peft.files import compare_names, read_folder, write_folder
 from trimtab.peft.hub import push
 from trimtab.peft.kin import related
@@ -86,6 +87,7 @@ class PeftModel(Delegates, PushToHubMixin, nn.Module):  # type: ignore[misc]
         elif own:
             warnings.warn(
                 f"{type(config).__name__} has no modules_to_save, as PEFT's has none: {own[0]!r} stays as it is.",
+                category=PeftWarning,
                 stacklevel=4,
             )
         return config
@@ -169,6 +171,7 @@ class PeftModel(Delegates, PushToHubMixin, nn.Module):  # type: ignore[misc]
             warnings.warn(
                 f"adapter {adapter_name!r} was of another configuration; it is now the one in {model_id}. An "
                 "optimizer made before does not know its parameters.",
+                category=PeftWarning,
                 stacklevel=2,
             )
         else:

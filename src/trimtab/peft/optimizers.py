@@ -22,6 +22,7 @@ from trimtab.adapt.factors import EMBEDDED, FACTORS
 from trimtab.adapt.lowrank import BIASES, LowRank
 from trimtab.errors import ConfigError, UnsupportedError
 from trimtab.methods.lora import LoRA
+from trimtab.peft.errors import PeftWarning
 from trimtab.peft.find import root_of, tuner_of
 
 __all__ = [
@@ -257,6 +258,7 @@ def _compare(
             warnings.warn(
                 f"r={r} and lora_alpha={alpha} are not those of adapter {name!r} ({method.rank} and {method.alpha:g}), "
                 "which hold.",
+                category=PeftWarning,
                 stacklevel=3,
             )
 

@@ -24,11 +24,12 @@ from trimtab.adapt.files import WEIGHTS, disk_key, in_peft_form
 from trimtab.adapt.fingerprint import fingerprint
 from trimtab.adapt.nested import experts_of, folded, unfolded
 from trimtab.adapt.plan import other_base
-from trimtab.adapt.site import BASE, SiteBase
+from trimtab.adapt.site import BASE, WRAPPED, SiteBase
 from trimtab.adapt.slots import memory_name
 from trimtab.adapt.tree import anatomy_of, canonical
 from trimtab.errors import AttachError, ConfigError, FileFormatError, StorageError, suggest
 from trimtab.peft.encoded import has_encoder, prompt_keys, shared_form
+from trimtab.peft.errors import PeftWarning
 from trimtab.peft.find import tuner_of
 from trimtab.peft.hub import local_file
 
@@ -127,6 +128,7 @@ def set_peft_model_state_dict(
         warnings.warn(
             f"adapter {adapter_name!r}: {len(other)} tensors have another size and were left as they are: "
             f"{'; '.join(told[:3])}.",
+            category=PeftWarning,
             stacklevel=2,
         )
     for name, value in fitted.items():
@@ -389,6 +391,7 @@ def _without_encoder(model: nn.Module, adapter: Adapter, given: Mapping[str, Ten
     warnings.warn(
         f"adapter {adapter.name!r} is the given prompt from now on, without the encoder that made it; an optimizer "
         "made before does not know its parameters.",
+        category=PeftWarning,
         stacklevel=3,
     )
     return LoadResult([], [])
@@ -448,7 +451,7 @@ def _adapter_keys(base: nn.Module) -> set[str]:
         kept = (
             part
             for number, part in enumerate(parts)
-            if part != BASE or ".".join(parts[:number]) not in wrapped
+            if part not in WRAPPED or ".".join(parts[:number]) not in wrapped
         )
         keys.add(".".join(kept))
     return keys

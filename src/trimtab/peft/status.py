@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.apart import Apart
 from trimtab.adapt.multihead import MultiheadSite
-from trimtab.adapt.site import ExpertsSite, Site, SiteBase
+from trimtab.adapt.site import ExpertsSite, LayerSite, SiteBase
 from trimtab.errors import AttachError
 from trimtab.peft.changes import trained
 from trimtab.peft.config import PeftConfig
@@ -169,7 +169,7 @@ def _type(site: SiteBase, adapter: Adapter) -> str:
         return "ModulesToSaveWrapper"
     method = adapter.method.members[0]
     layer = type(site.frozen).__name__
-    plain = isinstance(site, Site) and not isinstance(site, MultiheadSite)
+    plain = isinstance(site, LayerSite) and not isinstance(site, MultiheadSite)
     if plain and site.layer.kind == "linear":
         layer = "Linear"
     if method.peft_type == "LN_TUNING":

@@ -18,9 +18,10 @@ from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.attach import attach, detach
 from trimtab.adapt.bank import Bank, bank_of, find_bank
 from trimtab.adapt.merge import fold, merge_in_place, unmerge
-from trimtab.adapt.site import BASE, SiteBase
-from trimtab.adapt.tree import sites_of
+from trimtab.adapt.multihead import MultiheadSite
+from trimtab.adapt.site import WRAPPED, ExpertsSite, Site, SiteBase
 from trimtab.errors import AttachError, ConfigError, DuplicateNameError, UnknownNameError, suggest
+from trimtab.peft.adapters import cast_adapter_dtype
 from trimtab.peft.combination import Combination, Signs
 from trimtab.peft.config import PeftConfig
 from trimtab.peft.encoded import PROMPTS
@@ -307,14 +308,7 @@ class Tuner(nn.Module):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Adapters are kept in fp32; without ``autocast_adapter_dtype``, in the dtype of the layer they edit."""
-        if autocast_adapter_dtype:
-            return
-        sites = sites_of(self.model)
-        for name, holder in self.require(adapter_name).held.items():
-            site = sites.get(name.path)
-            dtype = getattr(getattr(site, "weight", None), "dtype", None)
-            if dtype is not None and dtype.is_floating_point:
-                holder.to(dtype)
+        cast_adapter_dtype(self.model, adapter_name, autocast_adapter_dtype)
 
     # What ``peft``'s own functions ask of a tuner's class, with a model of ours; accelerate calls them. -----
 
@@ -386,7 +380,12 @@ class Tuner(nn.Module):
 
 
 register(Tuner, "BaseTuner")
-register(SiteBase, "BaseTunerLayer")
+for _kind in (
+    Site,
+    MultiheadSite,
+    ExpertsSite,
+):  # but no module that is trained in full: PEFT's is none either
+    register(_kind, "BaseTunerLayer")
 
 
 def keep_names(module: nn.Module) -> None:
@@ -411,7 +410,7 @@ def _names(module: nn.Module) -> dict[str, str]:
         kept = [
             part
             for number, part in enumerate(parts)
-            if part != BASE or ".".join(parts[:number]) not in wrapped
+            if part not in WRAPPED or ".".join(parts[:number]) not in wrapped
         ]
         if len(kept) != len(parts):
             names[".".join(kept)] = name

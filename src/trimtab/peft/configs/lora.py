@@ -28,6 +28,7 @@ from trimtab.peft.configs.lora_parts import (
     MontecloraConfig,
     VeloraConfig,
 )
+from trimtab.peft.errors import PeftWarning
 from trimtab.peft.types import PeftType
 
 _INITS = ("gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga", "mica")
@@ -204,6 +205,7 @@ class LoraConfig(Excluding, Layered, Transposed):
             warnings.warn(
                 "init_lora_weights='eva': the adapter begins without data; call initialize_lora_eva_weights(model, "
                 "dataloader) before training.",
+                category=PeftWarning,
                 stacklevel=2,
             )
         if self.batches is None and init.startswith("lora-ga"):
@@ -229,6 +231,7 @@ class LoraConfig(Excluding, Layered, Transposed):
             warnings.warn(
                 "trainable_token_indices: this model's head is tied to its embedding. PEFT changes both; here rows of "
                 "the embedding are trained, and the head stays as it is, unless its name has tokens of its own.",
+                category=PeftWarning,
                 stacklevel=2,
             )
         named = given if isinstance(given, dict) else {self._embedding(model): given}

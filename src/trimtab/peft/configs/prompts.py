@@ -14,6 +14,7 @@ from trimtab.adapt.parse import methods
 from trimtab.adapt.tree import anatomy_of
 from trimtab.errors import ConfigError, UnsupportedError, suggest
 from trimtab.peft.config import PeftConfig, config, option
+from trimtab.peft.errors import PeftWarning
 from trimtab.peft.types import PeftType
 
 _DECODER = r"re:(.*\.)?decoder\..*(SelfAttention|self_attn)"
@@ -178,6 +179,7 @@ class PromptEncoderConfig(PromptLearningConfig):
             warnings.warn(
                 "PromptEncoderConfig: encoder_num_layers and encoder_dropout are of the LSTM; the MLP has three layers "
                 "and no dropout.",
+                category=PeftWarning,
                 stacklevel=2,
             )
 

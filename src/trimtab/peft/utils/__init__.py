@@ -22,6 +22,7 @@ _PLACES = {
         "trimtab.peft.utils.save_and_load",
     ),
     **dict.fromkeys(("PeftType", "TaskType"), "trimtab.peft.types"),
+    **dict.fromkeys(("NoMatchingPeftModuleError", "PeftError", "PeftWarning"), "trimtab.peft.errors"),
 }  # fmt: skip
 
 __all__ = sorted(_PLACES)
