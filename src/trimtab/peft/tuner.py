@@ -20,6 +20,7 @@ from trimtab.adapt.bank import Bank, bank_of, find_bank
 from trimtab.adapt.merge import fold, merge_in_place, unmerge
 from trimtab.adapt.multihead import MultiheadSite
 from trimtab.adapt.site import WRAPPED, ExpertsSite, Site, SiteBase
+from trimtab.adapt.tree import sites_of
 from trimtab.errors import AttachError, ConfigError, DuplicateNameError, UnknownNameError, suggest
 from trimtab.peft.adapters import cast_adapter_dtype
 from trimtab.peft.combination import Combination, Signs
