@@ -369,8 +369,6 @@ LLAMA_ADAPTER = [
     )
     for name, make, top in (("llama", kit.llama, 2), ("mistral", kit.mistral, 2))
 ]
-CASES = [*LORA, *DORA, *IA3, *PREFIX, *PROMPT, *LLAMA_ADAPTER]
-
 ENCODED = [
     Case(
         "ptuning-llama",
@@ -521,6 +519,6 @@ SELECTION = [
     Case("tokens", kit.llama, TrainableTokensConfig(token_indices=[3, 9, 50], target_modules=["embed_tokens"]),
          tt.Tokens(ids=(3, 9, 50), targets=("embed_tokens",))),
 ]  # fmt: skip
-CASES = [*LORA, *DORA, *IA3, *PREFIX, *WEIGHT, *ROTATION, *SELECTION]
-CASES = [*LORA, *DORA, *ADALORA, *IA3, *PREFIX]
-CASES = [*LORA, *DORA, *IA3, *PREFIX, *WEIGHT, *ROTATION, *SELECTION, *SHIRA]
+CASES = [
+    *LORA, *DORA, *ADALORA, *IA3, *PREFIX, *PROMPT, *LLAMA_ADAPTER, *WEIGHT, *ROTATION, *SELECTION, *SHIRA,
+]  # fmt: skip
