@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,18 @@ from trimtab.adapt.tree import Children, sites_of, uncover, walk
 from trimtab.errors import MergeError, NotMergeableError, RouteError, TargetError
 from trimtab.frozen import Layer, view
 from trimtab.frozen.experts import ExpertLayer
+from trimtab.frozen.lowbit import LowBitLayer
+
+
+Write = Callable[[str, Layer, Tensor, Tensor | None], nn.Module]
+"""How a merged layer is stored: ``write(path, layer, weight, bias)`` of what was merged in fp32."""
 
 
 @torch.no_grad()
 def merge(model: nn.Module, names: str | Sequence[str]) -> nn.Module:
-    """A new, bare model that computes what ``model`` computes with these adapters.
+    """A new, bare, dense model that computes what ``model`` computes with these adapters.
+
+    `trimtab.adapt.merge_report.merge_with_report` stores it in another dtype, or in few bits, and measures what that costs.
 
     Args:
         model: with adapters attached; it is not changed, and shares no tensor with the result.
@@ -38,6 +45,16 @@ def merge(model: nn.Module, names: str | Sequence[str]) -> nn.Module:
     Raises:
         NotMergeableError: an adapter's edit is not affine; the message says why.
     """
+    new = fold(copied(model, names), names)
+    children = Children(new)
+    for path, layer in lowbit_layers(new).items():
+        dense = densely(path, layer, layer.dense(), layer.bias())
+        children.replace(layer.module, dense.train(layer.module.training).requires_grad_(False))
+    return new
+
+
+def copied(model: nn.Module, names: str | Sequence[str]) -> nn.Module:
+    """A copy of a model to be merged. Raises as `merge`."""
     bank = bank_of(model)
     owner = bank.owner(names)
     check_mergeable(bank, owner)
@@ -49,16 +66,34 @@ def merge(model: nn.Module, names: str | Sequence[str]) -> nn.Module:
         raise RouteError(
             "leave using() or rows() before merging: the adapters to merge are named in the call."
         )
-    new = copy.deepcopy(model)
-    return fold(new, names)
+    return copy.deepcopy(model)
+
+
+def densely(path: str, layer: Layer, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A merged layer in the dtype that the layer computes in. See `Write`."""
+    return layer.write(
+        weight.to(layer.dtype).contiguous().clone(), kept_bias(layer, bias, layer.dtype)
+    )
+
+
+def lowbit_layers(model: nn.Module) -> dict[str, LowBitLayer]:
+    """The layers of a bare model whose weights are in few bits."""
+    found = {path: view(module) for path, module in model.named_modules()}
+    return {path: layer for path, layer in found.items() if isinstance(layer, LowBitLayer)}
 
 
 @torch.no_grad()
-def fold(model: nn.Module, names: str | Sequence[str], *, finite: bool = False) -> nn.Module:
+def fold(
+    model: nn.Module,
+    names: str | Sequence[str],
+    *,
+    finite: bool = False,
+    write: Write = densely,
+) -> nn.Module:
     """As `merge`, but uses the model up: each layer is replaced as it is merged, so the peak is one layer.
 
-    For a model that nobody else holds (a command that loads, merges and saves). With ``finite``, raises a
-    `MergeError` for a merged weight that is not.
+    For a model that nobody else holds (a command that loads, merges and saves). Layers that no adapter edits stay as
+    they are, in few bits too. With ``finite``, raises a `MergeError` for a merged weight that is not.
     """
     bank = bank_of(model)
     owner = bank.owner(names)
@@ -71,7 +106,7 @@ def fold(model: nn.Module, names: str | Sequence[str], *, finite: bool = False) 
         if site.acting(owner):
             if uses[id(site.base_layer._parameters.get("weight"))] > 1:
                 _untie(model)
-            children.replace(site, _merged(site, owner, finite))
+            children.replace(site, _merged(site, owner, finite, write))
         else:
             children.replace(site, site.release())
     from trimtab.adapt.attach import strip
@@ -107,12 +142,12 @@ def unmerge(model: nn.Module) -> None:
     uncover(model, bank_of(model))
 
 
-def _merged(site: SiteBase, owner: Owner, finite: bool) -> nn.Module:
+def _merged(site: SiteBase, owner: Owner, finite: bool, write: Write = densely) -> nn.Module:
     """A new module equal to what a site wraps, with these adapters."""
     if isinstance(site, ExpertsSite):
         new = merged_experts(site, owner)
     elif isinstance(site, Site):
-        new = merged_layer(site, owner)
+        new = merged_layer(site, owner, write)
     else:
         raise AssertionError("there are two kinds of sites")
     if finite and not all(bool(p.isfinite().all()) for p in new.parameters()):
@@ -133,14 +168,10 @@ def check_mergeable(bank: Bank, owner: Owner) -> None:
             )
 
 
-def merged_layer(site: Site, owner: Owner) -> nn.Module:
-    """A new layer equal to the site with these adapters, in the base's dtype."""
-    layer = site.layer
-    weight, bias = merged_weights(site, owner, layer, site.acting(owner), site)
-    dtype = layer.dtype
-    return layer.write(weight.to(dtype).contiguous().clone(), _bias(layer, bias, dtype)).train(
-        site.training
-    )
+def merged_layer(site: Site, owner: Owner, write: Write = densely) -> nn.Module:
+    """A new layer equal to the site with these adapters; by default in the base's dtype."""
+    weight, bias = merged_weights(site, owner, site.layer, site.acting(owner), site)
+    return write(site.path, site.layer, weight, bias).train(site.training)
 
 
 def merged_weights(
@@ -239,7 +270,7 @@ def _write_expert_bias(
         )
 
 
-def _bias(layer: Layer, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def kept_bias(layer: Layer, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """No bias where the base has none and the merged one is zero."""
     if bias is None or (layer.bias() is None and not bool(bias.any())):
         return None

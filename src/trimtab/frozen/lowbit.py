@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab.errors import UnsupportedError
+from trimtab.errors import ModelError, UnsupportedError
 from trimtab.frozen.linear import LinearMap
 
 
@@ -36,6 +36,16 @@ class LowBitLinear(nn.Module):
     @abstractmethod
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight Ŵ_OI as a dense tensor."""
+
+    def like(self, weight: Tensor, bias: Tensor | None) -> LowBitLinear:
+        """Another dense weight of this shape, rounded into just this format."""
+        raise UnsupportedError(
+            f"Trimtab reads weights in {self.kind}, and does not round into it; merge into dense weights."
+        )
+
+    def shifted(self, change_OI: Tensor, bias: Tensor | None) -> LowBitLinear | None:
+        """The weight with a change added that this format holds exactly; None where it does not."""
+        return None
 
     @property
     def bits(self) -> float:
@@ -65,6 +75,23 @@ class LowBitLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.bits:.2f} bits"
+
+
+def check_weight(weight: Tensor) -> None:
+    """Raise `ModelError` for what no format holds: NaN, infinities, numbers that are in few bits already."""
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        raise ModelError(
+            f"the weight is {str(weight.dtype).removeprefix('torch.')}; only floating values of 16 bits or more are "
+            "rounded. Is it in few bits already?"
+        )
+    if weight.numel() and not bool(
+        torch.stack(torch.aminmax(weight.detach())).float().isfinite().all()
+    ):
+        wrong = int((~weight.detach().float().isfinite()).sum())
+        raise ModelError(
+            f"{wrong:,} of {weight.numel():,} values of the weight are NaN, infinite or beyond float32, and a scale of "
+            "its block would be so too. Download the model again, or mend it."
+        )
 
 
 class _Frozen(torch.autograd.Function):

@@ -68,8 +68,9 @@ def load(
         device: None is the first CUDA device, else the CPU.
         task: which head; a classification head that the weights lack starts at random, the same each time.
         labels: names of the classes of a classification head, in order; None is what the config says.
-        storage: keep linear layers in ``nf4`` (QLoRA's), ``fp4``, ``int8`` or ``fp8``; the head, embeddings and routers
-            stay in ``dtype``, in which everything is computed.
+        storage: keep linear layers in ``nf4`` (QLoRA's), ``fp4``, ``int4`` (with a scale and an offset for each 64
+            columns), ``int8``, ``int8-group`` or ``fp8``; the head, embeddings and routers stay in ``dtype``, in which
+            everything is computed.
         exempt: further modules that stay so: names, ends of names, or globs.
 
     Raises:

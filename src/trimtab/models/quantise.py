@@ -8,8 +8,7 @@ stay as they are, and so does what ``exempt`` names.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,20 +21,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from trimtab.errors import ModelError, TargetError, suggest
 from trimtab.frozen import Layer, view
-from trimtab.frozen.eightbit import Fp8Linear, Int8Linear
-from trimtab.frozen.fourbit import FourBitLinear
+from trimtab.frozen.formats import FORMATS
 from trimtab.frozen.linear import Conv1DLayer, LinearLayer
 from trimtab.frozen.lowbit import LowBitLinear
+from trimtab.models import saved
 from trimtab.models.stored import PARTS, read
 
 NAME = "trimtab"
-FORMATS: Mapping[str, Callable[[Tensor, Tensor | None], LowBitLinear]] = {
-    "nf4": partial(FourBitLinear.of, kind="nf4"),
-    "fp4": partial(FourBitLinear.of, kind="fp4"),
-    "int8": Int8Linear.of,
-    "fp8": Fp8Linear.of,
-}
-"""Name -> how a layer in that format is made of a dense weight and a bias."""
 
 
 def targets(model: PreTrainedModel, exempt: Sequence[str]) -> set[str]:
@@ -115,6 +107,8 @@ class StorageConfig(QuantizationConfigMixin):  # type: ignore[misc]
     @classmethod
     def of_checkpoint(cls, config: Mapping[str, Any]) -> StorageConfig | None:
         """What the ``quantization_config`` of a checkpoint says, if Trimtab reads it itself."""
+        if config.get("quant_method") == NAME:
+            return cls(stored=NAME)
         if config.get("quant_method") != "bitsandbytes":
             return None
         stored = "8bit" if config.get("load_in_8bit") else "4bit"
@@ -145,7 +139,9 @@ class Quantiser(HfQuantizer):  # type: ignore[misc]
     @property
     def serialized_names(self) -> dict[str, list[str]]:
         stored = self.quantization_config.stored
-        return {} if stored is None else {"weight": [*PARTS[stored]]}
+        if stored is None:
+            return {}
+        return {"weight": [*(saved.PARTS if stored == NAME else PARTS[stored])]}
 
     def get_load_operations(self) -> dict[str, Any]:
         return {"deserialize": _Take}
@@ -182,7 +178,12 @@ class _Take(ConversionOps):  # type: ignore[misc]
         kwargs["missing_keys"].discard(f"{path}.weight")
         layer: nn.Module
         try:
-            layer = read(self.stored, path, parts, old.bias, kwargs["model"].dtype)
+            dtype = kwargs["model"].dtype
+            if self.stored == NAME:
+                shape = (old.out_features, old.in_features)
+                layer = saved.read(path, parts, shape, old.bias, dtype)
+            else:
+                layer = read(self.stored, path, parts, old.bias, dtype)
         except ModelError as error:  # transformers would bury it in a report
             self.hf_quantizer.problems.append(error)
             layer = nn.Identity()

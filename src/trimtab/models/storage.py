@@ -13,7 +13,7 @@ from trimtab.errors import ConfigError, UnknownNameError, suggest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Storage = Literal["nf4", "fp4", "int8", "fp8"]
+Storage = Literal["nf4", "fp4", "int4", "int8", "int8-group", "fp8"]
 STORAGES: tuple[str, ...] = get_args(Storage)
 
 

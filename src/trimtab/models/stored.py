@@ -50,7 +50,12 @@ def _four_bits(
         raise ModelError(
             f"{path}: the checkpoint lacks {STATE}nf4, without which its codes mean nothing; download it again."
         )
-    facts: dict[str, Any] = json.loads(bytes(parts[STATE + kind].tolist()))
+    try:
+        facts: dict[str, Any] = json.loads(bytes(parts[STATE + kind].tolist()))
+    except ValueError as error:
+        raise ModelError(
+            f"{path}: {STATE}{kind} is no JSON ({error}), and its codes mean nothing without it; download it again."
+        ) from None
     nested = "nested_blocksize" in facts
     for name in ("weight.absmax", "weight.nested_absmax") if nested else ("weight.absmax",):
         if name not in parts:
@@ -66,6 +71,11 @@ def _four_bits(
     outer = parts["weight.nested_absmax"].float() if nested else None
     mean = torch.tensor(facts["nested_offset"], device=codes.device) if nested else None
     packed = FourBit(kind, tuple(facts["shape"]), codes, scales, outer, mean, facts["blocksize"])
+    if not packed.whole:
+        raise ModelError(
+            f"{path}: {codes.numel():,} bytes of codes and {scales.numel():,} scales in blocks of {packed.block} are "
+            f"not those of a weight of {' × '.join(map(str, packed.shape))}; download it again."
+        )
     return FourBitLinear(packed, bias, dtype)
 
 

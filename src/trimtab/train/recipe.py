@@ -264,7 +264,7 @@ class Recipe(Config):
     """What is kept to resume from."""
     dtype: Literal["bfloat16", "float32", "float16", "float64"] | None = None
     """Of the base and its computation; what is trained is kept in float32. Empty is what suits the machine."""
-    storage: Literal["nf4", "fp4", "int8", "fp8"] | None = None
+    storage: Literal["nf4", "fp4", "int4", "int8", "int8-group", "fp8"] | None = None
     """Keep the base's linear layers in few bits while they are used (nf4 is QLoRA's); empty keeps them in dtype."""
     exempt: tuple[str, ...] = ()
     """Further layers that stay in dtype, as the head, embeddings and routers do: names, ends of names, or globs."""

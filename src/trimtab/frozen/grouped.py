@@ -1,0 +1,70 @@
+"""INT4 and INT8 weights with a scale and an offset for each group of columns (`trimtab.kernels.groups`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trimtab.frozen.lowbit import LowBitLinear, check_weight
+from trimtab.kernels import groups
+
+
+class GroupedLinear(LowBitLinear):
+    """A linear layer in whole numbers of 4 or 8 bits by group. What is the same for a group is added exactly."""
+
+    codes: Tensor
+    scales: Tensor
+    offsets: Tensor
+
+    def __init__(
+        self,
+        stored: tuple[Tensor, Tensor, Tensor],
+        in_features: int,
+        bits: int,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        codes, scales_OG, offsets_OG = stored
+        super().__init__(in_features, codes.shape[0], dtype)
+        self.kind = "int4" if bits == 4 else "int8-group"
+        self.code_bits = bits
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales_OG)
+        self.register_buffer("offsets", offsets_OG)
+        self._hold(bias)
+
+    @classmethod
+    def of(
+        cls, weight: Tensor, bias: Tensor | None, bits: int = 4, *, group: int = groups.GROUP
+    ) -> GroupedLinear:
+        """Round a dense layer."""
+        check_weight(weight)
+        stored = groups.quantise_groups(weight, bits, group)
+        return cls(stored, weight.shape[1], bits, bias, weight.dtype)
+
+    @property
+    def group(self) -> int:
+        """Columns of a group."""
+        return self.codes.shape[1] * (8 // self.code_bits) // self.scales.shape[1]
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return groups.dequantise_groups(
+            self.codes, self.scales, self.offsets, self.in_features, self.code_bits, dtype
+        )
+
+    def like(self, weight: Tensor, bias: Tensor | None) -> GroupedLinear:
+        return GroupedLinear.of(weight, bias, self.code_bits, group=self.group)
+
+    def shifted(self, change_OI: Tensor, bias: Tensor | None) -> GroupedLinear | None:
+        """A change that is constant within each group goes into the offsets (QA-LoRA's merge).
+
+        Constant is up to the rounding of the fp32 sum that it is taken from.
+        """
+        count = self.scales.shape[1]
+        means_OG = groups.group_means(change_OI, count, self.group)
+        each = means_OG.repeat_interleave(self.group, 1)[:, : self.in_features]
+        largest = self.dense(torch.float32).abs().amax() + change_OI.abs().amax()
+        if bool((change_OI - each).abs().amax() > 4 * torch.finfo(torch.float32).eps * largest):
+            return None
+        stored = self.codes.clone(), self.scales.clone(), self.offsets + means_OG.float()
+        return GroupedLinear(stored, self.in_features, self.code_bits, bias, self.compute_dtype)
