@@ -3,9 +3,10 @@
 A method that registers is here at once, with its defaults; ``SMALL`` only makes known ones small. A cell that
 is not in ``REFUSED`` must work.
 
-The product of methods, models (each densely and in every format of few bits) and laws is too large for each change. Without ``TRIMTAB_LAWS=all`` (``make laws``)
-every law runs for every method on one model (those about layer kinds on a second); on every other model each
-method meets some of the laws and each law some of the methods (`tests/laws/test_cells.py` proves it).
+The product of methods, models (each densely and in every format of few bits) and laws is too large for each
+change. Without ``TRIMTAB_LAWS=all`` (``make laws``) every law runs for every method on one model (those about layer
+kinds on a second); on every other model each method meets some of the laws and each law some of the methods
+(`tests/laws/test_cells.py` proves it); and a format of few bits is on a model or two.
 """
 
 from __future__ import annotations

@@ -135,6 +135,6 @@ class LowBitLayer(LinearMap):
 def untrained(module: nn.Module) -> UnsupportedError:
     """Why a weight in few bits is not itself trained."""
     return UnsupportedError(
-        f"{type(module).__name__}: a weight in few bits cannot be trained itself. Adapt the layer, or leave it out when "
-        "the base is loaded in few bits."
+        f"{type(module).__name__}: a weight in few bits cannot be trained itself. Adapt the layer, or leave it out "
+        "when the base is loaded in few bits."
     )

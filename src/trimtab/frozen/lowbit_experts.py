@@ -72,7 +72,9 @@ class LowBitExperts(StoredExperts, LowBit):
             return DenseExpert.of_parameter(self, name, expert)
         bias = self._parameters.get(f"{name}_bias")
         first = name != "down_proj"
-        return LowBitExpert(self, self._one(name, expert), None if bias is None else bias[expert], first=first)
+        return LowBitExpert(
+            self, self._one(name, expert), None if bias is None else bias[expert], first=first
+        )
 
     def _one(self, name: str, expert: int) -> LowBitLinear:
         one = copy.copy(self._templates[name])
@@ -84,7 +86,9 @@ class LowBitExperts(StoredExperts, LowBit):
     def with_dense(self, new: Mapping[str, Tensor]) -> nn.Module:
         """Where nothing is left in few bits, the module that it was at first."""
         frozen = {name: nn.Parameter(value, requires_grad=False) for name, value in new.items()}
-        held = {name: frozen.get(name, self._parameters.get(name)) for name in [*self._shapes, *new]}
+        held = {
+            name: frozen.get(name, self._parameters.get(name)) for name in [*self._shapes, *new]
+        }
         if not self._templates.keys() - new.keys():
             (shell,) = self._shell
             whole = copy.copy(shell)
@@ -103,7 +107,13 @@ class LowBitExperts(StoredExperts, LowBit):
         return cast(Experts, shell)._apply_gate(gate_up_out)
 
     def forward(self, hidden_NH: Tensor, index_NK: Tensor, weights_NK: Tensor) -> Tensor:
-        return run(self, hidden_NH, index_NK, weights_NK, lambda name, expert, layer, x, tokens: layer.call(x))
+        return run(
+            self,
+            hidden_NH,
+            index_NK,
+            weights_NK,
+            lambda name, expert, layer, x, tokens: layer.call(x),
+        )
 
     def extra_repr(self) -> str:
         return f"{self.num_experts} experts, {', '.join(self._templates)} in {self.bits:.2f} bits"

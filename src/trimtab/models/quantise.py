@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -63,7 +64,26 @@ def targets(model: PreTrainedModel, exempt: Sequence[str]) -> set[str]:
                 f"{suggest(pattern, {name.rpartition('.')[2] for name in weights})}"
             )
         kept += found
+    _tell_of_wide_experts(model, [*weights, *kept, *exempt])
     return {w for name, w in weights.items() if not any(_within(name, one) for one in kept)}
+
+
+def _tell_of_wide_experts(model: nn.Module, known: Sequence[str]) -> None:
+    """Warn of experts that are not stored in few bits although nobody exempted them."""
+    wide = {
+        f"{path}.{name}": parameter.numel()
+        for path, module in model.named_modules()
+        if _EXPERTS.search(path)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3
+    }
+    left = {n: c for n, c in wide.items() if not any(_matches(n, one) for one in known)}
+    if left:
+        warnings.warn(
+            f"{len(left)} parameters of experts ({sum(left.values())} weights), e.g. {min(left)!r}, stay as they are: "
+            f"how {type(model).__name__} runs them is not known to Trimtab. Its other layers are stored in few bits.",
+            stacklevel=2,
+        )
 
 
 def _experts(model: nn.Module) -> list[str]:
@@ -78,13 +98,14 @@ def _experts(model: nn.Module) -> list[str]:
 
 def _routers(model: nn.Module, linear: Iterable[str]) -> list[str]:
     """Linear layers that choose or weigh experts: small, and every error of theirs sends tokens elsewhere."""
-    mixtures = {path.rpartition(".")[0] for path, _ in model.named_modules() if _EXPERTS.search(path)}
+    mixtures = {
+        path.rpartition(".")[0] for path, _ in model.named_modules() if _EXPERTS.search(path)
+    }
     found = []
     for name in linear:
         parent, _, leaf = name.rpartition(".")
-        if "router" in name.split(".")[-2:] or "router" in leaf:
-            found.append(name)
-        elif parent in mixtures and ("gate" in leaf and "proj" not in leaf):
+        beside = parent in mixtures and "gate" in leaf and "proj" not in leaf
+        if beside or "router" in leaf or parent.rpartition(".")[2] == "router":
             found.append(name)
     return found
 
@@ -105,7 +126,9 @@ def _store(model: nn.Module, name: str, weight: Tensor, format: str) -> str:
     module = model.get_submodule(path)
     wanted = module.get_parameter(leaf).shape
     if weight.shape != wanted:
-        raise ModelError(f"{name}: the weight has shape {tuple(weight.shape)}, not {tuple(wanted)}.")
+        raise ModelError(
+            f"{name}: the weight has shape {tuple(weight.shape)}, not {tuple(wanted)}."
+        )
     old = _dense(module)
     if old is not None:
         new = FORMATS[format](old.orient(weight), module._parameters.get("bias"))
