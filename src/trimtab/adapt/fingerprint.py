@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.frozen import view
+from trimtab.frozen import Layer, view
+from trimtab.frozen.experts import StoredExperts, expert_parameters
 from trimtab.frozen.linear import LinearMap
-from trimtab.frozen.lowbit import LowBitLinear
+from trimtab.frozen.lowbit import LowBit, LowBitLinear
+from trimtab.frozen.lowbit_experts import LowBitExperts
 
 _SAMPLED_TENSORS = 24
 _ALWAYS_DENSE = 12
@@ -63,84 +65,95 @@ class Fingerprint:
         """How ``other`` is stored in other bits than this one; empty where it is not."""
         if (self.storage, self.exempt) == (other.storage, other.exempt):
             return ""
-        return (
-            f"{_in_words(self)}, and this one's {_in_words(other, self.storage == other.storage)}"
-        )
+        return f"there {self._in_words()}, here {other._in_words()}"
 
-
-def _in_words(one: Fingerprint, more: bool = True) -> str:
-    kept = f" but for {', '.join(one.exempt)}" if one.exempt and more else ""
-    return f"linear layers are in {one.storage}{kept}" if one.storage else "are dense"
+    def _in_words(self) -> str:
+        if self.storage is None:
+            return "all layers are dense"
+        exempt = f" but for {', '.join(self.exempt)}" if self.exempt else ""
+        return f"linear layers are in {self.storage}{exempt}"
 
 
 def fingerprint(root: nn.Module, modules: Mapping[str, nn.Module]) -> Fingerprint:
     """Of the bare model ``root`` with these modules by canonical path."""
     lines = [type(root).__name__]
-    tensors: dict[str, Tensor | None] = {}  # None: dense elsewhere, perhaps
-    formats: dict[str, str] = {}
+    tensors: dict[str, Tensor] = {}
+    formats: dict[str, str] = {}  # of weights that may be in few bits; empty: dense
     for path, module in modules.items():
         layer = view(module)
         if layer is not None:
             lines.append(f"{path} {layer.kind} {layer.out_features}x{layer.in_features}")
-        if isinstance(layer, LinearMap):
-            tensors[_name(path, "weight")] = None
-            formats[path] = module.kind if isinstance(module, LowBitLinear) else ""
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if layer is None:
-                lines.append(f"{path}.{name} {tuple(parameter.shape)}")
+        formats |= _formats(path, module, layer)
+        own = {n: p for n, p in module._parameters.items() if p is not None}
+        if layer is None:
+            shapes = {name: tuple(parameter.shape) for name, parameter in own.items()}
+            if isinstance(module, StoredExperts):
+                shapes = module.shapes
+            lines += [f"{path}.{name} {shape}" for name, shape in shapes.items()]
+        for name, parameter in own.items():
             if dense(parameter) and parameter.device.type != "meta":
                 tensors[_name(path, name)] = parameter
     sampled: dict[str, str] = {}
-    for name in _chosen(tensors, {_name(path, "weight") for path in formats}):
-        module = modules[name.rpartition(".")[0]]
-        if (tensor := tensors[name]) is not None:
-            sampled[name] = sample(tensor)
-        elif isinstance(module, LowBitLinear):
-            dtype = str(module.compute_dtype).removeprefix("torch.")
-            sampled[f"{name}:{module.kind}:{dtype}"] = _stored_sample(module)
+    for name in _chosen({**tensors, **formats}, formats):
+        if name in tensors:
+            sampled[name] = sample(tensors[name])
+        elif formats[name]:
+            key, codes = _stored(name, modules)
+            sampled[key] = _short(codes.reshape(-1).view(torch.uint8))
     architecture = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
     return Fingerprint(type(root).__name__, architecture, sampled, *_storage(formats))
+
+
+def _formats(path: str, module: nn.Module, layer: Layer | None) -> dict[str, str]:
+    """The weights of a module that may be in few bits, and the format that they are in; that of a hidden one is not
+    known."""
+    if isinstance(layer, LinearMap):
+        return {_name(path, "weight"): module.kind if isinstance(module, LowBitLinear) else ""}
+    packed = module.formats if isinstance(module, LowBitExperts) else {}
+    return {_name(path, n): packed.get(n, "") for n in expert_parameters(module)}
+
+
+def _stored(name: str, modules: Mapping[str, nn.Module]) -> tuple[str, Tensor]:
+    """The codes of a weight in few bits, and what they are called: its name, format and dtype."""
+    path, _, leaf = name.rpartition(".")
+    module = modules[path]
+    if not isinstance(module, LowBit):
+        raise AssertionError("its format is known")
+    codes = module.get_buffer(f"{leaf}_codes" if isinstance(module, LowBitExperts) else "codes")
+    dtype = str(module.compute_dtype).removeprefix("torch.")
+    return f"{name}:{module.kind}:{dtype}", codes
 
 
 def _name(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _chosen(tensors: Collection[str], linear: Collection[str]) -> list[str]:
+def _chosen(tensors: Collection[str], stored: Collection[str]) -> list[str]:
     """The names to sample: evenly among all, and evenly among those that are dense in every storage."""
     names = sorted(tensors)
-    dense_ones = [name for name in names if name not in linear]
+    dense_ones = [name for name in names if name not in stored]
     chosen = {*names[:: max(len(names) // _SAMPLED_TENSORS, 1)]}
     chosen |= {*dense_ones[:: max(len(dense_ones) // _ALWAYS_DENSE, 1)]}
     return sorted(chosen)
 
 
 def _storage(formats: Mapping[str, str]) -> tuple[str | None, tuple[str, ...]]:
-    """The format that most linear layers in few bits are in, and the layers in another, by what `trimtab.load` takes:
-    the last segment of their paths where all of that name are alike."""
+    """The format that most weights in few bits are in, and those in another, as `trimtab.load` takes them: by the last
+    segment of their modules' paths where all of that name are alike."""
     counts = Counter(kind for kind in formats.values() if kind)
     if not counts:
         return None, ()
     most = max(counts, key=lambda kind: counts[kind])
-    leaves: dict[str, set[str]] = {}
-    for path, kind in formats.items():
-        leaves.setdefault(path.rpartition(".")[2], set()).add(kind)
-    apart = {
-        (leaf if len(leaves[leaf := path.rpartition(".")[2]]) == 1 else path)
-        + (f"={k}" if k else "")
-        for path, k in formats.items()
-        if k != most
-    }
+    named = {name.removesuffix(".weight"): kind for name, kind in formats.items()}
+    alike: dict[str, set[str]] = {}
+    for path, kind in named.items():
+        alike.setdefault(path.rpartition(".")[2], set()).add(kind)
+    apart = set()
+    for path, kind in named.items():
+        if kind != most:
+            leaf = path.rpartition(".")[2]
+            apart.add((leaf if len(alike[leaf]) == 1 else path) + (f"={kind}" if kind else ""))
     return most, tuple(sorted(apart))
-
-
-def _stored_sample(module: LowBitLinear) -> str:
-    """Short hash of a sample of the codes; the same weight has the same on every machine."""
-    codes = next(module.buffers()).reshape(-1).view(torch.uint8)
-    chosen = codes[:: max(codes.numel() // _SAMPLED_VALUES, 1)][:_SAMPLED_VALUES]
-    return hashlib.sha256(chosen.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def dense(tensor: Tensor) -> bool:
@@ -155,3 +168,9 @@ def sample(tensor: Tensor) -> str:
     chosen = flat[:: max(flat.numel() // _SAMPLED_VALUES, 1)][:_SAMPLED_VALUES]
     raw = chosen.to(torch.bfloat16).cpu().contiguous().view(torch.int16)
     return hashlib.sha256(raw.numpy().tobytes()).hexdigest()[:16]
+
+
+def _short(codes: Tensor) -> str:
+    """Short hash of a sample of codes; the same weight has the same on every machine."""
+    chosen = codes[:: max(codes.numel() // _SAMPLED_VALUES, 1)][:_SAMPLED_VALUES]
+    return hashlib.sha256(chosen.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]

@@ -24,9 +24,9 @@ from trimtab.adapt.site import ExpertsSite, Site, SiteBase
 from trimtab.adapt.tree import Children, sites_of, uncover, walk
 from trimtab.errors import MergeError, NotMergeableError, RouteError, TargetError
 from trimtab.frozen import Layer, view
-from trimtab.frozen.experts import ExpertLayer
+from trimtab.frozen.experts import ExpertLayer, expert_count, replaced
 from trimtab.frozen.lowbit import LowBitLayer
-
+from trimtab.frozen.lowbit_experts import LowBitExperts
 
 Write = Callable[[str, Layer, Tensor, Tensor | None], nn.Module]
 """How a merged layer is stored: ``write(path, layer, weight, bias)`` of what was merged in fp32."""
@@ -36,7 +36,7 @@ Write = Callable[[str, Layer, Tensor, Tensor | None], nn.Module]
 def merge(model: nn.Module, names: str | Sequence[str]) -> nn.Module:
     """A new, bare, dense model that computes what ``model`` computes with these adapters.
 
-    `trimtab.adapt.merge_report.merge_with_report` stores it in another dtype, or in few bits, and measures what that costs.
+    `merge_with_report` stores it in another dtype, or in few bits, and measures what that costs.
 
     Args:
         model: with adapters attached; it is not changed, and shares no tensor with the result.
@@ -45,12 +45,23 @@ def merge(model: nn.Module, names: str | Sequence[str]) -> nn.Module:
     Raises:
         NotMergeableError: an adapter's edit is not affine; the message says why.
     """
-    new = fold(copied(model, names), names)
-    children = Children(new)
-    for path, layer in lowbit_layers(new).items():
-        dense = densely(path, layer, layer.dense(), layer.bias())
-        children.replace(layer.module, dense.train(layer.module.training).requires_grad_(False))
-    return new
+    return densify(fold(copied(model, names), names))
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """Make what is left in few bits in a bare model dense."""
+    children = Children(model)
+    for path, module in list(model.named_modules()):
+        layer = view(module)
+        new: nn.Module
+        if isinstance(layer, LowBitLayer):
+            new = densely(path, layer, layer.dense(), layer.bias())
+        elif isinstance(module, LowBitExperts):
+            new = module.with_dense({name: module.dense_parameter(name) for name in module.formats})
+        else:
+            continue
+        children.replace(module, new.train(module.training).requires_grad_(False))
+    return model
 
 
 def copied(model: nn.Module, names: str | Sequence[str]) -> nn.Module:
@@ -74,12 +85,6 @@ def densely(path: str, layer: Layer, weight: Tensor, bias: Tensor | None) -> nn.
     return layer.write(
         weight.to(layer.dtype).contiguous().clone(), kept_bias(layer, bias, layer.dtype)
     )
-
-
-def lowbit_layers(model: nn.Module) -> dict[str, LowBitLayer]:
-    """The layers of a bare model whose weights are in few bits."""
-    found = {path: view(module) for path, module in model.named_modules()}
-    return {path: layer for path, layer in found.items() if isinstance(layer, LowBitLayer)}
 
 
 @torch.no_grad()
@@ -231,43 +236,35 @@ def _stack(site: SiteBase, edits: Sequence[Edit], layer: Layer, context: Context
 
 def merged_experts(site: ExpertsSite, owner: Owner) -> nn.Module:
     """The experts with new 3-D parameters where these adapters edit them; the others are shared."""
-    module = copy.copy(site.base_layer)
-    module._parameters = dict(module._parameters)
+    module = site.base_layer
     edits = site.acting(owner)
+    new: dict[str, Tensor] = {}
     for path in dict.fromkeys(edit.path for edit in edits):
         name = path.rpartition(".")[2]
         here = [edit for edit in edits if edit.path == path]
-        old = module._parameters[name]
-        if old is None:
-            raise AssertionError("checked at attach")
         slices, biases = [], []
-        for expert in range(old.shape[0]):
+        for expert in range(expert_count(module, name)):
             layer = ExpertLayer.of(module, name, expert)
             weight, bias = merged_weights(
                 site, owner, layer, here, site.get_submodule(name), expert
             )
             slices.append(weight.T if module.is_transposed else weight)
             biases.append(bias)
-        module._parameters[name] = nn.Parameter(
-            torch.stack(slices).to(old.dtype), requires_grad=False
-        )
-        _write_expert_bias(module, name, biases, old.dtype)
-    return module
+        new[name] = torch.stack(slices).to(layer.dtype)
+        if (bias := _expert_bias(module, name, biases)) is not None:
+            new[f"{name}_bias"] = bias.to(layer.dtype)
+    return replaced(module, new)
 
 
-def _write_expert_bias(
-    module: nn.Module, name: str, biases: Sequence[Tensor | None], dtype: torch.dtype
-) -> None:
+def _expert_bias(module: nn.Module, name: str, biases: Sequence[Tensor | None]) -> Tensor | None:
     found = [bias for bias in biases if bias is not None and bool(bias.any())]
     if module._parameters.get(f"{name}_bias") is not None:
-        full = [bias for bias in biases if bias is not None]
-        module._parameters[f"{name}_bias"] = nn.Parameter(
-            torch.stack(full).to(dtype), requires_grad=False
-        )
-    elif found:
+        return torch.stack([bias for bias in biases if bias is not None])
+    if found:
         raise NotMergeableError(
             f"the experts' {name} has no bias, and the merged layer would need one."
         )
+    return None
 
 
 def kept_bias(layer: Layer, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -24,17 +24,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trimtab.adapt.acting import using
-from trimtab.adapt.merge import copied, fold, kept_bias
+from trimtab.adapt.merge import copied, densify, fold, kept_bias
 from trimtab.adapt.tree import Children, bare_modules, canonical
 from trimtab.errors import ConfigError, MergeError, UnknownNameError, suggest
 from trimtab.frozen import Layer, view
+from trimtab.frozen.experts import expert_parameters
 from trimtab.frozen.formats import FORMATS
 from trimtab.frozen.lowbit import LowBitLayer, LowBitLinear
+from trimtab.frozen.lowbit_experts import LowBitExperts
 from trimtab.models.quantise import targets
 
 TOLERANCE = 0.5
 """Most of what the adapters do that merging may undo."""
 BASE, DENSE = "base", "dense"
+Batch = Mapping[str, Any] | Tensor
+"""One call of a model: its keyword arguments, or its one tensor."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ def merge_with_report(
     *,
     dtype: torch.dtype | None = None,
     storage: str = DENSE,
-    batch: Mapping[str, Any] | Tensor | None = None,
+    batch: Batch | None = None,
     tolerance: float = TOLERANCE,
     force: bool = False,
 ) -> Merged:
@@ -142,7 +146,7 @@ def fold_with_report(
     *,
     dtype: torch.dtype | None = None,
     storage: str = DENSE,
-    batch: Mapping[str, Any] | Tensor | None = None,
+    batch: Batch | None = None,
     tolerance: float = TOLERANCE,
     force: bool = False,
 ) -> Merged:
@@ -150,14 +154,17 @@ def fold_with_report(
     check_storage(storage)
     outputs = [] if batch is None else [_output(model, batch, who) for who in (names, None)]
     writer = _Writer(dtype, storage, _targets(model, storage))
+    experts = {p: m for p, m in bare_modules(model).items() if isinstance(m, LowBitExperts)}
     fold(model, names, write=writer.merged)
-    _the_rest(model, writer)
+    _the_rest(model, writer, experts)
+    if storage == DENSE:
+        densify(model)
     if dtype is not None:
         model.to(dtype)
     gap = None
     if batch is not None:
         with_them, without = outputs
-        gap = _gap(_called(model, batch), with_them, without)
+        gap = _gap(_called(model, _cast(batch, dtype)), with_them, without)
     merged = Merged(model, tuple(writer.layers.values()), gap)
     if not force:
         _check(merged, tolerance)
@@ -225,16 +232,39 @@ class _Writer:
         new.compute_dtype = dtype
         return new, exact
 
+    def experts(self, path: str, module: nn.Module, old: LowBitExperts | None) -> nn.Module:
+        """Experts in the format asked for; ``old`` is what they were where any of them were in few bits."""
+        was = {} if old is None else old.formats
+        held = module.formats if isinstance(module, LowBitExperts) else {}
+        for name in expert_parameters(module):
+            whole = f"{path}.{name}"
+            kind = was.get(name, DENSE) if self.storage == BASE else self._format(whole)
+            if kind in (DENSE, held.get(name)):
+                continue
+            if isinstance(module, LowBitExperts) and name in held:
+                module = module.with_dense({name: module.dense_parameter(name)})
+            value = module.get_parameter(name).data
+            like = old.round_like(name) if old and was.get(name) == kind else FORMATS[kind]
+            packed = module if isinstance(module, LowBitExperts) else LowBitExperts(module)
+            packed.pack(name, value, like)
+            off = _norm(packed.dense_parameter(name) - value)
+            edited = old is not None and name in was and name not in held
+            change = _norm(value - old.dense_parameter(name)) if old and edited else None
+            lost = None if change is None else _ratio(off, change)
+            self.layers[whole] = Stored(whole, kind, _ratio(off, _norm(value)), lost)
+            module = packed
+        return module
+
     def _measure(
         self, path: str, new: nn.Module, weight: Tensor, change: Tensor | None, exact: bool
     ) -> None:
         now = view(new)
         if now is None:
             raise AssertionError("a layer writes a layer")
-        held = now.module.dense(torch.float32) if isinstance(now, LowBitLayer) else now.dense()
-        off = torch.linalg.vector_norm(held.to(weight.dtype) - weight)
-        error = _ratio(off, torch.linalg.vector_norm(weight))
-        lost = None if change is None else _ratio(off, torch.linalg.vector_norm(change))
+        off = _norm(now.dense().to(weight.dtype) - weight)
+        edit = None if change is None or not bool(change.any()) else _norm(change)
+        lost = None if edit is None else _ratio(off, edit)
+        error = _ratio(off, _norm(weight))
         kind = now.module.kind if isinstance(now, LowBitLayer) else _name(now.dtype)
         self.layers[path] = Stored(path, kind, error, lost, exact)
 
@@ -243,7 +273,11 @@ def _targets(model: nn.Module, storage: str) -> Collection[str] | None:
     """The layers that take the format: those that are in few bits now, or would be; None: each as it says."""
     if storage in (DENSE, BASE):
         return None
-    stored = [path for path, one in bare_modules(model).items() if isinstance(one, LowBitLinear)]
+    bare = bare_modules(model)
+    stored = [path for path, module in bare.items() if isinstance(module, LowBitLinear)]
+    for path, module in bare.items():
+        if isinstance(module, LowBitExperts):
+            stored += [f"{path}.{name}" for name in module.formats]
     if stored:
         return stored
     if not isinstance(model, PreTrainedModel):
@@ -251,18 +285,28 @@ def _targets(model: nn.Module, storage: str) -> Collection[str] | None:
             f"storage={storage!r}: which layers of {type(model).__name__} take it is known for models of transformers "
             "alone; merge into dense weights."
         )
-    return {canonical(path) for path in targets(model, ())}
+    return {canonical(name).removesuffix(".weight") for name in targets(model, ())}
 
 
-def _the_rest(model: nn.Module, writer: _Writer) -> None:
-    """Store the layers that no adapter edits as the others are."""
+def _the_rest(model: nn.Module, writer: _Writer, experts: Mapping[str, LowBitExperts]) -> None:
+    """Store what no adapter edits as the rest is, and experts, which merging makes dense."""
     children = Children(model)
     for path, module in list(model.named_modules()):
-        layer = None if path in writer.layers else view(module)
-        if layer is None or layer.kind != "linear" or writer.keeps(path, layer):
+        layer = view(module)
+        new: nn.Module
+        if expert_parameters(module):
+            new = writer.experts(path, module, experts.get(path))
+        elif (
+            path in writer.layers
+            or layer is None
+            or layer.kind != "linear"
+            or writer.keeps(path, layer)
+        ):
             continue
-        new = writer.again(path, layer).train(module.training)
-        children.replace(module, new.requires_grad_(False))
+        else:
+            new = writer.again(path, layer)
+        if new is not module:
+            children.replace(module, new.train(module.training).requires_grad_(False))
 
 
 def _check(merged: Merged, tolerance: float) -> None:
@@ -276,12 +320,12 @@ def _check(merged: Merged, tolerance: float) -> None:
         )
 
 
-def _output(model: nn.Module, batch: Mapping[str, Any] | Tensor, who: Any) -> Tensor:
+def _output(model: nn.Module, batch: Batch, who: Any) -> Tensor:
     with using(model, who):
         return _called(model, batch)
 
 
-def _called(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> Tensor:
+def _called(model: nn.Module, batch: Batch) -> Tensor:
     """What the model answers: its logits, or the first tensor that it gives."""
     was = model.training
     model.eval()
@@ -296,10 +340,24 @@ def _called(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> Tensor:
     return out.float()
 
 
+def _cast(batch: Batch, dtype: torch.dtype | None) -> Batch:
+    """A batch whose floating inputs are as the merged model takes them."""
+    if dtype is None:
+        return batch
+    if isinstance(batch, Tensor):
+        return batch.to(dtype) if batch.is_floating_point() else batch
+    return {n: _cast(v, dtype) if isinstance(v, Tensor) else v for n, v in batch.items()}
+
+
 def _gap(merged: Tensor, with_them: Tensor, without: Tensor) -> Gap:
-    off = torch.linalg.vector_norm(merged - with_them)
-    effect = torch.linalg.vector_norm(with_them - without)
-    return Gap(_ratio(off, torch.linalg.vector_norm(with_them)), _ratio(off, effect))
+    off = _norm(merged - with_them)
+    effect = _norm(with_them - without)
+    return Gap(_ratio(off, _norm(with_them)), _ratio(off, effect))
+
+
+def _norm(values: Tensor) -> Tensor:
+    wide = torch.promote_types(values.dtype, torch.float32)
+    return torch.linalg.vector_norm(values, dtype=wide)
 
 
 def _ratio(off: Tensor, whole: Tensor) -> float:

@@ -135,9 +135,9 @@ def checked(adapter: Adapter, name: str | None, base: Any, any_base: bool) -> Ad
             )
         if stored := adapter.base.other_storage(base):
             warnings.warn(
-                f"adapter {adapter.name!r} was trained beside a base whose {stored}: it is the same base, computing with "
-                "other roundings of its weights, so the adapter's answers may differ. Load the base with the storage "
-                "that the adapter knows, or measure it again.",
+                f"adapter {adapter.name!r} was trained beside this base in another storage: {stored}. Its weights are "
+                "rounded otherwise, so the adapter may answer otherwise. Load the base as the adapter knows it, or "
+                "measure again.",
                 stacklevel=3,
             )
     return adapter.detached(name=name)

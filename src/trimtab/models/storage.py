@@ -64,18 +64,19 @@ def settle(model: PreTrainedModel, storage: str | None, exempt: Sequence[str]) -
         ModelError: what was stored in few bits could not be read.
         ConfigError: nothing could be stored so.
     """
-    from trimtab.frozen.lowbit import LowBitLinear
+    from trimtab.frozen.lowbit import LowBit
 
     quantiser = getattr(model, "hf_quantizer", None)
     if quantiser is None and storage is None:
         return None
-    from trimtab.models.quantise import Quantiser, rounded
+    from trimtab.models.quantise import Quantiser, forget, rounded
 
     if isinstance(quantiser, Quantiser):
         if quantiser.problems:
             raise quantiser.problems[0]
         quantiser.remove_quantization_config(model)
-    kinds = [module.kind for module in model.modules() if isinstance(module, LowBitLinear)]
+        forget(model)
+    kinds = [module.kind for module in model.modules() if isinstance(module, LowBit)]
     if storage is not None:
         kinds = kinds or rounded(model, storage, exempt)
         if not kinds:
