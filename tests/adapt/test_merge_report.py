@@ -18,8 +18,8 @@ from tests.tiny import CASES, output
 from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.probe import bare_state
 from trimtab.errors import ConfigError, MergeError, ModelError, UnknownNameError
+from trimtab.frozen.affine import AffineLinear
 from trimtab.frozen.formats import FORMATS
-from trimtab.frozen.grouped import GroupedLinear
 from trimtab.frozen.lowbit import LowBitLinear
 from trimtab.frozen.lowbit_experts import LowBitExperts
 from trimtab.models.load import Base
@@ -198,7 +198,7 @@ def test_a_change_that_is_constant_by_group_is_merged_exactly(
     for layer in report.layers:
         old, new = (m.get_submodule(layer.path) for m in (base.model, report.model))
         frozen: Any = old.base_layer
-        assert isinstance(new, GroupedLinear)
+        assert isinstance(new, AffineLinear)
         assert torch.equal(new.codes, frozen.codes)
         assert torch.equal(new.scales, frozen.scales)
         assert not torch.equal(new.offsets, frozen.offsets)
@@ -216,26 +216,28 @@ def test_other_groups_than_the_format_s_are_not_exact(folder: Path) -> None:
 def test_a_grouped_layer_computes_what_its_numbers_say() -> None:
     weight = torch.randn(6, 150, generator=torch.Generator().manual_seed(0))
     weight[2] = 0.25  # a constant row has a scale of zero
-    layer = GroupedLinear.of(weight, None, 4, group=64)
+    layer = AffineLinear.of(weight, None, 4, group=64)
     back = layer.dense(torch.float32)
     steps = layer.scales.float().repeat_interleave(64, 1)[:, :150]
     assert bool(((back - weight).abs() <= steps * 0.54).all())
     assert torch.equal(back[2], weight[2])
     assert layer.bits == pytest.approx((3 * 32 + 3 * 6) * 8 / 150)
     wide = torch.randn(64, 256)
-    assert GroupedLinear.of(wide, None, 4).bits == 4.75
-    assert GroupedLinear.of(wide, None, 8).bits == 9.0
+    assert AffineLinear.of(wide, None, 4).bits == 4.75
+    assert AffineLinear.of(wide, None, 8).bits == 9.0
     again = layer.like(back, None).dense(torch.float32)
     assert torch.allclose(again, back, atol=1e-5)
     for bits, group in ((3, 64), (4, 7), (4, 0)):
         with pytest.raises(ConfigError, match=r"4 or 8 bits|even number"):
-            GroupedLinear.of(wide, None, bits, group=group)
+            AffineLinear.of(wide, None, bits, group=group)
 
 
 # -- experts -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["lora(rank=2, targets='**.experts.*_proj')", "lora(rank=2)"])
+@pytest.mark.parametrize(
+    "method", ["lora(rank=2, targets='**.experts.*_proj')", "lora(rank=2, targets='q_proj')"]
+)
 def test_experts_are_made_dense_or_rounded_again(method: str, tmp_path: Path) -> None:
     case = CASES["mixtral-nf4"]
     model, inputs = case.model(torch.float32), case.inputs()

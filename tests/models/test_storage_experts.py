@@ -129,7 +129,10 @@ def test_adapters_are_the_same_sites_and_files(folder: Path, tmp_path: Path) -> 
         for parameter in one.parameters():
             parameter.normal_(std=0.1)
     one.save(tmp_path / "adapter")
-    tt.attach(base.model, tt.Adapter.load(tmp_path / "adapter"), "b")
+    with pytest.warns(
+        UserWarning, match="in another storage: there all layers are dense, here .* in fp8"
+    ):
+        tt.attach(base.model, tt.Adapter.load(tmp_path / "adapter"), "b")
     tt.detach(base.model, "a")
     merged = tt.merge(base.model, "b")
     with torch.no_grad():
@@ -147,9 +150,9 @@ def test_one_parameter_of_two_may_be_exempt(tmp_path: Path) -> None:
     assert not isinstance(layer.self_attn.q_proj, LowBitLinear)
     tt.attach(base.model, tt.LoRA(rank=2, targets=["**.experts.down_proj"]), "a")
     merged = tt.merge(base.model, "a")
-    assert isinstance(merged.model.layers[0].mlp.experts, LowBitExperts)
+    assert not isinstance(merged.model.layers[0].mlp.experts, LowBitExperts)
     with torch.no_grad():
-        torch.testing.assert_close(merged(input_ids=IDS).logits, logits(base))
+        torch.testing.assert_close(merged(input_ids=IDS).logits, logits(base), atol=1e-5, rtol=1e-5)
     with pytest.raises(TargetError, match="'dwn_proj' matches no linear layer.*'down_proj'"):
         load(tmp_path, storage="nf4", exempt=["dwn_proj"])
 

@@ -124,6 +124,14 @@ def _stored(name: str, modules: Mapping[str, nn.Module]) -> tuple[str, Tensor]:
     return f"{name}:{module.kind}:{dtype}", codes
 
 
+def storage_of(modules: Mapping[str, nn.Module]) -> tuple[str | None, tuple[str, ...]]:
+    """How the linear layers among these modules are stored: see `Fingerprint`."""
+    formats: dict[str, str] = {}
+    for path, module in modules.items():
+        formats |= _formats(path, module, view(module))
+    return _storage(formats)
+
+
 def _name(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 

@@ -67,6 +67,13 @@ class LowBitExperts(StoredExperts, LowBit):
         """The parameters that are stored in few bits, and in which format."""
         return {name: one.kind for name, one in self._templates.items()}
 
+    def bits_of(self, name: str) -> float:
+        """Stored bits per weight of one parameter, scales included."""
+        one = self._templates[name]
+        parts = [self._buffers.get(f"{name}_{part}") for part in one._buffers]
+        stored = sum(8 * part.numel() * part.element_size() for part in parts if part is not None)
+        return stored / (self._shapes[name][0] * one.in_features * one.out_features)
+
     def round_like(self, name: str) -> Round:
         """What rounds a weight into just the format of a parameter."""
         return self._templates[name].like

@@ -11,6 +11,7 @@ import fnmatch
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from trimtab.frozen.formats import FORMATS
 from trimtab.frozen.linear import Conv1DLayer, LinearLayer
 from trimtab.frozen.lowbit_experts import LowBitExperts
 from trimtab.models import saved
+from trimtab.models.mixed import Mixed, Mixer
 from trimtab.models.stored import PARTS, read
 
 NAME = "trimtab"
@@ -47,14 +49,15 @@ def targets(model: PreTrainedModel, exempt: Sequence[str]) -> set[str]:
     linear = {n: f"{n}.weight" for n, module in model.named_modules() if _dense(module) is not None}
     weights = {**linear, **{name: name for name in _experts(model)}}
     kept += _routers(model, linear)
-    for pattern in exempt:
+    for one in exempt:
+        pattern, _, other = one.partition("=")
         found = [name for name in weights if _matches(name, pattern)]
         if not found:
             raise TargetError(
                 f"exempt: {pattern!r} matches no linear layer of {type(model).__name__}."
                 f"{suggest(pattern, {name.rpartition('.')[2] for name in weights})}"
             )
-        kept += found
+        kept += [] if other else found
     _tell_of_wide_experts(model, [*weights, *kept, *exempt])
     return {w for name, w in weights.items() if not any(_within(name, one) for one in kept)}
 
@@ -107,29 +110,63 @@ def _dense(module: nn.Module) -> Layer | None:
     return found if isinstance(found, LinearLayer | Conv1DLayer) else None
 
 
-def _store(model: nn.Module, name: str, weight: Tensor, format: str) -> str:
-    """Put a weight of the model in few bits, and what holds it into the model; the kind it is then of.
+class Rounding:
+    """Which weights of a model go into which format, and how they get there. ``formats`` are the formats by weight."""
 
-    Raises:
-        ModelError: it has another shape than the model's.
-    """
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    wanted = module.get_parameter(leaf).shape
-    if weight.shape != wanted:
-        raise ModelError(
-            f"{name}: the weight has shape {tuple(weight.shape)}, not {tuple(wanted)}."
-        )
-    old = _dense(module)
-    if old is not None:
-        new = FORMATS[format](old.orient(weight), module._parameters.get("bias"))
-        _put(model, path, new)
-        return new.kind
-    experts = module if isinstance(module, LowBitExperts) else LowBitExperts(module)
-    experts.pack(leaf, weight, FORMATS[format])
-    if experts is not module:
-        _put(model, path, experts)
-    return experts.kind
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        format: str,
+        exempt: Sequence[str],
+        average_bits: float | None = None,
+    ) -> None:
+        self._model = model
+        self.formats = dict.fromkeys(sorted(targets(model, exempt)), format)
+        chosen = set(self.formats)
+        for pattern, _, other in (one.partition("=") for one in exempt if "=" in one):
+            here = [n for n in self.formats if _matches(n.removesuffix(".weight"), pattern)]
+            self.formats |= dict.fromkeys(here, other)
+            chosen.difference_update(here)
+        self._chosen = frozenset(chosen)
+        self.mixer: Mixer | None = None
+        if average_bits is not None:
+            sizes = {name: model.get_parameter(name).numel() for name in chosen}
+            self.mixer = Mixer(format, average_bits, sizes, partial(_put, model))
+
+    def store(self, name: str, weight: Tensor) -> None:
+        """Put a weight in few bits, and what holds it into the model.
+
+        Raises:
+            ModelError: it has another shape than the model's, or values that no format holds.
+        """
+        path, _, leaf = name.rpartition(".")
+        module = self._model.get_submodule(path)
+        wanted = module.get_parameter(leaf).shape
+        if weight.shape != wanted:
+            raise ModelError(
+                f"{name}: the weight has shape {tuple(weight.shape)}, not {tuple(wanted)}."
+            )
+        try:
+            self._store(name, path, leaf, module, weight)
+        except ModelError as error:
+            raise ModelError(f"{name}: {error}") from None
+
+    def _store(self, name: str, path: str, leaf: str, module: nn.Module, weight: Tensor) -> None:
+        old, round_one = _dense(module), FORMATS[self.formats[name]]
+        mixer = self.mixer if self.mixer is not None and name in self._chosen else None
+        if old is not None:
+            oriented, bias = old.orient(weight), module._parameters.get("bias")
+            if mixer is not None:
+                mixer.add(name, path, oriented, bias)
+            else:
+                _put(self._model, path, round_one(oriented, bias))
+            return
+        experts = module if isinstance(module, LowBitExperts) else LowBitExperts(module)
+        experts.pack(leaf, weight, round_one)
+        if experts is not module:
+            _put(self._model, path, experts)
+        if mixer is not None:
+            mixer.took(name, experts.bits_of(leaf))
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -142,10 +179,14 @@ def _within(name: str, path: str) -> bool:
 
 
 @torch.no_grad()
-def rounded(model: PreTrainedModel, format: str, exempt: Sequence[str]) -> list[str]:
-    """Round the linear layers of a dense model in place, one by one; the formats of the new layers."""
-    found = sorted(targets(model, exempt))
-    return [_store(model, name, model.get_parameter(name).data, format) for name in found]
+def rounded(
+    model: PreTrainedModel, format: str, exempt: Sequence[str], average_bits: float | None = None
+) -> Mixed | None:
+    """Round the linear layers of a dense model in place, one by one."""
+    rounding = Rounding(model, format, exempt, average_bits)
+    for name in rounding.formats:
+        rounding.store(name, model.get_parameter(name).data)
+    return None if rounding.mixer is None else rounding.mixer.done()
 
 
 @register_quantization_config(NAME)
@@ -158,10 +199,12 @@ class StorageConfig(QuantizationConfigMixin):  # type: ignore[misc]
         format: str = "nf4",
         exempt: Sequence[str] = (),
         stored: str | None = None,
+        average_bits: float | None = None,
         **_: Any,
     ) -> None:
         self.quant_method = NAME
         self.format = format
+        self.average_bits = average_bits
         self.exempt = list(exempt)
         self.stored = stored
 
@@ -188,10 +231,12 @@ class Quantiser(HfQuantizer):  # type: ignore[misc]
         self.problems: list[ModelError] = []
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        self.targets = targets(model, self.quantization_config.exempt)
+        asked = self.quantization_config
+        if asked.stored is None:
+            self.rounding = Rounding(model, asked.format, asked.exempt, asked.average_bits)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
-        return param_name in self.targets
+        return param_name in self.rounding.formats
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Round(self)
@@ -278,12 +323,12 @@ class _Round(ConversionOps):  # type: ignore[misc]
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         left = {}
         for name, value in input_dict.items():
-            if name not in self.quantiser.targets:
+            if name not in self.quantiser.rounding.formats:
                 left[name] = value  # it came out of the same tensor of the file
                 continue
             weight: Tensor = value[0] if isinstance(value, list) else value
             try:
-                _store(kwargs["model"], name, weight, self.quantiser.quantization_config.format)
+                self.quantiser.rounding.store(name, weight)
             except ModelError as error:  # transformers would bury it in a report
                 self.quantiser.problems.append(error)
             kwargs["missing_keys"].discard(name)

@@ -8,6 +8,7 @@ package. Else each buffer of a layer lies at ``<layer>.weight.<format>.<buffer>`
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from transformers import PreTrainedModel
 
 from trimtab.errors import ModelError
 from trimtab.frozen import view
+from trimtab.frozen.affine import AffineLinear
 from trimtab.frozen.eightbit import Fp8Linear, Int8Linear
 from trimtab.frozen.fourbit import FourBitLinear
-from trimtab.frozen.grouped import GroupedLinear
 from trimtab.frozen.linear import LinearLayer
 from trimtab.frozen.lowbit import LowBitLinear
+from trimtab.frozen.lowbit_experts import LowBitExperts
 from trimtab.kernels.eightbit import BLOCK as TILE
 from trimtab.kernels.fourbit import OUTER, TABLES, FourBit, dynamic_table
 
@@ -60,7 +62,9 @@ def save_base(model: PreTrainedModel, folder: Path) -> None:
         found = _bitsandbytes(layer) if theirs else _ours(layer)
         tensors |= {f"{path}.{name}": tensor for name, tensor in found.items()}
     config: Any = model.config
-    config.quantization_config = theirs or {"quant_method": "trimtab", "stored": "trimtab"}
+    kinds = Counter(layer.kind for layer in layers.values())
+    ours = {"quant_method": "trimtab", "stored": "trimtab", "format": kinds.most_common(1)[0][0]}
+    config.quantization_config = theirs or ours
     try:
         model.save_pretrained(folder, state_dict=tensors)
     finally:
@@ -187,4 +191,4 @@ def _layer(
     whole = codes.shape[0] == rows and scales.shape == offsets.shape and scales.shape[0] == rows
     if not whole or held % scales.shape[1] or not 0 <= held - columns < held // scales.shape[1]:
         return None
-    return GroupedLinear((codes, scales, offsets), columns, bits, bias, dtype)
+    return AffineLinear((codes, scales, offsets), columns, bits, bias, dtype)

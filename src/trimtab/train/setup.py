@@ -44,6 +44,7 @@ def opened_base(recipe: Recipe) -> tuple[Recipe, Base, Adapter]:
         labels=recipe.data.labels if classifies else None,
         storage=recipe.storage,
         exempt=recipe.exempt,
+        average_bits=recipe.average_bits,
     )
     if classifies:
         method = with_head(method, anatomy_of(base.model))
@@ -163,6 +164,7 @@ def plan_rows(
         ),
         ("optimiser", f"AdamW, learning rate {recipe.optim.lr:g}, {recipe.optim.schedule}"),
         ("precision", f"{_shown_storage(recipe)} in the base, float32 in what is trained"),
+        *([("kept", str(base.mixed))] if base.mixed else []),
         *([("folder", recipe.out)] if recipe.out else []),
     ]
     if sources.overlap:

@@ -1,4 +1,4 @@
-"""INT4 and INT8 weights with a scale and an offset for each group of columns (`trimtab.kernels.groups`)."""
+"""INT4 and INT8 weights with a scale and an offset for each group of columns (`trimtab.kernels.affine`)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from trimtab.frozen.lowbit import LowBitLinear, check_weight
-from trimtab.kernels import groups
+from trimtab.kernels import affine
 
 
-class GroupedLinear(LowBitLinear):
+class AffineLinear(LowBitLinear):
     """A linear layer in whole numbers of 4 or 8 bits by group. What is the same for a group is added exactly."""
 
     codes: Tensor
@@ -35,11 +35,11 @@ class GroupedLinear(LowBitLinear):
 
     @classmethod
     def of(
-        cls, weight: Tensor, bias: Tensor | None, bits: int = 4, *, group: int = groups.GROUP
-    ) -> GroupedLinear:
+        cls, weight: Tensor, bias: Tensor | None, bits: int = 4, *, group: int = affine.GROUP
+    ) -> AffineLinear:
         """Round a dense layer."""
         check_weight(weight)
-        stored = groups.quantise_groups(weight, bits, group)
+        stored = affine.quantise_groups(weight, bits, group)
         return cls(stored, weight.shape[1], bits, bias, weight.dtype)
 
     @property
@@ -48,23 +48,23 @@ class GroupedLinear(LowBitLinear):
         return self.codes.shape[1] * (8 // self.code_bits) // self.scales.shape[1]
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        return groups.dequantise_groups(
+        return affine.dequantise_groups(
             self.codes, self.scales, self.offsets, self.in_features, self.code_bits, dtype
         )
 
-    def like(self, weight: Tensor, bias: Tensor | None) -> GroupedLinear:
-        return GroupedLinear.of(weight, bias, self.code_bits, group=self.group)
+    def like(self, weight: Tensor, bias: Tensor | None) -> AffineLinear:
+        return AffineLinear.of(weight, bias, self.code_bits, group=self.group)
 
-    def shifted(self, change_OI: Tensor, bias: Tensor | None) -> GroupedLinear | None:
+    def shifted(self, change_OI: Tensor, bias: Tensor | None) -> AffineLinear | None:
         """A change that is constant within each group goes into the offsets (QA-LoRA's merge).
 
         Constant is up to the rounding of the fp32 sum that it is taken from.
         """
         count = self.scales.shape[1]
-        means_OG = groups.group_means(change_OI, count, self.group)
+        means_OG = affine.group_means(change_OI, count, self.group)
         each = means_OG.repeat_interleave(self.group, 1)[:, : self.in_features]
         largest = self.dense(torch.float32).abs().amax() + change_OI.abs().amax()
         if bool((change_OI - each).abs().amax() > 4 * torch.finfo(torch.float32).eps * largest):
             return None
         stored = self.codes.clone(), self.scales.clone(), self.offsets + means_OG.float()
-        return GroupedLinear(stored, self.in_features, self.code_bits, bias, self.compute_dtype)
+        return AffineLinear(stored, self.in_features, self.code_bits, bias, self.compute_dtype)
