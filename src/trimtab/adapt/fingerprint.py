@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from trimtab.frozen import view
 from trimtab.frozen.experts import StoredExperts
+from trimtab.frozen.linear import hidden
 
 _SAMPLED_TENSORS = 24
 _SAMPLED_VALUES = 512
@@ -75,7 +76,7 @@ def fingerprint(root: nn.Module, modules: Mapping[str, nn.Module]) -> Fingerprin
 
 def dense(tensor: Tensor) -> bool:
     """Whether a tensor holds plain values, not codes of a few bits."""
-    return tensor.is_floating_point() and tensor.element_size() >= 2
+    return tensor.is_floating_point() and tensor.element_size() >= 2 and not hidden(tensor)
 
 
 @torch.no_grad()

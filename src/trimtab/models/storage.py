@@ -69,6 +69,8 @@ def settle(model: PreTrainedModel, storage: str | None, exempt: Sequence[str]) -
     quantiser = getattr(model, "hf_quantizer", None)
     if quantiser is None and storage is None:
         return None
+    if quantiser is not None and (named := foreign(quantiser)) is not None:
+        return named
     from trimtab.models.quantise import Quantiser, rounded
 
     if isinstance(quantiser, Quantiser):
@@ -83,3 +85,10 @@ def settle(model: PreTrainedModel, storage: str | None, exempt: Sequence[str]) -
                 f"storage={storage!r}: {type(model).__name__} has no linear layer that can be stored in few bits."
             )
     return max(set(kinds), key=kinds.count) if kinds else None
+
+
+def foreign(quantiser: Any) -> str | None:
+    """The name of a method of quantising whose own layers stay in the model; None where no layer of its kind does."""
+    config = quantiser.quantization_config
+    method = str(getattr(config.quant_method, "value", config.quant_method))
+    return None if method in ("trimtab", "gguf") or getattr(config, "dequantize", False) else method
