@@ -71,7 +71,9 @@ class _Linear(LinearMap):
 def hidden(weight: Tensor) -> bool:
     """Whether a tensor only stands for values that it holds in another form, as torchao's do; torch's own kinds, such
     as a shard of FSDP's, hold them."""
-    return is_traceable_wrapper_subclass(weight) and not type(weight).__module__.startswith("torch.")
+    return is_traceable_wrapper_subclass(weight) and not type(weight).__module__.startswith(
+        "torch."
+    )
 
 
 SAME_MAP = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear"})

@@ -33,7 +33,7 @@ class OpaqueLinear(LinearMap):
         """That of a plain or torchao's weight; codes say nothing of what is computed in, and scales little, so else
         that of the model."""
         weight = self.module._parameters.get("weight")
-        around = [] if self.around is None else self.around.parameters()
+        around = [] if self.root is None else self.root.parameters()
         for tensor in (*([] if weight is None else [weight]), *around, *self._tensors()):
             if tensor.is_floating_point() and tensor.element_size() > 1:
                 return tensor.dtype

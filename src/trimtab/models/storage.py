@@ -45,6 +45,11 @@ def quantising(
         from trimtab.models.quantise import StorageConfig
 
         own = StorageConfig.of_checkpoint(stored if isinstance(stored, dict) else stored.to_dict())
+        if own is None and method == "compressed-tensors":
+            raise ConfigError(
+                f"{where!r} is stored by compressed-tensors in a form that Trimtab does not read (known: pack-, int- "
+                "and float-quantized, of 2, 4 or 8 bits); decompress it first."
+            )
         if own is None:
             return {}  # transformers reads it with the package that wrote it
         config.quantization_config = own.to_dict()
