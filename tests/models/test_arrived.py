@@ -60,6 +60,9 @@ def gptqmodel(module: str, kind: str) -> Callable[[], nn.Module]:
             low, high = w_OGK.amin(-1), w_OGK.amax(-1)
             scales = ((high - low) / 15).half().float()
             zeros = (-low / scales).round().clamp(0, 15)
+            codes = ((w_OGK / scales[..., None]).round() + zeros[..., None]).clamp(0, 15)
+            meant = (codes - zeros[..., None]) * scales[..., None]
+            linear.weight = nn.Parameter(meant.flatten(1))
             packed = layer(
                 bits=4, group_size=GROUP, sym=False, desc_act=False, in_features=width, out_features=out, bias=False
             )  # fmt: skip
