@@ -17,11 +17,13 @@ from tests.laws.cells import shaken
 from tests.tiny import CASES, output
 from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.probe import bare_state
-from trimtab.errors import ConfigError, MergeError, ModelError, UnknownNameError
+from trimtab.errors import ConfigError, MergeError, ModelError, UnknownNameError, UnsupportedError
 from trimtab.frozen.affine import AffineLinear
 from trimtab.frozen.formats import FORMATS
+from trimtab.frozen.grouped import GroupedLinear
 from trimtab.frozen.lowbit import LowBitLinear
 from trimtab.frozen.lowbit_experts import LowBitExperts
+from trimtab.kernels.grouped import Grouped, packed
 from trimtab.models.load import Base
 from trimtab.models.saved import save_base
 
@@ -211,6 +213,27 @@ def test_other_groups_than_the_format_s_are_not_exact(folder: Path) -> None:
     base, _ = grouped(folder, "int4", 32)
     report = tt.merge_with_report(base.model, "a", storage="base", force=True)
     assert not any(layer.exact for layer in report.layers)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_groups_that_arrive_with_whole_zeros_take_such_a_change_too(bits: int) -> None:
+    """What GPTQ and AWQ store: zeros are whole numbers there, and offsets after it. The codes are the same."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 2**bits, (8, 64), generator=generator, dtype=torch.uint8)
+    scales, zeros = torch.rand(8, 4, generator=generator) / 2**bits, torch.full((8, 4), 7.0)
+    layer = GroupedLinear(
+        "gptq", Grouped(packed(codes, bits), bits, scales, zeros), None, torch.float32
+    )
+    change = torch.randn(8, 4, generator=generator).repeat_interleave(16, 1)
+    new = layer.shifted(change, None)
+    assert isinstance(new, AffineLinear)
+    torch.testing.assert_close(new.dense(torch.float32), layer.dense(torch.float32) + change)
+    assert layer.shifted(torch.randn(8, 64), None) is None
+    same = layer.shifted(torch.zeros(8, 64), None)
+    assert same is not None
+    torch.testing.assert_close(same.dense(torch.float32), layer.dense(torch.float32))
+    with pytest.raises(UnsupportedError, match="reads weights in gptq"):
+        layer.like(change, None)
 
 
 def test_a_grouped_layer_computes_what_its_numbers_say() -> None:

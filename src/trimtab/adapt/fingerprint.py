@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from trimtab.frozen import Layer, view
 from trimtab.frozen.experts import StoredExperts, expert_parameters
-from trimtab.frozen.linear import LinearMap
+from trimtab.frozen.linear import LinearMap, hidden
 from trimtab.frozen.lowbit import LowBit, LowBitLinear
 from trimtab.frozen.lowbit_experts import LowBitExperts
 
@@ -166,7 +166,7 @@ def _storage(formats: Mapping[str, str]) -> tuple[str | None, tuple[str, ...]]:
 
 def dense(tensor: Tensor) -> bool:
     """Whether a tensor holds plain values, not codes of a few bits."""
-    return tensor.is_floating_point() and tensor.element_size() >= 2
+    return tensor.is_floating_point() and tensor.element_size() >= 2 and not hidden(tensor)
 
 
 @torch.no_grad()

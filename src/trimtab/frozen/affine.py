@@ -55,16 +55,12 @@ class AffineLinear(LowBitLinear):
     def like(self, weight: Tensor, bias: Tensor | None) -> AffineLinear:
         return AffineLinear.of(weight, bias, self.code_bits, group=self.group)
 
-    def shifted(self, change_OI: Tensor, bias: Tensor | None) -> AffineLinear | None:
-        """A change that is constant within each group goes into the offsets (QA-LoRA's merge).
-
-        Constant is up to the rounding of the fp32 sum that it is taken from.
-        """
+    def shifted(self, change_OI: Tensor, bias: Tensor | None) -> LowBitLinear | None:
+        """A change that is constant within each group goes into the offsets (QA-LoRA's merge)."""
+        largest = self.dense(torch.float32).abs().amax()
         count = self.scales.shape[1]
-        means_OG = affine.group_means(change_OI, count, self.group)
-        each = means_OG.repeat_interleave(self.group, 1)[:, : self.in_features]
-        largest = self.dense(torch.float32).abs().amax() + change_OI.abs().amax()
-        if bool((change_OI - each).abs().amax() > 4 * torch.finfo(torch.float32).eps * largest):
-            return None
+        means_OG = affine.constant_in_groups(change_OI, count, self.group, largest)
+        if means_OG is None:
+            return super().shifted(change_OI, bias)
         stored = self.codes.clone(), self.scales.clone(), self.offsets + means_OG.float()
         return AffineLinear(stored, self.in_features, self.code_bits, bias, self.compute_dtype)

@@ -66,13 +66,21 @@ def dequantise_groups(
     return out
 
 
-def group_means(change_OI: Tensor, groups: int, group: int) -> Tensor:
-    """The mean of each group's columns; those that fill up a short group do not count."""
+def constant_in_groups(
+    change_OI: Tensor, groups: int, group: int, largest: Tensor
+) -> Tensor | None:
+    """The value of each group's columns (O, G), where they are all the same; None where they are not.
+
+    The same is up to the rounding of an fp32 sum of weights as large as ``largest``, from which a change was taken.
+    """
     columns = change_OI.shape[1]
     filled = torch.nn.functional.pad(change_OI, (0, groups * group - columns))
     sums = filled.unflatten(1, (groups, group)).sum(2)
     sizes = (columns - group * torch.arange(groups, device=sums.device)).clamp(max=group)
-    return sums / sizes
+    means_OG = sums / sizes
+    off = (change_OI - means_OG.repeat_interleave(group, 1)[:, :columns]).abs().amax()
+    limit = 4 * torch.finfo(torch.float32).eps * (largest + change_OI.abs().amax())
+    return means_OG if bool(off <= limit) else None
 
 
 def _rounded(rows: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -230,7 +230,7 @@ class Anatomy:
         if path in self.attentions:
             return AttentionLayer.at(self, path)
         module = self.modules[path]
-        return view(module) or SubLayer(module, self.width_at(path), self.around(path))
+        return view(module, self.root) or SubLayer(module, self.width_at(path), self.around(path))
 
     def expert_layers(self, path: str) -> list[Layer]:
         """Each expert's slice of the expert parameter at a path."""

@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,10 +28,11 @@ from trimtab.frozen import Layer, view
 from trimtab.frozen.experts import expert_parameters, followed
 from trimtab.frozen.formats import FORMATS
 from trimtab.frozen.linear import Conv1DLayer, LinearLayer
+from trimtab.frozen.lowbit import LowBitLinear
 from trimtab.frozen.lowbit_experts import LowBitExperts
-from trimtab.models import saved
+from trimtab.models import packed, saved
 from trimtab.models.mixed import Mixed, Mixer
-from trimtab.models.stored import PARTS, read
+from trimtab.models.stored import names, read
 
 NAME = "trimtab"
 _EXPERTS = re.compile(r"(^|\.)experts$")
@@ -192,7 +194,7 @@ def rounded(
 @register_quantization_config(NAME)
 class StorageConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How weights are to be stored: the format, and which modules are left alone (names, ends of names, or globs);
-    or how those of a checkpoint of bitsandbytes are stored already (see `trimtab.models.stored`)."""
+    or how those of a checkpoint are stored already (see `trimtab.models.stored`) and what else that takes to read."""
 
     def __init__(
         self,
@@ -200,6 +202,7 @@ class StorageConfig(QuantizationConfigMixin):  # type: ignore[misc]
         exempt: Sequence[str] = (),
         stored: str | None = None,
         average_bits: float | None = None,
+        facts: Mapping[str, Any] = MappingProxyType({}),
         **_: Any,
     ) -> None:
         self.quant_method = NAME
@@ -207,14 +210,17 @@ class StorageConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.average_bits = average_bits
         self.exempt = list(exempt)
         self.stored = stored
+        self.facts = dict(facts)
 
     @classmethod
     def of_checkpoint(cls, config: Mapping[str, Any]) -> StorageConfig | None:
         """What the ``quantization_config`` of a checkpoint says, if Trimtab reads it itself."""
-        if config.get("quant_method") == NAME:
+        method = config.get("quant_method")
+        if method == NAME:
             return cls(stored=NAME)
-        if config.get("quant_method") != "bitsandbytes":
-            return None
+        if method != "bitsandbytes":
+            known = packed.facts(config)
+            return None if known is None else cls(stored=str(method), facts=known)
         stored = "8bit" if config.get("load_in_8bit") else "4bit"
         return cls(exempt=config.get("llm_int8_skip_modules") or (), stored=stored)
 
@@ -246,7 +252,7 @@ class Quantiser(HfQuantizer):  # type: ignore[misc]
         stored = self.quantization_config.stored
         if stored is None:
             return {}
-        return {"weight": [*(saved.PARTS if stored == NAME else PARTS[stored])]}
+        return {"weight": [*(saved.PARTS if stored == NAME else names(stored))]}
 
     def get_load_operations(self) -> dict[str, Any]:
         return {"deserialize": _Take}
@@ -277,6 +283,7 @@ class _Take(ConversionOps):  # type: ignore[misc]
             quantiser  # by which transformers knows that nothing is to be cast before
         )
         self.stored = str(quantiser.quantization_config.stored)
+        self.facts = quantiser.quantization_config.facts
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Take:
         """transformers copies an operation for each weight; all report to the one quantizer."""
@@ -285,9 +292,10 @@ class _Take(ConversionOps):  # type: ignore[misc]
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         parts = {name: v[0] if isinstance(v, list) else v for name, v in input_dict.items()}
         name = kwargs["full_layer_name"]
-        if len(parts) == 1 and parts["weight"].is_floating_point():
+        only = parts["weight"] if parts.keys() == {"weight"} else None
+        if only is not None and only.is_floating_point() and only.element_size() > 1:
             # a norm, an embedding, or a layer that was left alone
-            return {"weight": parts["weight"].to(kwargs["model"].get_parameter(name).dtype)}
+            return {"weight": only.to(kwargs["model"].get_parameter(name).dtype)}
         path = name.rpartition(".")[0]
         old = kwargs["model"].get_submodule(path)
         kwargs["missing_keys"].discard(f"{path}.weight")
@@ -295,15 +303,31 @@ class _Take(ConversionOps):  # type: ignore[misc]
         try:
             dtype = kwargs["model"].dtype
             if self.stored == NAME:
-                shape = (old.out_features, old.in_features)
-                layer = saved.read(path, parts, shape, old.bias, dtype)
+                layer = saved.read(path, parts, _matrix_shape(old), old.bias, dtype)
             else:
-                layer = read(self.stored, path, parts, old.bias, dtype)
+                layer = read(self.stored, path, parts, old.bias, dtype, self.facts)
+                _check_shape(path, layer, old)
         except ModelError as error:  # transformers would bury it in a report
             self.hf_quantizer.problems.append(error)
             layer = nn.Identity()
         _put(kwargs["model"], path, layer)
         return {}
+
+
+def _matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of what a checkpoint in few bits has codes for."""
+    layer = view(module)
+    return (0, 0) if layer is None else (layer.out_features, layer.in_features)
+
+
+def _check_shape(path: str, new: LowBitLinear, old: nn.Module) -> None:
+    wanted = view(old)
+    if wanted is None or wanted.shape != (new.out_features, new.in_features):
+        shape = "no linear layer" if wanted is None else str(wanted.shape)
+        raise ModelError(
+            f"{path}: its stored tensors do not fit together or belong to another model (they make a weight of "
+            f"{(new.out_features, new.in_features)}; the model has {shape})."
+        )
 
 
 def _put(model: nn.Module, path: str, layer: nn.Module) -> None:

@@ -66,6 +66,11 @@ def quantising(where: str, options: dict[str, Any], asked: Asked) -> dict[str, A
         from trimtab.models.quantise import StorageConfig
 
         own = StorageConfig.of_checkpoint(stored if isinstance(stored, dict) else stored.to_dict())
+        if own is None and method == "compressed-tensors":
+            raise ConfigError(
+                f"{where!r} is stored by compressed-tensors in a form that Trimtab does not read (known: pack-, int- "
+                "and float-quantized, of 2, 4 or 8 bits); decompress it first."
+            )
         if own is None:
             return {}  # transformers reads it with the package that wrote it
         config.quantization_config = own.to_dict()
@@ -115,6 +120,8 @@ def settle(model: PreTrainedModel, asked: Asked) -> tuple[str | None, Mixed | No
     storage, mixed = asked.storage, None
     if quantiser is None and storage is None:
         return None, None
+    if quantiser is not None and (named := foreign(quantiser)) is not None:
+        return named, None
     from trimtab.models.quantise import Quantiser, forget, rounded
 
     if isinstance(quantiser, Quantiser):
@@ -134,3 +141,10 @@ def settle(model: PreTrainedModel, asked: Asked) -> tuple[str | None, Mixed | No
                 f"storage={storage!r}: {type(model).__name__} has no linear layer that can be stored in few bits."
             )
     return (max(sorted(set(kinds)), key=kinds.count) if kinds else None), mixed
+
+
+def foreign(quantiser: Any) -> str | None:
+    """The name of a method of quantising whose own layers stay in the model; None where no layer of its kind does."""
+    config = quantiser.quantization_config
+    method = str(getattr(config.quant_method, "value", config.quant_method))
+    return None if method in ("trimtab", "gguf") or getattr(config, "dequantize", False) else method
