@@ -24,6 +24,7 @@ from trimtab.frozen.experts import StoredExperts, expert_parameters
 from trimtab.frozen.linear import LinearMap, hidden
 from trimtab.frozen.lowbit import LowBit, LowBitLinear
 from trimtab.frozen.lowbit_experts import LowBitExperts
+from trimtab.models.mixed import BITS
 
 _SAMPLED_TENSORS = 24
 _ALWAYS_DENSE = 12
@@ -146,12 +147,12 @@ def _chosen(tensors: Collection[str], stored: Collection[str]) -> list[str]:
 
 
 def _storage(formats: Mapping[str, str]) -> tuple[str | None, tuple[str, ...]]:
-    """The format that most weights in few bits are in, and those in another, as `trimtab.load` takes them: by the last
-    segment of their modules' paths where all of that name are alike."""
+    """The format that most weights in few bits are in (one of four bits, if any are), and those in another, as
+    `trimtab.load` takes them: by the last segment of their modules' paths where all of that name are alike."""
     counts = Counter(kind for kind in formats.values() if kind)
     if not counts:
         return None, ()
-    most = max(counts, key=lambda kind: counts[kind])
+    most = min(counts, key=lambda kind: (kind not in BITS, -counts[kind]))
     named = {name.removesuffix(".weight"): kind for name, kind in formats.items()}
     alike: dict[str, set[str]] = {}
     for path, kind in named.items():

@@ -5,7 +5,7 @@
 Weights come one by one, in any order, and what each error is beside the others is known at the end alone. So a layer
 is kept in both formats for as long as it is among the worst that the budget allows, and drops to four bits when worse
 ones come: memory is the base in its final form, the four-bit twins of the layers that are kept, and one dense weight.
-What is kept at the end does not depend on the order.
+Nothing is kept that is better than what had no room, so what is kept at the end does not depend on the order.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Mixer:
         self._allowed = average_bits * sum(sizes.values())
         self._spent = BITS[format] * sum(sizes.values())
         self._twins: list[_Twin] = []
-        self._left, self._seen = 0.0, 0
+        self._left, self._seen = -1.0, 0
 
     def took(self, name: str, bits: float) -> None:
         """A weight was stored in a format that is not the budget's to choose, and takes so many bits."""
@@ -102,12 +102,18 @@ class Mixer:
 
     def add(self, name: str, path: str, weight_OI: Tensor, bias: Tensor | None) -> None:
         """Round a linear layer's weight and put it into the model, in one format or the other."""
-        low, high = FORMATS[self._format](weight_OI, bias), FORMATS[HIGHER](weight_OI, bias)
+        low = FORMATS[self._format](weight_OI, bias)
         whole = torch.linalg.vector_norm(weight_OI, dtype=torch.float32)
         off = torch.linalg.vector_norm(low.dense(torch.float32) - weight_OI)
         error = float(off / whole) if bool(whole > 0) else 0.0
         size = weight_OI.numel()
         self._seen += 1
+        if error <= self._left:  # a worse one had no room
+            self._spent += (low.bits - BITS[self._format]) * size
+            self._put(path, low)
+            self._evict()
+            return
+        high = FORMATS[HIGHER](weight_OI, bias)
         self._spent += (high.bits - BITS[self._format]) * size
         self._twins.append(_Twin(error, path, low, (high.bits - low.bits) * size))
         self._twins.sort(key=lambda twin: (-twin.error, twin.path))
@@ -126,4 +132,8 @@ class Mixer:
         kept = {twin.path: twin.error for twin in self._twins}
         self._twins = []
         average = self._spent / max(sum(self._sizes.values()), 1)
-        return Mixed(average, HIGHER, kept, self._left, self._seen)
+        if self._spent > self._allowed:
+            raise ConfigError(
+                f"average_bits: this base in {self._format} alone takes {average:.3f} bits a weight; name more."
+            )
+        return Mixed(average, HIGHER, kept, max(self._left, 0.0), self._seen)

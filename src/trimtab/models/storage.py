@@ -140,7 +140,7 @@ def settle(model: PreTrainedModel, asked: Asked) -> tuple[str | None, Mixed | No
             raise ConfigError(
                 f"storage={storage!r}: {type(model).__name__} has no linear layer that can be stored in few bits."
             )
-    return (max(sorted(set(kinds)), key=kinds.count) if kinds else None), mixed
+    return storage or (max(sorted(set(kinds)), key=kinds.count) if kinds else None), mixed
 
 
 def foreign(quantiser: Any) -> str | None:
