@@ -32,6 +32,7 @@ _PLACES = {
     "fused": "trimtab.adapt.fuse",
     "interpolate": "trimtab.adapt.arithmetic",
     "merge": "trimtab.adapt.merge",
+    "merge_with_report": "trimtab.adapt.merge_report",
     "parameter_groups": "trimtab.optim.adam",
     "probe": "trimtab.adapt.probe",
     "resolve": "trimtab.adapt.describe",
@@ -140,6 +141,7 @@ if TYPE_CHECKING:
     from trimtab.adapt.export import settled as settled
     from trimtab.adapt.fuse import fused as fused
     from trimtab.adapt.merge import merge as merge
+    from trimtab.adapt.merge_report import merge_with_report as merge_with_report
     from trimtab.adapt.probe import probe as probe
     from trimtab.adapt.stepper import Stepper as Stepper
     from trimtab.methods.adafit import AdaFit as AdaFit

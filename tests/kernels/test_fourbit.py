@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from importlib import metadata
+
 import pytest
 import torch
 
+from trimtab.errors import ConfigError
+from trimtab.kernels import bnb
 from trimtab.kernels.fourbit import (
     TABLES,
     block_scales,
@@ -38,6 +43,48 @@ def test_a_weight_takes_little_more_than_four_bits() -> None:
     weight = torch.randn(1024, 1024)
     assert 8 * quantise(weight).nbytes / weight.numel() <= 4.13
     assert 8 * quantise(weight, nested=False).nbytes / weight.numel() == 4.5
+
+
+@pytest.mark.parametrize("version", [None, "0.45.5", "0.0rc1"])
+def test_without_bitsandbytes_plain_torch_computes_the_same_and_it_is_said_once(
+    version: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(name: str) -> str:
+        if version is None:
+            raise metadata.PackageNotFoundError(name)
+        return version
+
+    packed = quantise(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
+    monkeypatch.setattr(bnb.metadata, "version", found)
+    bnb.operation.cache_clear()
+    says = "is not installed" if version is None else f"{version} is too old \\(from 0.46 on\\)"
+    with pytest.warns(UserWarning, match=f"bitsandbytes {says}: .* plain torch") as told:
+        values = [dequantise(packed) for _ in range(3)]
+    assert len(told) == 1
+    assert all(torch.equal(v, unpacked(packed, block_scales(packed), v.dtype)) for v in values)
+    bnb.operation.cache_clear()
+
+
+@pytest.mark.parametrize("block", [0, -64, 7, 1, 1 << 20])
+def test_blocks_that_do_not_divide_are_refused(block: int) -> None:
+    with pytest.raises(ConfigError, match=f"blocks of {block} values.*even number"):
+        quantise(torch.randn(8, 8), block=block)
+
+
+def test_tables_that_there_are_not_are_refused() -> None:
+    with pytest.raises(ConfigError, match="no table of four bits called 'nf3'"):
+        quantise(torch.randn(8, 8), "nf3")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", [(5, 13), (64, 96), (3, 64), (1, 2)])
+@pytest.mark.parametrize("block", [2, 32, 64, 4096])
+def test_a_last_block_may_be_short(shape: tuple[int, int], block: int) -> None:
+    packed = quantise(torch.randn(shape), block=block)
+    assert packed.whole
+    assert dequantise(packed).shape == shape
+    assert not replace(packed, codes=packed.codes[:-1]).whole
+    assert not replace(packed, scales=packed.scales[:-1]).whole
+    assert not replace(packed, block=block * 2 + 1).whole
 
 
 def test_zeros_stay_zeros() -> None:

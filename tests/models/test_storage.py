@@ -15,9 +15,11 @@ from torch import Tensor
 import trimtab as tt
 from tests.engine import kit
 from trimtab.errors import ConfigError, ModelError, TargetError, UnknownNameError, UnsupportedError
+from trimtab.frozen.formats import FORMATS
 from trimtab.frozen.fourbit import FourBitLinear
 from trimtab.frozen.lowbit import LowBitLinear
 from trimtab.kernels.fourbit import FourBit, quantise
+from trimtab.models.quantise import rounded
 from trimtab.models.storage import STORAGES
 
 
@@ -96,10 +98,97 @@ def test_it_trains_and_the_codes_stay(folder: Path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_weight_in_few_bits_is_not_trained_itself(folder: Path) -> None:
-    base = tt.load(folder, storage="fp8")
+@pytest.mark.parametrize("storage", STORAGES)
+def test_training_leaves_every_bit_of_the_base_as_it_is(folder: Path, storage: Any) -> None:
+    base = tt.load(folder, dtype="float32", storage=storage)
+    before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+    adapter = tt.attach(base.model, "lora(rank=2)|bitfit", "a")
+    optimiser = torch.optim.AdamW(adapter.parameters(), lr=0.1, weight_decay=0.1)
+    base.model.train()
+    ids = torch.arange(3, 11)[None]
+    for _ in range(3):
+        base.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimiser.step()
+    tt.merge(base.model, "a")
+    tt.detach(base.model, "a")
+    after = base.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(before[name].dtype == after[name].dtype for name in before)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize(
+    "method",
+    [
+        tt.Full(targets="q_proj"),
+        tt.LoRA(targets="v_proj", train=("q_proj",)),
+        tt.LoRA(targets="v_proj", train=("layers.0.mlp",)),
+    ],
+    ids=["full", "train", "train-inside"],
+)
+def test_a_weight_in_few_bits_is_not_trained_itself(
+    folder: Path, storage: Any, method: tt.Method
+) -> None:
+    base = tt.load(folder, storage=storage)
     with pytest.raises(UnsupportedError, match="cannot be trained itself"):
-        tt.attach(base.model, tt.Full(targets="q_proj"), "a")
+        tt.attach(base.model, method, "a")
+    assert not hasattr(base.model, "trimtab")
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+
+
+# -- what cannot be rounded --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("gguf", [False, True], ids=["streamed", "dense"])
+def test_weights_that_are_not_finite_are_named(
+    folder: Path, tmp_path: Path, storage: Any, value: float, gguf: bool
+) -> None:
+    model = tt.load(folder, dtype="float32").model
+    name = "model.layers.1.mlp.up_proj"
+    with torch.no_grad():
+        model.get_submodule(name).weight[3, 5:7] = value
+    says = rf"{name}.weight: 2 of 6,144 values of the weight are NaN, infinite or beyond float32"
+    if gguf:  # what came densely is rounded afterwards
+        with pytest.raises(ModelError, match=says):
+            rounded(model, storage, ())
+        return
+    model.save_pretrained(tmp_path)
+    kit.base().tokenizer.save_pretrained(tmp_path)
+    tt.load(tmp_path, dtype="float32")
+    with pytest.raises(ModelError, match=says):
+        tt.load(tmp_path, dtype="float32", storage=storage)
+
+
+@pytest.mark.parametrize("storage", FORMATS)
+def test_dtypes_that_no_format_is_made_of(storage: str) -> None:
+    for weight in (
+        torch.ones(4, 4, dtype=torch.int8),
+        torch.ones(4, 4).to(torch.float8_e4m3fn),
+        torch.ones(4, 4, dtype=torch.complex64),
+    ):
+        with pytest.raises(ModelError, match="only floating values of 16 bits or more"):
+            FORMATS[storage](weight, None)
+    with pytest.raises(ModelError, match="beyond float32"):
+        FORMATS[storage](torch.full((4, 4), 1e300, dtype=torch.float64), None)
+    wide = torch.randn(8, 8, dtype=torch.float64)
+    assert FORMATS[storage](wide, None).dense(torch.float64).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64, torch.bool], ids=str
+)
+def test_a_base_does_not_compute_in_any_dtype(folder: Path, dtype: torch.dtype) -> None:
+    with pytest.raises(ConfigError, match="a base computes in bfloat16, float16, float32"):
+        tt.load(folder, dtype=dtype, storage="nf4")
+
+
+@pytest.mark.parametrize("bits", ["nf3", "int3", "int2", "8", "fp16"])
+def test_widths_that_there_are_not(folder: Path, bits: Any) -> None:
+    with pytest.raises(UnknownNameError, match=f"unknown storage '{bits}'"):
+        tt.load(folder, storage=bits)
 
 
 # -- what bitsandbytes stored ------------------------------------------------------------------------
@@ -170,3 +259,29 @@ def test_missing_state_is_named(folder: Path, tmp_path: Path, lacks: str, says: 
 
     with pytest.raises(ModelError, match=says):
         tt.load(stored(folder, tmp_path / "bnb", without))
+
+
+def test_state_that_does_not_fit_its_weight_is_named(folder: Path, tmp_path: Path) -> None:
+    """Codes cut short; blocks of a size that does not go with the scales; a state that is no JSON."""
+    name = "model.layers.1.self_attn.q_proj.weight"
+    state = f"{name}.quant_state.bitsandbytes__nf4"
+
+    def short(tensors: dict[str, Tensor]) -> None:
+        tensors[name] = tensors[name][:-8]
+
+    def blocks(tensors: dict[str, Tensor]) -> None:
+        facts = json.loads(bytes(tensors[state].tolist())) | {"blocksize": 48}
+        tensors[state] = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
+
+    def torn(tensors: dict[str, Tensor]) -> None:
+        tensors[state] = tensors[state][:-5]
+
+    for number, (change, says) in enumerate(
+        (
+            (short, "2,040 bytes of codes .* are not those of a weight of 64 × 64"),
+            (blocks, "64 scales in blocks of 48 are not those of"),
+            (torn, "is no JSON"),
+        )
+    ):
+        with pytest.raises(ModelError, match=says):
+            tt.load(stored(folder, tmp_path / str(number), change))

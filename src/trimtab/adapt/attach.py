@@ -287,7 +287,7 @@ class _Tree:
         if path in anatomy.experts:
             return ExpertsSite(module, where, self._bank)
         kind = WholeSite if whole else Site
-        return kind(module, where, self._bank, anatomy.width_at(where))
+        return kind(module, where, self._bank, anatomy.width_at(where), anatomy.root)
 
 
 def _no_fast_path(module: nn.Module, args: Any) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,20 @@ from trimtab.adapt.site import ExpertsSite, LayerSite, SiteBase
 from trimtab.adapt.tree import Children, sites_of, uncover, walk
 from trimtab.errors import MergeError, NotMergeableError, RouteError, TargetError
 from trimtab.frozen import Layer, view
-from trimtab.frozen.experts import ExpertLayer
+from trimtab.frozen.experts import ExpertLayer, expert_count, replaced
+from trimtab.frozen.lowbit import LowBitLayer
+from trimtab.frozen.lowbit_experts import LowBitExperts
 from trimtab.frozen.multihead import PARAMETER
+
+Write = Callable[[str, Layer, Tensor, Tensor | None], nn.Module]
+"""How a merged layer is stored: ``write(path, layer, weight, bias)`` of what was merged in fp32."""
 
 
 @torch.no_grad()
 def merge(model: nn.Module, names: str | Sequence[str]) -> nn.Module:
-    """A new, bare model that computes what ``model`` computes with these adapters.
+    """A new, bare, dense model that computes what ``model`` computes with these adapters.
+
+    `merge_with_report` stores it in another dtype, or in few bits, and measures what that costs.
 
     Args:
         model: with adapters attached; it is not changed, and shares no tensor with the result.
@@ -40,6 +47,27 @@ def merge(model: nn.Module, names: str | Sequence[str]) -> nn.Module:
     Raises:
         NotMergeableError: an adapter's edit is not affine; the message says why.
     """
+    return densify(fold(copied(model, names), names))
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """Make what is left in few bits in a bare model dense."""
+    children = Children(model)
+    for path, module in list(model.named_modules()):
+        layer = view(module)
+        new: nn.Module
+        if isinstance(layer, LowBitLayer):
+            new = densely(path, layer, layer.dense(), layer.bias())
+        elif isinstance(module, LowBitExperts):
+            new = module.with_dense({name: module.dense_parameter(name) for name in module.formats})
+        else:
+            continue
+        children.replace(module, new.train(module.training).requires_grad_(False))
+    return model
+
+
+def copied(model: nn.Module, names: str | Sequence[str]) -> nn.Module:
+    """A copy of a model to be merged. Raises as `merge`."""
     bank = bank_of(model)
     owner = bank.owner(names)
     check_mergeable(bank, owner)
@@ -51,16 +79,28 @@ def merge(model: nn.Module, names: str | Sequence[str]) -> nn.Module:
         raise RouteError(
             "leave using() or rows() before merging: the adapters to merge are named in the call."
         )
-    new = copy.deepcopy(model)
-    return fold(new, names)
+    return copy.deepcopy(model)
+
+
+def densely(path: str, layer: Layer, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A merged layer in the dtype that the layer computes in. See `Write`."""
+    return layer.write(
+        weight.to(layer.dtype).contiguous().clone(), kept_bias(layer, bias, layer.dtype)
+    )
 
 
 @torch.no_grad()
-def fold(model: nn.Module, names: str | Sequence[str], *, finite: bool = False) -> nn.Module:
+def fold(
+    model: nn.Module,
+    names: str | Sequence[str],
+    *,
+    finite: bool = False,
+    write: Write = densely,
+) -> nn.Module:
     """As `merge`, but uses the model up: each layer is replaced as it is merged, so the peak is one layer.
 
-    For a model that nobody else holds (a command that loads, merges and saves). With ``finite``, raises a
-    `MergeError` for a merged weight that is not.
+    For a model that nobody else holds (a command that loads, merges and saves). Layers that no adapter edits stay as
+    they are, in few bits too. With ``finite``, raises a `MergeError` for a merged weight that is not.
     """
     bank = bank_of(model)
     owner = bank.owner(names)
@@ -73,7 +113,7 @@ def fold(model: nn.Module, names: str | Sequence[str], *, finite: bool = False) 
         if site.acting(owner):
             if uses[id(site.base_layer._parameters.get("weight"))] > 1:
                 _untie(model)
-            children.replace(site, _merged(site, owner, finite))
+            children.replace(site, _merged(site, owner, finite, write))
         else:
             children.replace(site, site.release())
     from trimtab.adapt.attach import strip
@@ -111,14 +151,14 @@ def unmerge(model: nn.Module) -> None:
     uncover(model, bank_of(model))
 
 
-def _merged(site: SiteBase, owner: Owner, finite: bool) -> nn.Module:
+def _merged(site: SiteBase, owner: Owner, finite: bool, write: Write = densely) -> nn.Module:
     """A new module equal to what a site wraps, with these adapters."""
     if isinstance(site, ExpertsSite):
         new = merged_experts(site, owner)
     elif isinstance(site, MultiheadSite):
         new = merged_multihead(site, owner)
     elif isinstance(site, LayerSite):
-        new = merged_layer(site, owner)
+        new = merged_layer(site, owner, write)
     else:
         raise AssertionError("there are two kinds of sites")
     if finite and not all(bool(p.isfinite().all()) for p in new.parameters()):
@@ -139,14 +179,10 @@ def check_mergeable(bank: Bank, owner: Owner) -> None:
             )
 
 
-def merged_layer(site: LayerSite, owner: Owner) -> nn.Module:
-    """A new layer equal to the site with these adapters, in the base's dtype."""
-    layer = site.layer
-    weight, bias = merged_weights(site, owner, layer, site.acting(owner), site)
-    dtype = layer.dtype
-    return layer.write(weight.to(dtype).contiguous().clone(), _bias(layer, bias, dtype)).train(
-        site.training
-    )
+def merged_layer(site: LayerSite, owner: Owner, write: Write = densely) -> nn.Module:
+    """A new layer equal to the site with these adapters; by default in the base's dtype."""
+    weight, bias = merged_weights(site, owner, site.layer, site.acting(owner), site)
+    return write(site.path, site.layer, weight, bias).train(site.training)
 
 
 def merged_weights(
@@ -207,35 +243,31 @@ def _stack(site: SiteBase, edits: Sequence[Edit], layer: Layer, context: Context
 
 def merged_experts(site: ExpertsSite, owner: Owner) -> nn.Module:
     """The experts with new 3-D parameters where these adapters edit them; the others are shared."""
-    module = copy.copy(site.base_layer)
-    module._parameters = dict(module._parameters)
+    module = site.base_layer
     edits = site.acting(owner)
+    new: dict[str, Tensor] = {}
     for path in dict.fromkeys(edit.path for edit in edits):
         name = path.rpartition(".")[2]
         here = [edit for edit in edits if edit.path == path]
-        old = module._parameters[name]
-        if old is None:
-            raise AssertionError("checked at attach")
         slices, biases = [], []
-        for expert in range(old.shape[0]):
+        for expert in range(expert_count(module, name)):
             layer = ExpertLayer.of(module, name, expert)
             weight, bias = merged_weights(
                 site, owner, layer, here, site.get_submodule(name), expert
             )
             slices.append(weight.T if module.is_transposed else weight)
             biases.append(bias)
-        module._parameters[name] = nn.Parameter(
-            torch.stack(slices).to(old.dtype), requires_grad=False
-        )
-        _write_expert_bias(module, name, biases, old.dtype)
-    return module
+        new[name] = torch.stack(slices).to(layer.dtype)
+        if (bias := _expert_bias(module, name, biases)) is not None:
+            new[f"{name}_bias"] = bias.to(layer.dtype)
+    return replaced(module, new)
 
 
 def merged_multihead(site: MultiheadSite, owner: Owner) -> nn.Module:
     """The attention with a new input projection. Its children are shared: the output projection is merged by itself."""
     layer, module = site.layer, copy.copy(site.frozen)
     weight, bias = merged_weights(site, owner, layer, site.acting(owner), site)
-    bias = _bias(layer, bias, layer.dtype)
+    bias = kept_bias(layer, bias, layer.dtype)
     module._parameters = {
         **module._parameters,
         PARAMETER: nn.Parameter(weight.to(layer.dtype).contiguous().clone()),
@@ -244,22 +276,18 @@ def merged_multihead(site: MultiheadSite, owner: Owner) -> nn.Module:
     return module.train(site.training)
 
 
-def _write_expert_bias(
-    module: nn.Module, name: str, biases: Sequence[Tensor | None], dtype: torch.dtype
-) -> None:
+def _expert_bias(module: nn.Module, name: str, biases: Sequence[Tensor | None]) -> Tensor | None:
     found = [bias for bias in biases if bias is not None and bool(bias.any())]
     if module._parameters.get(f"{name}_bias") is not None:
-        full = [bias for bias in biases if bias is not None]
-        module._parameters[f"{name}_bias"] = nn.Parameter(
-            torch.stack(full).to(dtype), requires_grad=False
-        )
-    elif found:
+        return torch.stack([bias for bias in biases if bias is not None])
+    if found:
         raise NotMergeableError(
             f"the experts' {name} has no bias, and the merged layer would need one."
         )
+    return None
 
 
-def _bias(layer: Layer, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def kept_bias(layer: Layer, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """No bias where the base has none and the merged one is zero."""
     if bias is None or (layer.bias() is None and not bool(bias.any())):
         return None

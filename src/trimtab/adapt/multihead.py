@@ -29,7 +29,7 @@ class MultiheadSite(LayerSite):
     """A wrapped ``nn.MultiheadAttention``. Where nobody acts, torch's own forward runs."""
 
     def __init__(self, base_layer: nn.MultiheadAttention, path: str, bank: Any) -> None:
-        super().__init__(base_layer, path, bank, base_layer.embed_dim)
+        super().__init__(base_layer, path, bank, base_layer.embed_dim, base_layer)
         if self._hook is not None:  # the output as a whole is not edited here
             self._hook.remove()
         self._hook, self._hooked = None, False

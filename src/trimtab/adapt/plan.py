@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -141,6 +142,13 @@ def checked(adapter: Adapter, name: str | None, base: Any, any_base: bool) -> Ad
             advice = " Pass any_base=True to attach it all the same." if same_shape else ""
             raise BaseMismatchError(
                 f"adapter {adapter.name!r} was made for another base: {reason}.{advice}"
+            )
+        if stored := adapter.base.other_storage(base):
+            warnings.warn(
+                f"adapter {adapter.name!r} was trained beside this base in another storage: {stored}. Its weights are "
+                "rounded otherwise, so the adapter may answer otherwise. Load the base as the adapter knows it, or "
+                "measure again.",
+                stacklevel=3,
             )
     return adapter.detached(name=name)
 

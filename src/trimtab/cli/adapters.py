@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import typer
 
 if TYPE_CHECKING:
     from trimtab.adapt.adapter import Adapter
@@ -37,10 +40,17 @@ def read_adapters(folders: Sequence[str]) -> dict[str, Adapter]:
 
 
 def attach_adapters(base: Base, adapters: dict[str, Adapter]) -> list[str]:
-    """Attach them, frozen, under their names."""
+    """Attach them, frozen, under their names. What there is to know of that goes to standard error."""
     from trimtab.adapt.attach import attach
 
-    return [attach(base.model, one, name, trainable=False).name for name, one in adapters.items()]
+    names = []
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        for name, one in adapters.items():
+            names.append(attach(base.model, one, name, trainable=False).name)
+    for warning in told:
+        typer.echo(f"careful: {warning.message}", err=True)
+    return names
 
 
 def _free(name: str, folder: Path, taken: Sequence[str]) -> str:

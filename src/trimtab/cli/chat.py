@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from trimtab.cli.bases import AVERAGE_BITS, EXEMPT, STORAGE, open_base
 from trimtab.errors import ConfigError, TrimtabError, UnknownNameError, suggest
 
 if TYPE_CHECKING:
@@ -40,17 +41,19 @@ def chat(
         0.95, "--top-p", help="Keep the likeliest tokens up to this probability."
     ),
     seed: int = typer.Option(None, "--seed", help="Makes a conversation repeat."),
+    storage: str = STORAGE,
+    exempt: list[str] = EXEMPT,
+    average_bits: float = AVERAGE_BITS,
 ) -> None:
     """Chat with a model; /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves."""
     from trimtab.cli.adapters import attach_adapters, read_adapters
     from trimtab.cli.conversation import Conversation
     from trimtab.data import RenderConfig, Renderer
     from trimtab.engine import Engine, SamplingParams, keep_memory
-    from trimtab.models.load import load
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     saved = read_adapters(adapters)
-    base = load(model)
+    base = open_base(model, saved.values(), storage, exempt, average_bits)
     if base.model.device.type == "cpu":
         keep_memory()
     names = attach_adapters(base, saved)

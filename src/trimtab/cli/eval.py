@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from trimtab.cli.bases import AVERAGE_BITS, DENSE, EXEMPT, STORAGE, open_base
 from trimtab.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -44,6 +46,9 @@ def evaluate(
     fewshot: int = typer.Option(None, "--fewshot", min=0, help="Examples in a task's prompt."),
     chat: bool = typer.Option(False, "--chat", help="Ask tasks through the chat template."),
     dtype: str = typer.Option(None, "--dtype", help="Of the base's weights."),
+    storage: str = STORAGE,
+    exempt: list[str] = EXEMPT,
+    average_bits: float = AVERAGE_BITS,
     out: Path = typer.Option(None, "--out", "-o", help="Write the results as JSON, too."),
 ) -> None:
     """Measure a base and adapters on the same held-out data, or on tasks of lm-eval.
@@ -68,14 +73,16 @@ def evaluate(
     from trimtab.engine import keep_memory
     from trimtab.evals import evaluate_tasks, merged
     from trimtab.evals import metrics as known
-    from trimtab.models.load import load
 
     for name in job.metrics:
         known.get(name)
     saved = read_adapters(job.adapters)
     classifies = job.task == "sequence-classification"
-    base = load(
+    asked = (storage, exempt, average_bits)
+    base = open_base(
         job.model,
+        saved.values(),
+        *(asked if storage or exempt or average_bits is not None else job.stored),
         dtype=job.dtype,
         device=job.device,
         task=job.task,
@@ -120,6 +127,8 @@ class _Job:
     max_tokens: int | None
     dtype: str | None
     device: str | None
+    stored: tuple[str | None, Sequence[str], float | None] = (None, (), None)
+    """How a run's recipe stores the base."""
 
 
 def _parted(arguments: list[str]) -> tuple[Path | None, list[str]]:
@@ -190,6 +199,7 @@ def _job(
         max_tokens or asked.max_tokens,
         dtype or recipe.dtype,
         recipe.device,
+        (recipe.storage or DENSE, recipe.exempt, recipe.average_bits),
     )
 
 

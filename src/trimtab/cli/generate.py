@@ -6,6 +6,8 @@ import sys
 
 import typer
 
+from trimtab.cli.bases import AVERAGE_BITS, EXEMPT, STORAGE, open_base
+
 
 def generate(
     prompts: list[str] = typer.Argument(
@@ -29,15 +31,16 @@ def generate(
     plain: bool = typer.Option(
         False, "--plain", help="Continue the text; do not make it a chat turn."
     ),
+    storage: str = STORAGE,
+    exempt: list[str] = EXEMPT,
+    average_bits: float = AVERAGE_BITS,
 ) -> None:
     """Answer prompts, by the model's own chat template where it has one."""
     texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
 
-    from trimtab.adapt.adapter import Adapter
-    from trimtab.adapt.attach import attach
+    from trimtab.cli.adapters import attach_adapters, read_adapters
     from trimtab.data import RenderConfig, Renderer
     from trimtab.engine import Engine, SamplingParams
-    from trimtab.models.load import load
 
     params = SamplingParams(
         max_tokens=max_tokens,
@@ -48,9 +51,9 @@ def generate(
         stop=tuple(stop),
         n=n,
     )
-    saved = None if adapter is None else Adapter.load(adapter)
-    base = load(model)
-    name = None if saved is None else attach(base.model, saved, trainable=False).name
+    saved = read_adapters([] if adapter is None else [adapter])
+    base = open_base(model, saved.values(), storage, exempt, average_bits)
+    name = next(iter(attach_adapters(base, saved)), None)
     renderer = Renderer(base.tokenizer, RenderConfig(completions="plain" if plain else "auto"))
     answers = Engine(base).sample([renderer.prompt(text) for text in texts], params, name)
     several = len(answers) > 1

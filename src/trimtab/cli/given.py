@@ -21,6 +21,17 @@ MODEL = typer.Option(None, "--model", "-m", help="Folder, hub id or .gguf file o
 DATA = typer.Option(None, "--data", "-d", help="What is learnt: file, folder or data set id.")
 HELD_OUT = typer.Option(None, "--held-out", help="What it is measured on.")
 METHOD = typer.Option(None, "--method", help="For example 'lora(rank=16)'.")
+STORAGE = typer.Option(
+    None,
+    "--storage",
+    help="Keep the base's linear layers in nf4, fp4, int4, int8, int8-group or fp8.",
+)
+EXEMPT = typer.Option(
+    [], "--exempt", help="Layers to keep dense, or with =int8 in that format (may be repeated)."
+)
+AVERAGE_BITS = typer.Option(
+    None, "--average-bits", help="Keep the worst of them in int8, up to so many bits a weight."
+)
 NAME = typer.Option(None, "--name", help="Name of the adapter.")
 EPOCHS = typer.Option(None, "--epochs", help="Passes over the data.")
 OUT = typer.Option(None, "--out", "-o", help="Folder of the run.")

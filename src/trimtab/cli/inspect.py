@@ -66,6 +66,11 @@ def _facts(adapter: Any) -> list[tuple[str, str]]:
         rows.append(
             ("made for", f"{adapter.base.model_class}, architecture {adapter.base.architecture}")
         )
+        if adapter.base.storage is not None:
+            exempt = ", ".join(adapter.base.exempt)
+            rows.append(
+                ("stored in", adapter.base.storage + (f", but for {exempt}" if exempt else ""))
+            )
     rows += [
         (key, value)
         for key, value in _flat(origin.provenance)

@@ -19,6 +19,9 @@ def plan(
     held_out: str = given.HELD_OUT,
     method: str = given.METHOD,
     epochs: int = given.EPOCHS,
+    storage: str = given.STORAGE,
+    exempt: list[str] = given.EXEMPT,
+    average_bits: float = given.AVERAGE_BITS,
     as_json: bool = typer.Option(False, "--json", help="Print numbers only."),
 ) -> None:
     """Predict trained parameters, tokens, peak memory and time, by taking a few real steps here.
@@ -26,7 +29,8 @@ def plan(
     The exit code is 1 where the run would not fit into memory.
     """
     options = {
-        "model": model, "data.path": data, "data.held_out": held_out, "method": method, "epochs": epochs
+        "model": model, "data.path": data, "data.held_out": held_out, "method": method, "epochs": epochs,
+        "storage": storage, "exempt": exempt or None, "average_bits": average_bits,
     }  # fmt: skip
     wanted = given.given_recipe(arguments or [], options)
 

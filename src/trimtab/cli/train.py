@@ -18,6 +18,9 @@ def train(
     method: str = given.METHOD,
     name: str = given.NAME,
     epochs: int = given.EPOCHS,
+    storage: str = given.STORAGE,
+    exempt: list[str] = given.EXEMPT,
+    average_bits: float = given.AVERAGE_BITS,
     out: str = given.OUT,
     resume: bool = typer.Option(
         False, "--resume", help="Go on from the last checkpoint of the run's folder."
@@ -45,7 +48,7 @@ def train(
         out = out or folder
     options = {
         "model": model, "data.path": data, "data.held_out": held_out, "method": method, "name": name,
-        "epochs": epochs, "out": out,
+        "epochs": epochs, "out": out, "storage": storage, "exempt": exempt or None, "average_bits": average_bits,
     }  # fmt: skip
     recipe = given.given_recipe(arguments, {**options, "track": track or None})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trimtab.frozen.lowbit import LowBitLinear
+from trimtab.frozen.lowbit import LowBitLinear, check_weight
 from trimtab.kernels import eightbit
 
 
@@ -27,10 +27,14 @@ class Int8Linear(LowBitLinear):
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None) -> Int8Linear:
         """Round a dense layer."""
+        check_weight(weight)
         return cls(*eightbit.quantise_rows(weight), bias, weight.dtype)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return eightbit.dequantise_rows(self.codes, self.scales, dtype)
+
+    def like(self, weight: Tensor, bias: Tensor | None) -> Int8Linear:
+        return Int8Linear.of(weight, bias)
 
 
 class Fp8Linear(LowBitLinear):
@@ -51,7 +55,11 @@ class Fp8Linear(LowBitLinear):
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None) -> Fp8Linear:
         """Round a dense layer."""
+        check_weight(weight)
         return cls(*eightbit.quantise_blocks(weight), bias, weight.dtype)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return eightbit.dequantise_blocks(self.codes, self.scales, dtype)
+
+    def like(self, weight: Tensor, bias: Tensor | None) -> Fp8Linear:
+        return Fp8Linear.of(weight, bias)

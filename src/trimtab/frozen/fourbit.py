@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from trimtab.frozen.lowbit import LowBitLinear
-from trimtab.kernels.fourbit import BLOCK, FourBit, dequantise, quantise
+from trimtab.frozen.lowbit import LowBitLinear, check_weight
+from trimtab.kernels.fourbit import BLOCK, FourBit, Kind, dequantise, quantise
 
 
 class FourBitLinear(LowBitLinear):
@@ -32,12 +32,13 @@ class FourBitLinear(LowBitLinear):
         cls,
         weight: Tensor,
         bias: Tensor | None,
-        kind: Literal["nf4", "fp4"] = "nf4",
+        kind: Kind = "nf4",
         *,
         block: int = BLOCK,
         nested: bool = True,
     ) -> FourBitLinear:
         """Round a dense layer."""
+        check_weight(weight)
         return cls(quantise(weight, kind, block=block, nested=nested), bias, weight.dtype)
 
     @property
@@ -48,3 +49,8 @@ class FourBitLinear(LowBitLinear):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return dequantise(self.packed, dtype)
+
+    def like(self, weight: Tensor, bias: Tensor | None) -> FourBitLinear:
+        nested = self.outer is not None
+        kind = cast(Kind, self.kind)
+        return FourBitLinear.of(weight, bias, kind, block=self.block, nested=nested)

@@ -8,6 +8,7 @@ There is no gradient for W. A format is one class: how it makes a stored weight 
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Any
@@ -16,42 +17,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab.errors import UnsupportedError
+from trimtab.errors import ModelError, UnsupportedError
 from trimtab.frozen.linear import LinearMap
 
 
-class LowBitLinear(nn.Module):
-    """A frozen linear layer in few bits. Abstract; its buffers are the stored weight."""
+class LowBit(nn.Module):
+    """A module whose frozen weights are stored in few bits. Abstract; the stored weights are buffers."""
 
     kind: str
     """The name of the format."""
-    bias: Tensor | None
+    compute_dtype: torch.dtype
 
-    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.compute_dtype = dtype
-
+    @property
     @abstractmethod
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight Ŵ_OI as a dense tensor."""
+    def weights(self) -> int:
+        """How many values the stored weights stand for."""
 
     @property
     def bits(self) -> float:
         """Stored bits per weight, scales included."""
         stored = sum(8 * buffer.numel() * buffer.element_size() for buffer in self.buffers())
-        return stored / (self.in_features * self.out_features)
+        return stored / self.weights
 
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        y: Tensor = _Frozen.apply(x, bias, self)  # type: ignore[no-untyped-call]
-        return y
-
-    def _hold(self, bias: Tensor | None) -> None:
-        self.bias = bias if bias is None else nn.Parameter(bias.detach(), bias.requires_grad)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> LowBitLinear:
+    def _apply(self, fn: Any, recurse: bool = True) -> LowBit:
         """``.to(dtype)`` changes what it computes in, never the stored scales."""
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         probe = fn(torch.empty(0, dtype=self.compute_dtype))
@@ -64,8 +52,67 @@ class LowBitLinear(nn.Module):
                 self._buffers[name] = buffer.to(now.device)
         return self
 
+
+class LowBitLinear(LowBit):
+    """A frozen linear layer in few bits. Abstract; its buffers are the stored weight."""
+
+    bias: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.compute_dtype = dtype
+
+    @abstractmethod
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight Ŵ_OI as a dense tensor."""
+
+    def like(self, weight: Tensor, bias: Tensor | None) -> LowBitLinear:
+        """Another dense weight of this shape, rounded into just this format."""
+        raise UnsupportedError(
+            f"Trimtab reads weights in {self.kind}, and does not round into it; merge into dense weights."
+        )
+
+    def shifted(self, change_OI: Tensor, bias: Tensor | None) -> LowBitLinear | None:
+        """The weight with a change added that this format holds exactly; None where it does not."""
+        if bool(change_OI.any()):
+            return None
+        same = copy.deepcopy(self)
+        same._hold(bias)
+        return same
+
+    @property
+    def weights(self) -> int:
+        return self.in_features * self.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y: Tensor = _Frozen.apply(x, bias, self)  # type: ignore[no-untyped-call]
+        return y
+
+    def _hold(self, bias: Tensor | None) -> None:
+        self.bias = bias if bias is None else nn.Parameter(bias.detach(), bias.requires_grad)
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.bits:.2f} bits"
+
+
+def check_weight(weight: Tensor) -> None:
+    """Raise `ModelError` for what no format holds: NaN, infinities, numbers that are in few bits already."""
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        raise ModelError(
+            f"the weight is {str(weight.dtype).removeprefix('torch.')}; only floating values of 16 bits or more are "
+            "rounded. Is it in few bits already?"
+        )
+    if weight.numel() and not bool(
+        torch.stack(torch.aminmax(weight.detach())).float().isfinite().all()
+    ):
+        wrong = int((~weight.detach().float().isfinite()).sum())
+        raise ModelError(
+            f"{wrong:,} of {weight.numel():,} values of the weight are NaN, infinite or beyond float32, and a scale of "
+            "its block would be so too. Download the model again, or mend it."
+        )
 
 
 class _Frozen(torch.autograd.Function):
@@ -120,7 +167,12 @@ class LowBitLayer(LinearMap):
         return self.module.buffers()
 
     def stored(self) -> dict[str, Tensor]:
-        raise UnsupportedError(
-            f"{type(self.module).__name__}: a weight in few bits cannot be trained itself. Adapt the layer, or leave "
-            "it out when the base is loaded in few bits."
-        )
+        raise untrained(self.module)
+
+
+def untrained(module: nn.Module) -> UnsupportedError:
+    """Why a weight in few bits is not itself trained."""
+    return UnsupportedError(
+        f"{type(module).__name__}: a weight in few bits cannot be trained itself. Adapt the layer, or leave it out "
+        "when the base is loaded in few bits."
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from functools import cache
 from importlib import import_module, metadata
@@ -17,32 +18,32 @@ OLDEST = (0, 46)
 
 @cache
 def operation() -> Any:
-    """``dequantize_4bit(codes, scales, block, kind, shape, dtype)``, or None."""
+    """``dequantize_4bit(codes, scales, block, kind, shape, dtype)``, or None; why not is said once."""
     try:
         version = metadata.version("bitsandbytes")
     except metadata.PackageNotFoundError:
-        return None
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        return _without("bitsandbytes is not installed")
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST:
         wanted = ".".join(map(str, OLDEST))
-        warnings.warn(
-            f"bitsandbytes {version} is too old to speed up 4-bit weights (from {wanted} on); plain torch is used.",
-            stacklevel=2,
-        )
-        return None
+        return _without(f"bitsandbytes {version} is too old (from {wanted} on)")
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
     logger.setLevel(logging.ERROR)  # of a faster product that is not what is used here
     try:
         import_module("bitsandbytes")
     except (ImportError, OSError, RuntimeError) as error:
-        warnings.warn(
-            f"bitsandbytes cannot be imported ({error}); 4-bit weights go through plain torch.",
-            stacklevel=2,
-        )
-        return None
+        return _without(f"bitsandbytes cannot be imported ({error})")
     finally:
         logger.setLevel(level)
     return torch.ops.bitsandbytes.dequantize_4bit.default
+
+
+def _without(why: str) -> None:
+    """Say, once in a process, that there is no accelerator."""
+    warnings.warn(
+        f"{why}: weights in four bits are unpacked by plain torch. The numbers are the same; the package is faster.",
+        stacklevel=3,
+    )
 
 
 def dequantised(

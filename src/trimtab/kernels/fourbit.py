@@ -15,6 +15,7 @@ exponent and one of fraction. All is plain torch and runs anywhere; bitsandbytes
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -22,6 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from trimtab.errors import ConfigError
 from trimtab.kernels import bnb
 
 BLOCK, OUTER = 64, 256
@@ -55,6 +57,20 @@ class FourBit:
     block: int = BLOCK
 
     @property
+    def whole(self) -> bool:
+        """Whether there are as many codes and scales as the shape asks for."""
+        count = math.prod(self.shape)
+        blocks = -(-count // max(self.block, 1))
+        outer = blocks if self.outer is None else self.outer.numel() * OUTER
+        return (
+            self.block > 1
+            and self.block % 2 == 0
+            and self.codes.numel() == -(-count // 2)
+            and self.scales.numel() == blocks
+            and blocks <= outer < blocks + OUTER
+        )
+
+    @property
     def nbytes(self) -> int:
         parts = (self.codes, self.scales, self.outer, self.mean)
         return sum(part.numel() * part.element_size() for part in parts if part is not None)
@@ -63,7 +79,18 @@ class FourBit:
 def quantise(
     weight: Tensor, kind: Kind = "nf4", *, block: int = BLOCK, nested: bool = True
 ) -> FourBit:
-    """Round a weight to four bits; ``nested`` quantises the scales too."""
+    """Round a weight to four bits; ``nested`` quantises the scales too.
+
+    Raises:
+        ConfigError: there is no such table, or a block is not an even number of values.
+    """
+    if kind not in TABLES:
+        raise ConfigError(f"there is no table of four bits called {kind!r}; there are nf4 and fp4.")
+    if block < 2 or block % 2 or block > PIECE:
+        raise ConfigError(
+            f"blocks of {block!r} values: two codes share a byte, so a block holds an even number of values, at most "
+            f"{PIECE}."
+        )
     flat = weight.detach().reshape(-1)
     size = PIECE // block * block
     pieces = [_codes(piece.float(), kind, block) for piece in flat.split(size)]

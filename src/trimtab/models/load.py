@@ -24,7 +24,8 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from trimtab.errors import ConfigError, ModelError, TrimtabError, UnknownNameError, suggest
-from trimtab.models.storage import Storage, quantising, settle
+from trimtab.models.mixed import Mixed
+from trimtab.models.storage import Asked, Storage, quantising, settle
 
 Task = Literal[
     "causal-lm", "masked-lm", "seq2seq-lm", "sequence-classification", "token-classification"
@@ -41,13 +42,14 @@ NEW_HEADS = ("sequence-classification", "token-classification")
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """A frozen model in eval mode, its tokenizer, the path or id that it was loaded from, and how its linear layers are
-    stored (None: densely)."""
+    """A frozen model in eval mode, its tokenizer, the path or id that it was loaded from, how most of its linear layers
+    are stored (None: densely), and what a budget of bits chose to keep in more of them."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
     storage: str | None = None
+    mixed: Mixed | None = None
 
 
 def load(
@@ -59,6 +61,7 @@ def load(
     labels: Sequence[str] | None = None,
     storage: Storage | None = None,
     exempt: Sequence[str] = (),
+    average_bits: float | None = None,
 ) -> Base:
     """Load a base.
 
@@ -68,9 +71,12 @@ def load(
         device: None is the first CUDA device, else the CPU.
         task: which head; a classification head that the weights lack starts at random, the same each time.
         labels: names of the classes of a classification head, in order; None is what the config says.
-        storage: keep linear layers in ``nf4`` (QLoRA's), ``fp4``, ``int8`` or ``fp8``; the head, embeddings and routers
-            stay in ``dtype``, in which everything is computed.
-        exempt: further modules that stay so: names, ends of names, or globs.
+        storage: keep linear layers in ``nf4`` (QLoRA's), ``fp4``, ``int4`` (with a scale and an offset for each 64
+            columns), ``int8``, ``int8-group`` or ``fp8``; the head, embeddings and routers stay in ``dtype``, in which
+            everything is computed.
+        exempt: further modules that stay so: names, ends of names, or globs; with ``=int8`` behind, in that format.
+        average_bits: a budget of bits a weight, scales included, for a base in four bits: as many layers as it allows,
+            those of the largest quantisation error, are kept in int8 (``.mixed`` of the result says which).
 
     Raises:
         ModelError: no such model, no weights, torn weights, no tokenizer; says what to do.
@@ -82,8 +88,10 @@ def load(
         )
     if labels is not None and task not in NEW_HEADS:
         raise ConfigError(f"labels are for a classification head; task {task!r} has none.")
+    asked = Asked(storage, tuple(exempt), average_bits)
+    asked.check()
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    kind = _dtype(dtype, place)
+    kind = named_dtype(dtype, place)
     path = Path(source)
     where, options = _located(path, str(source))
     with _explained(str(source)):
@@ -95,7 +103,7 @@ def load(
                 output_loading_info=True,
                 **_weights(options),
                 **_classes(labels),
-                **quantising(where, options, storage, exempt),
+                **quantising(where, options, asked),
             )
         _check_whole(facts, str(source), str(model.base_model_prefix), new_head=task in NEW_HEADS)
         tokenizer = _tokenizer(where, options, str(source))
@@ -103,9 +111,9 @@ def load(
         _new_head(model, facts["missing_keys"])
         if model.config.get_text_config().pad_token_id is None:  # what a decoder's head pools by
             model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    stored = settle(model, storage, exempt)
+    stored, mixed = settle(model, asked)
     model.requires_grad_(False)
-    return Base(model.to(place).eval(), tokenizer, str(source), stored)
+    return Base(model.to(place).eval(), tokenizer, str(source), stored, mixed)
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
@@ -141,10 +149,21 @@ def stored_dtype(source: str | Path) -> str | None:
     return named if isinstance(named, str) else None
 
 
-def _dtype(value: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+def named_dtype(value: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    """A dtype by its name; None is that of the machine's computation.
+
+    Raises:
+        UnknownNameError: there is no such name.
+        ConfigError: no model computes in that dtype.
+    """
     if value is None:
         return default_dtype(device)
     if isinstance(value, torch.dtype):
+        if not value.is_floating_point or value.itemsize < 2:
+            raise ConfigError(
+                f"dtype={value}: a base computes in bfloat16, float16, float32 or float64; weights are kept in fewer "
+                "bits by storage."
+            )
         return value
     names = {
         "bfloat16": torch.bfloat16,

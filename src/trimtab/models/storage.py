@@ -5,7 +5,8 @@ transformers' own part (`trimtab.models.quantise`) is imported only where it is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from trimtab.errors import ConfigError, UnknownNameError, suggest
@@ -13,22 +14,42 @@ from trimtab.errors import ConfigError, UnknownNameError, suggest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Storage = Literal["nf4", "fp4", "int8", "fp8"]
+    from trimtab.models.mixed import Mixed
+
+Storage = Literal["nf4", "fp4", "int4", "int8", "int8-group", "fp8"]
 STORAGES: tuple[str, ...] = get_args(Storage)
 
 
-def quantising(
-    where: str, options: dict[str, Any], storage: str | None, exempt: Sequence[str]
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Asked:
+    """How a base is to be stored; see `trimtab.load`."""
+
+    storage: str | None = None
+    exempt: tuple[str, ...] = ()
+    average_bits: float | None = None
+
+    def check(self) -> None:
+        """Raise for a storage that there is not, and for options that do not fit it."""
+        formats = (self.storage, *(one.partition("=")[2] for one in self.exempt))
+        for name in formats:
+            if name and name not in STORAGES:
+                hint = suggest(name, STORAGES) or f" Known: {', '.join(STORAGES)}."
+                raise UnknownNameError(f"unknown storage {name!r}.{hint}")
+        if self.storage is None and self.exempt:
+            raise ConfigError("exempt leaves layers out of a storage; name the storage too.")
+        if self.average_bits is not None:
+            from trimtab.models.mixed import check_budget
+
+            check_budget(self.storage, self.average_bits)
+
+
+def quantising(where: str, options: dict[str, Any], asked: Asked) -> dict[str, Any]:
     """Options for ``from_pretrained``: to round each weight as it is read, or to read what is stored in few bits.
 
     Raises:
-        UnknownNameError: there is no such storage.
-        ConfigError: the checkpoint is in few bits already.
+        ConfigError: the checkpoint is in few bits already, in another format than is asked for.
     """
-    if storage is not None and storage not in STORAGES:
-        hint = suggest(storage, STORAGES) or f" Known: {', '.join(STORAGES)}."
-        raise UnknownNameError(f"unknown storage {storage!r}.{hint}")
+    storage = asked.storage
     if options:  # a GGUF file is unpacked by transformers first: see `settle`
         return {}
     from transformers import AutoConfig
@@ -37,7 +58,7 @@ def quantising(
     stored = getattr(config, "quantization_config", None)
     if stored is not None:
         method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
-        if storage is not None:
+        if storage is not None and (asked.average_bits or storage != _format(stored)):
             raise ConfigError(
                 f"{where!r} is stored in few bits already ({method}); leave out storage={storage!r}, or take its dense "
                 "weights."
@@ -45,6 +66,11 @@ def quantising(
         from trimtab.models.quantise import StorageConfig
 
         own = StorageConfig.of_checkpoint(stored if isinstance(stored, dict) else stored.to_dict())
+        if own is None and method == "compressed-tensors":
+            raise ConfigError(
+                f"{where!r} is stored by compressed-tensors in a form that Trimtab does not read (known: pack-, int- "
+                "and float-quantized, of 2, 4 or 8 bits); decompress it first."
+            )
         if own is None:
             return {}  # transformers reads it with the package that wrote it
         config.quantization_config = own.to_dict()
@@ -53,33 +79,72 @@ def quantising(
         return {}
     from trimtab.models.quantise import StorageConfig
 
-    return {"quantization_config": StorageConfig(storage, exempt)}
+    found = StorageConfig(storage, asked.exempt, average_bits=asked.average_bits)
+    return {"quantization_config": found}
 
 
-def settle(model: PreTrainedModel, storage: str | None, exempt: Sequence[str]) -> str | None:
-    """How a loaded model is stored. Layers that came densely are rounded; transformers forgets that it had a hand in
-    it, because it forbids things to models in few bits that ours can do.
+def stored_already(source: str) -> bool:
+    """Whether the weights of a base are in few bits where they lie. What is wrong with a source, `load` says."""
+    from transformers import PretrainedConfig
+
+    if Path(source).suffix == ".gguf":
+        return False
+    try:
+        facts, _ = PretrainedConfig.get_config_dict(source)
+    except (OSError, ValueError):
+        return False
+    return facts.get("quantization_config") is not None
+
+
+def _format(stored: Any) -> str | None:
+    """The format that a checkpoint's ``quantization_config`` names, where it is one of ours."""
+    facts = stored if isinstance(stored, dict) else stored.to_dict()
+    if facts.get("quant_method") == "trimtab":
+        return facts.get("format")
+    if facts.get("quant_method") == "bitsandbytes":
+        return "int8" if facts.get("load_in_8bit") else facts.get("bnb_4bit_quant_type", "fp4")
+    return None
+
+
+def settle(model: PreTrainedModel, asked: Asked) -> tuple[str | None, Mixed | None]:
+    """How a loaded model is stored, and what a budget chose. Layers that came densely are rounded; transformers forgets
+    that it had a hand in it, because it forbids things to models in few bits that ours can do.
 
     Raises:
         ModelError: what was stored in few bits could not be read.
         ConfigError: nothing could be stored so.
     """
-    from trimtab.frozen.lowbit import LowBitLinear
+    from trimtab.frozen.lowbit import LowBit
 
     quantiser = getattr(model, "hf_quantizer", None)
+    storage, mixed = asked.storage, None
     if quantiser is None and storage is None:
-        return None
-    from trimtab.models.quantise import Quantiser, rounded
+        return None, None
+    if quantiser is not None and (named := foreign(quantiser)) is not None:
+        return named, None
+    from trimtab.models.quantise import Quantiser, forget, rounded
 
     if isinstance(quantiser, Quantiser):
         if quantiser.problems:
             raise quantiser.problems[0]
         quantiser.remove_quantization_config(model)
-    kinds = [module.kind for module in model.modules() if isinstance(module, LowBitLinear)]
+        forget(model)
+        if asked.average_bits is not None and quantiser.rounding.mixer is not None:
+            mixed = quantiser.rounding.mixer.done()
+    kinds = [module.kind for module in model.modules() if isinstance(module, LowBit)]
     if storage is not None:
-        kinds = kinds or rounded(model, storage, exempt)
+        if not kinds:
+            mixed = rounded(model, storage, asked.exempt, asked.average_bits)
+            kinds = [module.kind for module in model.modules() if isinstance(module, LowBit)]
         if not kinds:
             raise ConfigError(
                 f"storage={storage!r}: {type(model).__name__} has no linear layer that can be stored in few bits."
             )
-    return max(set(kinds), key=kinds.count) if kinds else None
+    return storage or (max(sorted(set(kinds)), key=kinds.count) if kinds else None), mixed
+
+
+def foreign(quantiser: Any) -> str | None:
+    """The name of a method of quantising whose own layers stay in the model; None where no layer of its kind does."""
+    config = quantiser.quantization_config
+    method = str(getattr(config.quant_method, "value", config.quant_method))
+    return None if method in ("trimtab", "gguf") or getattr(config, "dequantize", False) else method

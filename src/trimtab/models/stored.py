@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from trimtab.frozen.eightbit import Int8Linear
 from trimtab.frozen.fourbit import FourBitLinear
 from trimtab.frozen.lowbit import LowBitLinear
 from trimtab.kernels.fourbit import OUTER, TABLES, FourBit
+from trimtab.models import packed
 
 STATE = "weight.quant_state.bitsandbytes__"
 PARTS: Mapping[str, tuple[str, ...]] = {
@@ -31,14 +33,26 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 """How a weight is stored -> the names of its tensors."""
 
 
+def names(how: str) -> tuple[str, ...]:
+    """The names of the tensors of a weight that is stored so."""
+    return PARTS[how] if how in PARTS else packed.NAMES[how]
+
+
 def read(
-    how: str, path: str, parts: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype
+    how: str,
+    path: str,
+    parts: Mapping[str, Tensor],
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> LowBitLinear:
     """The layer at a path from its stored tensors.
 
     Raises:
         ModelError: a tensor is missing, or what it says is not what Trimtab reads.
     """
+    if how not in PARTS:
+        return packed.layer(how, path, parts, bias, dtype, facts)
     return (_four_bits if how == "4bit" else _eight_bits)(path, parts, bias, dtype)
 
 
@@ -50,7 +64,12 @@ def _four_bits(
         raise ModelError(
             f"{path}: the checkpoint lacks {STATE}nf4, without which its codes mean nothing; download it again."
         )
-    facts: dict[str, Any] = json.loads(bytes(parts[STATE + kind].tolist()))
+    try:
+        facts: dict[str, Any] = json.loads(bytes(parts[STATE + kind].tolist()))
+    except ValueError as error:
+        raise ModelError(
+            f"{path}: {STATE}{kind} is no JSON ({error}), and its codes mean nothing without it; download it again."
+        ) from None
     nested = "nested_blocksize" in facts
     for name in ("weight.absmax", "weight.nested_absmax") if nested else ("weight.absmax",):
         if name not in parts:
@@ -65,8 +84,13 @@ def _four_bits(
     scales = parts["weight.absmax"]
     outer = parts["weight.nested_absmax"].float() if nested else None
     mean = torch.tensor(facts["nested_offset"], device=codes.device) if nested else None
-    packed = FourBit(kind, tuple(facts["shape"]), codes, scales, outer, mean, facts["blocksize"])
-    return FourBitLinear(packed, bias, dtype)
+    four = FourBit(kind, tuple(facts["shape"]), codes, scales, outer, mean, facts["blocksize"])
+    if not four.whole:
+        raise ModelError(
+            f"{path}: {codes.numel():,} bytes of codes and {scales.numel():,} scales in blocks of {four.block} are "
+            f"not those of a weight of {' × '.join(map(str, four.shape))}; download it again."
+        )
+    return FourBitLinear(four, bias, dtype)
 
 
 def _eight_bits(

@@ -9,9 +9,12 @@ from typing import Any
 from rich.console import Console
 
 from trimtab.adapt.adapter import Adapter
+from trimtab.adapt.fingerprint import storage_of
+from trimtab.adapt.tree import anatomy_of
 from trimtab.engine import keep_memory
 from trimtab.engine.class_head import labels_of
 from trimtab.models.load import Base
+from trimtab.models.storage import STORAGES, stored_already
 from trimtab.train.recipe import Recipe
 from trimtab.train.recipe_file import make_recipe
 from trimtab.train.run import Outcome, Run
@@ -66,6 +69,9 @@ def train(
         "optim": {"lr": lr},
         "out": None if out is None else str(out),
     }
+    storage, exempt = storage_of(anatomy_of(base.model).modules)
+    if storage in STORAGES and not stored_already(base.name):
+        values |= {"storage": storage, "exempt": list(exempt)}
     recipe = make_recipe(values, options or {})
     return _run(
         recipe,

@@ -264,10 +264,13 @@ class Recipe(Config):
     """What is kept to resume from."""
     dtype: Literal["bfloat16", "float32", "float16", "float64"] | None = None
     """Of the base and its computation; what is trained is kept in float32. Empty is what suits the machine."""
-    storage: Literal["nf4", "fp4", "int8", "fp8"] | None = None
+    storage: Literal["nf4", "fp4", "int4", "int8", "int8-group", "fp8"] | None = None
     """Keep the base's linear layers in few bits while they are used (nf4 is QLoRA's); empty keeps them in dtype."""
     exempt: tuple[str, ...] = ()
-    """Further layers that stay in dtype, as the head, embeddings and routers do: names, ends of names, or globs."""
+    """Further layers that stay in dtype, as the head, embeddings and routers do: names, ends of names, or globs; with
+    =int8 behind, in that format."""
+    average_bits: float | None = None
+    """Keep the layers that four bits round worst in int8, up to so many bits a weight on average, scales included."""
     device: str | None = None
     """cpu, cuda, cuda:1; empty is the best there is."""
     seed: int = 0
@@ -281,6 +284,8 @@ class Recipe(Config):
     def _whole(self) -> Self:
         if self.exempt and self.storage is None:
             raise ValueError("exempt leaves layers out of storage; set storage")
+        if self.average_bits is not None and self.storage is None:
+            raise ValueError("average_bits is a budget for a base in four bits; set storage")
         if self.data.stream and self.steps is None:
             raise ValueError("the length of a stream is not known; set steps")
         if self.task == "sequence-classification":

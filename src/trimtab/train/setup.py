@@ -17,7 +17,7 @@ from trimtab.adapt.tree import anatomy_of
 from trimtab.data import TokenStats
 from trimtab.engine import keep_memory
 from trimtab.errors import ConfigError, TargetError
-from trimtab.frozen.lowbit import LowBitLinear
+from trimtab.frozen.lowbit import LowBit
 from trimtab.models.anatomy import Anatomy
 from trimtab.models.load import Base, load
 from trimtab.train import facts
@@ -44,6 +44,7 @@ def opened_base(recipe: Recipe) -> tuple[Recipe, Base, Adapter]:
         labels=recipe.data.labels if classifies else None,
         storage=recipe.storage,
         exempt=recipe.exempt,
+        average_bits=recipe.average_bits,
     )
     if classifies:
         method = with_head(method, anatomy_of(base.model))
@@ -163,6 +164,7 @@ def plan_rows(
         ),
         ("optimiser", f"AdamW, learning rate {recipe.optim.lr:g}, {recipe.optim.schedule}"),
         ("precision", f"{_shown_storage(recipe)} in the base, float32 in what is trained"),
+        *([("kept", str(base.mixed))] if base.mixed else []),
         *([("folder", recipe.out)] if recipe.out else []),
     ]
     if sources.overlap:
@@ -203,8 +205,7 @@ def shown_method(method: Method) -> str:
 
 def base_parameters(base: Base, adapter: Adapter) -> int:
     """Parameters of the model without this adapter's; of a weight in few bits, the values that it stands for."""
-    packed = [m for m in base.model.modules() if isinstance(m, LowBitLinear)]
-    stored = sum(layer.in_features * layer.out_features for layer in packed)
+    stored = sum(m.weights for m in base.model.modules() if isinstance(m, LowBit))
     return sum(p.numel() for p in base.model.parameters()) + stored - adapter.count
 
 
