@@ -171,6 +171,26 @@ def test_unknown_storage_and_models_without_known_targets(folder: Path) -> None:
     tt.merge_with_report(model, "a", dtype=torch.float64, batch=torch.randn(3, 64))
 
 
+@pytest.mark.parametrize("storage", ["nf4", "fp4"])
+def test_transformers_reads_such_a_folder_with_bitsandbytes(storage: str, tmp_path: Path) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    base = kit.base()
+    base.model.save_pretrained(tmp_path / "base")
+    base.tokenizer.save_pretrained(tmp_path / "base")
+    ours = tt.load(tmp_path / "base", dtype="float32", storage=storage, exempt=["k_proj"])  # type: ignore[arg-type]
+    shaken(tt.attach(ours.model, "lora(rank=2)", "a"), 0.05)
+    report = tt.merge_with_report(ours.model, "a", storage="base")
+    save_base(report.model, tmp_path / "merged")  # type: ignore[arg-type]
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    for layer in report.layers:
+        module, mine = (m.get_submodule(layer.path) for m in (theirs, report.model))
+        if layer.path.endswith("k_proj"):
+            assert torch.equal(module.weight, mine.weight)
+        elif mine.in_features % 64 == 0:  # where its CPU kernel is right
+            dense = functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            assert torch.equal(dense.float(), mine.dense(torch.float32))
+
+
 # -- exact merges into groups ------------------------------------------------------------------------
 
 

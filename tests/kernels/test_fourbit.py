@@ -19,7 +19,7 @@ from trimtab.kernels.fourbit import (
     unpacked,
 )
 
-SHAPES = [(512, 384), (33, 70), (7, 9), (1, 1), (64, 1)]
+SHAPES = [(512, 384), (33, 70), (7, 9), (64, 96), (2, 160), (1, 1), (64, 1)]
 KINDS = ("nf4", "fp4")
 
 
@@ -105,7 +105,7 @@ def test_the_table_of_scales_is_sorted_and_has_its_ends() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", SHAPES[:3])
+@pytest.mark.parametrize("shape", SHAPES[:5])
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_bitsandbytes(kind: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     """Codes and scales bit for bit. Its CPU kernel finds the 8-bit codes of scales by a shortcut that is off by one
@@ -118,9 +118,12 @@ def test_it_is_bitsandbytes(kind: str, shape: tuple[int, int], dtype: torch.dtyp
     packed = quantise(weight, kind, nested=False)  # type: ignore[arg-type]
     assert torch.equal(codes.flatten(), packed.codes)
     assert torch.equal(state.absmax, packed.scales)
-    theirs = functional.dequantize_4bit(codes, state)
-    assert torch.equal(theirs, unpacked(packed, block_scales(packed), dtype))
-    assert torch.equal(theirs, dequantise(packed, dtype))
+    ours = unpacked(packed, block_scales(packed), dtype)
+    assert torch.equal(ours, dequantise(packed, dtype))
+    if (
+        shape[1] % 32 or shape[1] % 64 == 0
+    ):  # at (64, 96) its CPU kernel takes the scales of other blocks
+        assert torch.equal(functional.dequantize_4bit(codes, state), ours)
     assert torch.equal(functional.create_dynamic_map(), dynamic_table(torch.device("cpu")))
     nested = quantise(weight, kind)  # type: ignore[arg-type]
     _, state = functional.quantize_4bit(weight, compress_statistics=True, quant_type=kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import warnings
 from functools import cache
@@ -49,8 +50,16 @@ def _without(why: str) -> None:
 def dequantised(
     codes: Tensor, scales: Tensor, block: int, kind: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor | None:
-    """The dense weight, or None where bitsandbytes cannot make it."""
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or shape[-1] % 2:
+    """The dense weight, or None where bitsandbytes cannot make it.
+
+    Its CPU kernel takes wrong scales where a block goes over the end of a row, so rows of whole blocks are asked for.
+    """
+    count = math.prod(shape)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or count % block:
         return None
     made = operation()
-    return None if made is None else made(codes[:, None], scales, block, kind, shape, dtype)
+    if made is None:
+        return None
+    rows = shape if shape[-1] % block == 0 else (count // block, block)
+    dense: Tensor = made(codes[:, None], scales, block, kind, rows, dtype)
+    return dense.view(shape)
