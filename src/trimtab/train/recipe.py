@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from trimtab.config import Config
-from trimtab.optim.params import AdamParams
+from trimtab.optim.params import AdamParams, Memory
 from trimtab.optim.schedule import ScheduleName, learning_rate, part_of
 
 DEFAULT_METHOD = "lora"
@@ -270,6 +270,8 @@ class Recipe(Config):
     """Further layers that stay in dtype, as the head, embeddings and routers do: names, ends of names, or globs."""
     device: str | None = None
     """cpu, cuda, cuda:1; empty is the best there is."""
+    memory: Memory = Memory()
+    """Less memory for more time: what is computed again, and what waits in host memory."""
     seed: int = 0
     """Of the order of the examples, of new tensors, and of dropout."""
     out: str | None = None
@@ -310,6 +312,7 @@ FREE: Any = {
     "eval": True,
     "checkpoint": True,
     "device": True,
+    "memory": True,
     "model": True,
     "data": {"path": True, "held_out": True, "mix": True},
 }
