@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from trimtab.errors import ModelError, TargetError, suggest
 from trimtab.frozen import Layer, view
+from trimtab.frozen.blocks import BlocksLinear
 from trimtab.frozen.eightbit import Fp8Linear, Int8Linear
 from trimtab.frozen.experts import expert_parameters, followed
 from trimtab.frozen.fourbit import FourBitLinear
@@ -32,6 +33,7 @@ from trimtab.frozen.linear import Conv1DLayer, LinearLayer
 from trimtab.frozen.lowbit import LowBitLinear
 from trimtab.frozen.lowbit_experts import LowBitExperts
 from trimtab.models import packed
+from trimtab.models.gguf_file import Blocks
 from trimtab.models.stored import names, read
 
 NAME = "trimtab"
@@ -42,6 +44,8 @@ FORMATS: Mapping[str, Callable[[Tensor, Tensor | None], LowBitLinear]] = {
     "fp8": Fp8Linear.of,
 }
 """Name -> how a layer in that format is made of a dense weight and a bias."""
+BLOCKS = "gguf"
+"""The format that leaves the weights of a GGUF file in their blocks."""
 _EXPERTS = re.compile(r"(^|\.)experts$")
 
 
@@ -118,7 +122,7 @@ def _dense(module: nn.Module) -> Layer | None:
     return found if isinstance(found, LinearLayer | Conv1DLayer) else None
 
 
-def _store(model: nn.Module, name: str, weight: Tensor, format: str) -> str:
+def _store(model: nn.Module, name: str, weight: Tensor | Blocks, format: str) -> str:
     """Put a weight of the model in few bits, and what holds it into the model; the kind it is then of.
 
     Raises:
@@ -126,6 +130,13 @@ def _store(model: nn.Module, name: str, weight: Tensor, format: str) -> str:
     """
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
+    if isinstance(weight, Blocks):
+        kept = BlocksLinear(
+            weight.codes, weight.kind, _bias(module), module.get_parameter(leaf).dtype
+        )
+        _check_shape(path, kept, module)
+        _put(model, path, kept)
+        return kept.kind
     wanted = module.get_parameter(leaf).shape
     if weight.shape != wanted:
         raise ModelError(
@@ -133,7 +144,7 @@ def _store(model: nn.Module, name: str, weight: Tensor, format: str) -> str:
         )
     old = _dense(module)
     if old is not None:
-        new = FORMATS[format](old.orient(weight), module._parameters.get("bias"))
+        new = FORMATS[format](old.orient(weight), _bias(module))
         _put(model, path, new)
         return new.kind
     experts = module if isinstance(module, LowBitExperts) else LowBitExperts(module)
@@ -141,6 +152,10 @@ def _store(model: nn.Module, name: str, weight: Tensor, format: str) -> str:
     if experts is not module:
         _put(model, path, experts)
     return experts.kind
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    return module._parameters.get("bias")
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -290,9 +305,15 @@ class _Round(ConversionOps):  # type: ignore[misc]
             if name not in self.quantiser.targets:
                 left[name] = value  # it came out of the same tensor of the file
                 continue
-            weight: Tensor = value[0] if isinstance(value, list) else value
+            weight = value[0] if isinstance(value, list) else value
+            format = self.quantiser.quantization_config.format
+            if format == BLOCKS and not isinstance(weight, Blocks):
+                left[name] = (
+                    weight  # the file has it in plain numbers, or in blocks of another kind
+                )
+                continue
             try:
-                _store(kwargs["model"], name, weight, self.quantiser.quantization_config.format)
+                _store(kwargs["model"], name, weight, format)
             except ModelError as error:  # transformers would bury it in a report
                 self.quantiser.problems.append(error)
             kwargs["missing_keys"].discard(name)

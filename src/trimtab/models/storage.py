@@ -6,6 +6,7 @@ transformers' own part (`trimtab.models.quantise`) is imported only where it is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from trimtab.errors import ConfigError, UnknownNameError, suggest
@@ -13,8 +14,10 @@ from trimtab.errors import ConfigError, UnknownNameError, suggest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Storage = Literal["nf4", "fp4", "int8", "fp8"]
-STORAGES: tuple[str, ...] = get_args(Storage)
+Rounded = Literal["nf4", "fp4", "int8", "fp8"]
+Storage = Literal[Rounded, "gguf"]
+STORAGES: tuple[str, ...] = get_args(Rounded)
+"""Formats that weights are rounded to; ``gguf`` leaves those of a GGUF file as they are."""
 
 
 def quantising(
@@ -26,11 +29,17 @@ def quantising(
         UnknownNameError: there is no such storage.
         ConfigError: the checkpoint is in few bits already.
     """
-    if storage is not None and storage not in STORAGES:
-        hint = suggest(storage, STORAGES) or f" Known: {', '.join(STORAGES)}."
+    known = get_args(Storage)
+    if storage is not None and storage not in known:
+        hint = suggest(storage, known) or f" Known: {', '.join(known)}."
         raise UnknownNameError(f"unknown storage {storage!r}.{hint}")
-    if options:  # a GGUF file is unpacked by transformers first: see `settle`
+    if options:
         return {}
+    if storage == "gguf":
+        raise ConfigError(
+            f"storage='gguf' leaves the weights of a GGUF file in its blocks, and {where!r} is none; choose one of "
+            f"{', '.join(STORAGES)}."
+        )
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(where)
@@ -61,6 +70,40 @@ def quantising(
     return {"quantization_config": StorageConfig(storage, exempt)}
 
 
+def from_gguf(
+    where: str,
+    file: str,
+    auto: Any,
+    storage: str,
+    exempt: Sequence[str],
+    classes: dict[str, Any],
+) -> tuple[Any, dict[str, Any]] | None:
+    """A class of transformers, and options for its ``from_pretrained`` to read a GGUF file one tensor at a time, each
+    rounded (or left in its blocks) at once; None where it must be unpacked as a whole first."""
+    import torch
+    from transformers import AutoConfig
+
+    from trimtab.models.gguf_file import tensors
+    from trimtab.models.quantise import StorageConfig, targets
+
+    loose = {key: classes[key] for key in classes if key == "ignore_mismatched_sizes"}
+    named = {key: classes[key] for key in classes if key not in loose}
+    config = AutoConfig.from_pretrained(where, gguf_file=file, **named)
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    kept = targets(model, exempt) if storage == "gguf" else ()
+    found = tensors(Path(where) / file, model, blocks=kept)
+    if found is None:
+        return None
+    options = {
+        "config": config,
+        "state_dict": found,
+        "quantization_config": StorageConfig(storage, exempt),
+        **loose,
+    }
+    return type(model), options
+
+
 def settle(model: PreTrainedModel, storage: str | None, exempt: Sequence[str]) -> str | None:
     """How a loaded model is stored. Layers that came densely are rounded; transformers forgets that it had a hand in
     it, because it forbids things to models in few bits that ours can do.
@@ -84,7 +127,13 @@ def settle(model: PreTrainedModel, storage: str | None, exempt: Sequence[str]) -
         quantiser.remove_quantization_config(model)
     kinds = [module.kind for module in model.modules() if isinstance(module, LowBit)]
     if storage is not None:
-        kinds = kinds or rounded(model, storage, exempt)
+        if not kinds and storage != "gguf":
+            kinds = rounded(model, storage, exempt)
+        if not kinds and storage == "gguf":
+            raise ConfigError(
+                f"storage='gguf': no weight of this file lies in blocks that can stay as they are; choose one of "
+                f"{', '.join(STORAGES)}, or none."
+            )
         if not kinds:
             raise ConfigError(
                 f"storage={storage!r}: {type(model).__name__} has no linear layer that can be stored in few bits."

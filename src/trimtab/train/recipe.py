@@ -264,8 +264,9 @@ class Recipe(Config):
     """What is kept to resume from."""
     dtype: Literal["bfloat16", "float32", "float16", "float64"] | None = None
     """Of the base and its computation; what is trained is kept in float32. Empty is what suits the machine."""
-    storage: Literal["nf4", "fp4", "int8", "fp8"] | None = None
-    """Keep the base's linear layers in few bits while they are used (nf4 is QLoRA's); empty keeps them in dtype."""
+    storage: Literal["nf4", "fp4", "int8", "fp8", "gguf"] | None = None
+    """Keep the base's linear layers in few bits while they are used (nf4 is QLoRA's; gguf leaves those of a GGUF file
+    as they are); empty keeps them in dtype."""
     exempt: tuple[str, ...] = ()
     """Further layers that stay in dtype, as the head, embeddings and routers do: names, ends of names, or globs."""
     device: str | None = None
