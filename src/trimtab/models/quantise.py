@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -224,13 +224,11 @@ class Quantiser(HfQuantizer):  # type: ignore[misc]
     def get_quantize_ops(self) -> ConversionOps:
         return _Round(self)
 
-    @property
-    def serialized_names(self) -> dict[str, list[str]]:
+    def get_weight_conversions(self) -> list[WeightConverter]:
         stored = self.quantization_config.stored
-        return {} if stored is None else {"weight": [*names(stored)]}
-
-    def get_load_operations(self) -> dict[str, Any]:
-        return {"deserialize": _Take}
+        return (
+            [] if stored is None else [WeightConverter([*names(stored)], "weight", [_Take(self)])]
+        )
 
     def is_serializable(self) -> bool:
         return False
