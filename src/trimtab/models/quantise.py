@@ -18,23 +18,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from trimtab.errors import ModelError, TargetError, suggest
 from trimtab.frozen import Layer, view
+from trimtab.frozen.blocks import BlocksLinear
 from trimtab.frozen.experts import expert_parameters, followed
 from trimtab.frozen.formats import FORMATS
 from trimtab.frozen.linear import Conv1DLayer, LinearLayer
 from trimtab.frozen.lowbit import LowBitLinear
 from trimtab.frozen.lowbit_experts import LowBitExperts
 from trimtab.models import packed, saved
+from trimtab.models.gguf_file import Blocks
 from trimtab.models.mixed import Mixed, Mixer
 from trimtab.models.stored import names, read
 
 NAME = "trimtab"
+BLOCKS = "gguf"
+"""The format that leaves the weights of a GGUF file in their blocks."""
 _EXPERTS = re.compile(r"(^|\.)experts$")
 
 
@@ -123,26 +127,28 @@ class Rounding:
         average_bits: float | None = None,
     ) -> None:
         self._model = model
-        self.formats = dict.fromkeys(sorted(targets(model, exempt)), format)
-        chosen = set(self.formats)
-        for pattern, _, other in (one.partition("=") for one in exempt if "=" in one):
-            here = [n for n in self.formats if _matches(n.removesuffix(".weight"), pattern)]
-            self.formats |= dict.fromkeys(here, other)
-            chosen.difference_update(here)
-        self._chosen = frozenset(chosen)
+        self.formats = formats(model, format, exempt)
+        elsewhere = _elsewhere(self.formats, exempt)
+        self._chosen = chosen = self.formats.keys() - elsewhere.keys()
         self.mixer: Mixer | None = None
         if average_bits is not None:
             sizes = {name: model.get_parameter(name).numel() for name in chosen}
             self.mixer = Mixer(format, average_bits, sizes, partial(_put, model))
 
-    def store(self, name: str, weight: Tensor) -> None:
-        """Put a weight in few bits, and what holds it into the model.
+    def store(self, name: str, weight: Tensor | Blocks) -> None:
+        """Put a weight in few bits (or in its blocks), and what holds it into the model.
 
         Raises:
             ModelError: it has another shape than the model's, or values that no format holds.
         """
         path, _, leaf = name.rpartition(".")
         module = self._model.get_submodule(path)
+        if isinstance(weight, Blocks):
+            dtype, bias = module.get_parameter(leaf).dtype, module._parameters.get("bias")
+            kept = BlocksLinear(weight.codes, weight.kind, bias, dtype)
+            _check_shape(path, kept, module)
+            _put(self._model, path, kept)
+            return
         wanted = module.get_parameter(leaf).shape
         if weight.shape != wanted:
             raise ModelError(
@@ -169,6 +175,21 @@ class Rounding:
             _put(self._model, path, experts)
         if mixer is not None:
             mixer.took(name, experts.bits_of(leaf))
+
+
+def formats(model: PreTrainedModel, format: str, exempt: Sequence[str]) -> dict[str, str]:
+    """Weight -> the format it goes into."""
+    found = dict.fromkeys(sorted(targets(model, exempt)), format)
+    return found | _elsewhere(found, exempt)
+
+
+def _elsewhere(weights: Iterable[str], exempt: Sequence[str]) -> dict[str, str]:
+    """The weights that exemptions name a format for, with that."""
+    found: dict[str, str] = {}
+    for pattern, _, other in (one.partition("=") for one in exempt if "=" in one):
+        here = [name for name in weights if _matches(name.removesuffix(".weight"), pattern)]
+        found |= dict.fromkeys(here, other)
+    return found
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -247,15 +268,12 @@ class Quantiser(HfQuantizer):  # type: ignore[misc]
     def get_quantize_ops(self) -> ConversionOps:
         return _Round(self)
 
-    @property
-    def serialized_names(self) -> dict[str, list[str]]:
+    def get_weight_conversions(self) -> list[WeightConverter]:
         stored = self.quantization_config.stored
         if stored is None:
-            return {}
-        return {"weight": [*(saved.PARTS if stored == NAME else names(stored))]}
-
-    def get_load_operations(self) -> dict[str, Any]:
-        return {"deserialize": _Take}
+            return []
+        parts = saved.PARTS if stored == NAME else names(stored)
+        return [WeightConverter([*parts], "weight", [_Take(self)])]
 
     def is_serializable(self) -> bool:
         return False
@@ -350,7 +368,13 @@ class _Round(ConversionOps):  # type: ignore[misc]
             if name not in self.quantiser.rounding.formats:
                 left[name] = value  # it came out of the same tensor of the file
                 continue
-            weight: Tensor = value[0] if isinstance(value, list) else value
+            weight = value[0] if isinstance(value, list) else value
+            format = self.quantiser.rounding.formats[name]
+            if format == BLOCKS and not isinstance(weight, Blocks):
+                left[name] = (
+                    weight  # the file has it in plain numbers, or in blocks of another kind
+                )
+                continue
             try:
                 self.quantiser.rounding.store(name, weight)
             except ModelError as error:  # transformers would bury it in a report

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
     from trimtab.models.mixed import Mixed
 
-Storage = Literal["nf4", "fp4", "int4", "int8", "int8-group", "fp8"]
-STORAGES: tuple[str, ...] = get_args(Storage)
+Rounded = Literal["nf4", "fp4", "int4", "int8", "int8-group", "fp8"]
+Storage = Literal[Rounded, "gguf"]
+STORAGES: tuple[str, ...] = get_args(Rounded)
+"""Formats that weights are rounded to; ``gguf`` leaves those of a GGUF file as they are."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,10 @@ class Asked:
         """Raise for a storage that there is not, and for options that do not fit it."""
         formats = (self.storage, *(one.partition("=")[2] for one in self.exempt))
         for name in formats:
-            if name and name not in STORAGES:
-                hint = suggest(name, STORAGES) or f" Known: {', '.join(STORAGES)}."
+            if name and name not in get_args(Storage):
+                hint = (
+                    suggest(name, get_args(Storage)) or f" Known: {', '.join(get_args(Storage))}."
+                )
                 raise UnknownNameError(f"unknown storage {name!r}.{hint}")
         if self.storage is None and self.exempt:
             raise ConfigError("exempt leaves layers out of a storage; name the storage too.")
@@ -50,8 +54,13 @@ def quantising(where: str, options: dict[str, Any], asked: Asked) -> dict[str, A
         ConfigError: the checkpoint is in few bits already, in another format than is asked for.
     """
     storage = asked.storage
-    if options:  # a GGUF file is unpacked by transformers first: see `settle`
+    if options:
         return {}
+    if storage == "gguf":
+        raise ConfigError(
+            f"storage='gguf' leaves the weights of a GGUF file in its blocks, and {where!r} is none; choose one of "
+            f"{', '.join(STORAGES)}."
+        )
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(where)
@@ -106,6 +115,39 @@ def _format(stored: Any) -> str | None:
     return None
 
 
+def from_gguf(
+    where: str, file: str, auto: Any, asked: Asked, classes: dict[str, Any]
+) -> tuple[Any, dict[str, Any]] | None:
+    """A class of transformers, and options for its ``from_pretrained`` to read a GGUF file one tensor at a time, each
+    rounded (or left in its blocks) at once; None where it must be unpacked as a whole first."""
+    import torch
+    from transformers import AutoConfig
+
+    from trimtab.models.gguf_file import tensors
+    from trimtab.models.quantise import BLOCKS, StorageConfig, formats
+
+    assert asked.storage is not None
+    loose = {key: classes[key] for key in classes if key == "ignore_mismatched_sizes"}
+    named = {key: classes[key] for key in classes if key not in loose}
+    config = AutoConfig.from_pretrained(where, gguf_file=file, **named)
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    chosen = formats(model, asked.storage, asked.exempt)
+    kept = {name for name, format in chosen.items() if format == BLOCKS}
+    found = tensors(Path(where) / file, model, blocks=kept)
+    if found is None:
+        return None
+    options = {
+        "config": config,
+        "state_dict": found,
+        "quantization_config": StorageConfig(
+            asked.storage, asked.exempt, average_bits=asked.average_bits
+        ),
+        **loose,
+    }
+    return type(model), options
+
+
 def settle(model: PreTrainedModel, asked: Asked) -> tuple[str | None, Mixed | None]:
     """How a loaded model is stored, and what a budget chose. Layers that came densely are rounded; transformers forgets
     that it had a hand in it, because it forbids things to models in few bits that ours can do.
@@ -133,6 +175,11 @@ def settle(model: PreTrainedModel, asked: Asked) -> tuple[str | None, Mixed | No
             mixed = quantiser.rounding.mixer.done()
     kinds = [module.kind for module in model.modules() if isinstance(module, LowBit)]
     if storage is not None:
+        if not kinds and storage == "gguf":
+            raise ConfigError(
+                f"storage='gguf': no weight of this file lies in blocks that can stay as they are; choose one of "
+                f"{', '.join(STORAGES)}, or none."
+            )
         if not kinds:
             mixed = rounded(model, storage, asked.exempt, asked.average_bits)
             kinds = [module.kind for module in model.modules() if isinstance(module, LowBit)]
