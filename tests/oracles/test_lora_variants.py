@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,6 +66,28 @@ def test_qalora_is_that_of_peft_s_quantised_layers(group: int) -> None:
         kit.assert_close(mine.grad, peft.grad, key)
     kit.assert_close(tt.merge(model, "default")(x), left, "merged")
     assert method.to_peft(adapter.places())["qalora_group_size"] == group
+
+
+class Packed(nn.Module):
+    """A layer that shows its sizes and, as GPTQ's do, no weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 16, 12
+        self.register_buffer("qweight", torch.randn(12, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.get_buffer("qweight"))
+
+
+def test_qalora_is_for_peft_where_peft_has_it(tmp_path: Path) -> None:
+    for layer, known in ((Packed(), True), (nn.Linear(16, 12), False)):
+        adapter = tt.attach(nn.Sequential(layer), tt.QALoRA(rank=4, group=4, targets="0"), "a")
+        assert adapter.origin.in_peft == known
+        adapter.save(tmp_path / str(known))
+        said = json.loads((tmp_path / str(known) / "adapter_config.json").read_text())
+        assert said["peft_type"] == ("LORA" if known else "TRIMTAB_QALORA")
+        assert (said["use_qalora"], said["qalora_group_size"]) == (True, 4)
 
 
 def test_qalora_on_a_layer_that_has_no_whole_number_of_groups() -> None:
