@@ -16,8 +16,10 @@ from torch import Tensor, nn
 import trimtab as tt
 from tests.oracles import kit
 from trimtab.adapt.bank import bank_of
+from trimtab.adapt.variational import Draws
+from trimtab.adapt.variational import drawn as drawn_here
 from trimtab.errors import ConfigError
-from trimtab.methods.monteclora import Draws, MonteCLoRA
+from trimtab.methods import monteclora
 
 QV = ("q_proj", "v_proj")
 
@@ -135,7 +137,9 @@ def test_what_kasa_takes_out_of_the_base_is_kept() -> None:
 
 
 def test_kasa_needs_a_rank_below_that_of_the_weight() -> None:
-    with pytest.raises(ConfigError, match="kasa gives a weight of 4 × 8 a rank of at most 3"):
+    with pytest.raises(
+        ConfigError, match="least components gives a weight of 4 × 8 a rank of at most 3"
+    ):
         tt.attach(nn.Sequential(nn.Linear(8, 4)), tt.KaSA(rank=4, targets="0"))
 
 
@@ -219,7 +223,7 @@ def test_monteclora_with_the_same_draws_is_that_of_peft(entropy: bool, monkeypat
             if sampler.sampler.index >= sampler.sampler.buffer_size:
                 sampler.sampler._refill_buffer()
         draws = iter([drawn(sampler) for sampler in samplers])
-        monkeypatch.setattr(MonteCLoRA, "_draws", lambda self, a, draws=draws: next(draws))
+        monkeypatch.setattr(monteclora, "drawn", lambda a, n, draws=draws: next(draws))
         batch = kit.batch_of(model)
         left, right = kit.outputs(model.train(), batch), kit.outputs(other.train(), batch)
         own = torch.stack([value for _, _, value in bank_of(model).take_losses()]).sum()
@@ -246,8 +250,7 @@ def test_monteclora_with_the_same_draws_is_that_of_peft(entropy: bool, monkeypat
 def test_draws_of_monteclora_are_distributed_as_peft_s() -> None:
     torch.manual_seed(0)
     sampler = MontecloraSampler(6, 4, 3, buffer_size=4000, device="cpu")
-    method = MonteCLoRA(rank=4, samples=3)
-    ours = [method._draws(torch.zeros(4, 6)) for _ in range(4000)]
+    ours = [drawn_here(torch.zeros(4, 6), 3) for _ in range(4000)]
     theirs = [
         Draws(s["z_mvn"], s["z_wishart"].diag(), s["z_dirichlet"]) for s in sampler.sampler.buffer
     ]
