@@ -59,22 +59,19 @@ class MonteCLoRA(Variant):
         if role in BIASES:
             return specs
         std, rho, variance, weights = SLOTS
-        learnt = {
+        return {
+            **specs,
             "std": Spec(std, (r,), uniform_from_zero),
             "rho": Spec(rho, (n,), uniform_from_zero),
-        }
-        last = {
             "V": Spec(variance, (r, r), identity, cast=False),
             "pi": Spec(weights, (n,), constant(1 / n), cast=False),
         }
-        return {**specs, **learnt, **last}
 
     def change(self, p: Params, x: Tensor, at: At) -> Tensor:
         if not at.training:
             return super().change(p, x, at)
-        a, variance, weights = sampled(
-            p["A"], p["std"], p["rho"], drawn(p["A"], self.samples), self.noise
-        )
+        draws = drawn(p["A"], self.samples)
+        a, variance, weights = sampled(p["A"], p["std"], p["rho"], draws, self.noise)
         with torch.no_grad():
             p["V"].copy_(variance.diag())
             p["pi"].copy_(weights)
