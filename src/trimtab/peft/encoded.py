@@ -48,10 +48,7 @@ def shared_form(adapter: Adapter, values: Mapping[TensorName, Tensor]) -> Adapte
 
 
 def write_encoder(adapter: Adapter, folder: Path) -> None:
-    """Write what the encoder is made of; where there is none, take an older one away."""
-    if not has_encoder(adapter):
-        (folder / ENCODER).unlink(missing_ok=True)
-        return
+    """Write what the encoder is made of."""
     tensors = {
         name.slot: tensor.detach().cpu().contiguous()
         for name, tensor in adapter.named().items()
