@@ -14,7 +14,7 @@ from typing import Any, ClassVar, final
 
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab.adapt.contract import At, Layer, Params, Place, Spec
 from trimtab.adapt.lowrank import BIASES
@@ -62,8 +62,7 @@ class QALoRA(Variant):
     def in_peft(self, anatomy: Anatomy, places: Sequence[Place]) -> bool:
         """PEFT has it on layers of GPTQ; elsewhere it passes over the option."""
         modules = [anatomy.layer(path).module for path in self.wrapped(places)]
-        names = [f"{getattr(module, 'kind', '')} {type(module).__name__}" for module in modules]
-        return super().in_peft(anatomy, places) and all("gptq" in name.lower() for name in names)
+        return super().in_peft(anatomy, places) and all(map(_of_gptq, modules))
 
     def variant_to_peft(self) -> dict[str, Any]:
         return {"use_qalora": True, "qalora_group_size": self.group}
@@ -71,3 +70,8 @@ class QALoRA(Variant):
     @classmethod
     def fields_of_variant(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         return {"group": config.get("qalora_group_size", 16)}
+
+
+def _of_gptq(module: nn.Module) -> bool:
+    """Whether a layer came out of a checkpoint of GPTQ, read by Trimtab or by another package."""
+    return "qweight" in dict(module.named_buffers()) or getattr(module, "kind", None) == "gptq"
