@@ -257,6 +257,11 @@ def _packs(cell: Cell) -> bool:
     )
 
 
+def _has_mlps(cell: Cell) -> bool:
+    """Whether the MLPs are modules of their own (of the others the next test of the engine says that they are not)."""
+    return cell.architecture not in ("bert", "roberta", "deberta", "bart", "mixed")
+
+
 LAWS: Mapping[str, Where] = {
     "test_the_edit_does_something": _anywhere,
     "test_identity_at_first": _starts_as_identity,
@@ -274,6 +279,7 @@ LAWS: Mapping[str, Where] = {
     "test_state_dict_keeps_the_names_of_the_base": _anywhere,
     "test_copies_are_independent": _anywhere,
     "test_checkpointed_gradients_are_plain_gradients": _anywhere,
+    "test_recomputed_mlps_give_plain_gradients": _has_mlps,
     "test_mixed_rows_generate_as_each_alone": _generates,
     "test_beams_of_mixed_rows_are_the_beams_of_each_alone": _generates,
     "test_a_cache_changes_nothing": _generates,

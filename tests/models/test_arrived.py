@@ -77,12 +77,33 @@ def gptqmodel(module: str, kind: str) -> Callable[[], nn.Module]:
     return make
 
 
+def bitsandbytes() -> nn.Module:
+    """Its modules of eight bits, as a script puts them into a model (checkpoints of it become ours). Those of four
+    bits change their layout at the first forward without gradients on a CPU, after which they cannot train."""
+    layers = package("bitsandbytes.nn")
+    model = llama(**SIZES)
+    for path, linear in list(model.model.named_modules()):
+        if not isinstance(linear, nn.Linear):
+            continue
+        out, width = linear.weight.shape
+        new = layers.Linear8bitLt(width, out, bias=False, has_fp16_weights=False)
+        new.load_state_dict({"weight": linear.weight.detach()})
+        parent, _, child = path.rpartition(".")
+        model.model.get_submodule(parent).add_module(child, new.to("cpu").eval())
+    return model
+
+
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "torchao-int8": torchao("Int8WeightOnlyConfig"),
     "torchao-fp8": torchao("Float8WeightOnlyConfig"),
+    "bitsandbytes-8": bitsandbytes,
     "gptq": gptqmodel("torch", "TorchLinear"),
     "awq": gptqmodel("torch_awq", "AwqTorchLinear"),
 }
+
+
+ROUNDS = ("bitsandbytes-8",)
+"""What it is given is rounded too, so that it is linear only nearly."""
 
 
 @pytest.fixture(params=KINDS)
@@ -107,7 +128,10 @@ def plain_parts(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def test_every_layer_is_a_linear_map_with_a_dense_weight(model: nn.Module) -> None:
+def test_every_layer_is_a_linear_map_with_a_dense_weight(
+    model: nn.Module, request: pytest.FixtureRequest
+) -> None:
+    near = 2e-2 if request.node.callspec.params["model"] in ROUNDS else 1e-3
     found = linears(model)
     assert len(found) == 14
     plain = llama(**SIZES)
@@ -116,7 +140,7 @@ def test_every_layer_is_a_linear_map_with_a_dense_weight(model: nn.Module) -> No
         assert type(weight) is Tensor
         assert layer.dtype == weight.dtype == torch.float32
         x = torch.randn(3, layer.in_features)
-        torch.testing.assert_close(layer.call(x), x @ weight.T, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(layer.call(x), x @ weight.T, atol=near, rtol=near)
         off = (weight - plain.get_submodule(name).weight).abs().max()
         assert 0 < off < 0.1 * weight.abs().max()
 
@@ -125,15 +149,16 @@ def test_every_layer_is_a_linear_map_with_a_dense_weight(model: nn.Module) -> No
 def test_every_method_adapts_it(kind: str) -> None:
     for method in registered():
         if method != "full":
-            adapts(method, KINDS[kind]().requires_grad_(False))
+            near = 5e-2 if kind in ROUNDS else 5e-3
+            adapts(method, KINDS[kind]().requires_grad_(False), near)
 
 
-def adapts(method: str, model: nn.Module) -> None:
+def adapts(method: str, model: nn.Module, near: float) -> None:
     """One method: its edit acts, learns and merges; the base is as it was."""
     inputs = CASES["llama"].inputs()
-    held = {name: tensor.clone() for name, tensor in plain_parts(model).items()}
     with torch.no_grad():
         base = output(model, inputs)
+    held = {name: tensor.clone() for name, tensor in plain_parts(model).items()}
     adapter = attached(Cell(method, "llama"), model)
     edited = output(model, inputs)
     learn = [p for p in adapter.parameters() if p.requires_grad]
@@ -145,7 +170,7 @@ def adapts(method: str, model: nn.Module) -> None:
             assert torch.equal(output(model, inputs), base), method
         if method not in NOT_MERGEABLE:
             off = output(tt.merge(model, "a"), inputs) - edited
-            assert off.abs().max() < 5e-3 * edited.abs().max(), method
+            assert off.abs().max() < near * edited.abs().max(), method
     tt.detach(model, "a")
     now = plain_parts(model)
     assert held.keys() == now.keys(), method

@@ -199,7 +199,7 @@ def test_it_is_stored_in_the_bits_that_it_came_in(kind: str, bits: float) -> Non
 
 @pytest.mark.parametrize(
     ("kind", "lacks"),
-    [("gptq", "scales"), ("awq", "qzeros"), ("ct-4", "weight_scale"), ("fp8", "weight_scale_inv")],
+    [("gptq", "scales"), ("awq", "qzeros"), ("ct-4", "weight_scale")],
 )
 def test_what_a_checkpoint_lacks_is_named(kind: str, lacks: str, tmp_path: Path) -> None:
     def without(tensors: Parts) -> None:
@@ -208,6 +208,13 @@ def test_what_a_checkpoint_lacks_is_named(kind: str, lacks: str, tmp_path: Path)
     write(tmp_path, kind, without)
     with pytest.raises(ModelError, match=f"layers.1.mlp.down_proj: the checkpoint lacks {lacks}"):
         tt.load(tmp_path)
+
+
+def test_fp8_codes_without_scales_are_refused() -> None:
+    parts, _ = blocks_of_fp8(torch.randn(64, 64))
+    del parts["weight_scale_inv"]
+    with pytest.raises(ModelError, match="x: the checkpoint lacks weight_scale_inv"):
+        layer("fp8", "x", parts, None, torch.float32, {})
 
 
 def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -15,14 +15,13 @@ from trimtab.adapt.parse import method_from
 from trimtab.adapt.plan import layer_at, planned
 from trimtab.adapt.tensors import specs_of
 from trimtab.adapt.tree import anatomy_of
+from trimtab.frozen.lowbit import LowBit
 
 
 def describe(model: nn.Module) -> str:
     """Sites, methods, parameters, and what acts now."""
     bank = find_bank(model)
-    total = (
-        sum(p.numel() for n, p in model.named_parameters()) if bank is None else _base_count(model)
-    )
+    total = _base_count(model)
     lines = [f"{type(model).__name__}: {total:,} parameters in the base"]
     if bank is None:
         return lines[0] + "; no adapters attached"
@@ -89,4 +88,4 @@ def grouped(adapter: Adapter) -> list[str]:
 def _base_count(model: nn.Module) -> int:
     modules = anatomy_of(model).modules.values()
     distinct = {id(p): p.numel() for m in modules for p in m._parameters.values() if p is not None}
-    return sum(distinct.values())
+    return sum(distinct.values()) + sum(m.weights for m in modules if isinstance(m, LowBit))

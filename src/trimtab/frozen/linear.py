@@ -94,7 +94,8 @@ class LinearLayer(_Linear):
     def view(cls, module: nn.Module) -> LinearLayer | None:
         if not isinstance(module, nn.Linear):
             return None
-        if hidden(module.weight):
+        weight = getattr(module, "weight", None)  # a package that packs it may take it away
+        if weight is None or hidden(weight):
             return None
         kind = type(module)
         plain = kind.forward is nn.Linear.forward

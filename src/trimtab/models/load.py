@@ -5,7 +5,8 @@ or AMX) and float32 elsewhere, where bfloat16 would be emulated and slower. Only
 are read, never a pickle. Weights that lack a tensor are an error: transformers would fill it with noise.
 
 With ``storage`` the linear layers are kept in few bits (`trimtab.models.quantise`): each weight is rounded as it is
-read, so that the dense model is never in memory. Checkpoints that bitsandbytes wrote are read as they are.
+read, so that the dense model is never in memory. Checkpoints of bitsandbytes, GPTQ, AWQ, compressed-tensors and
+block-wise fp8 are read as they are, without these packages; others (torchao) by theirs.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from trimtab.errors import ConfigError, ModelError, TrimtabError, UnknownNameError, suggest
 from trimtab.models.mixed import Mixed
-from trimtab.models.storage import Asked, Storage, quantising, settle
+from trimtab.models.storage import Asked, Storage, from_gguf, quantising, settle
 
 Task = Literal[
     "causal-lm", "masked-lm", "seq2seq-lm", "sequence-classification", "token-classification"
@@ -71,9 +72,9 @@ def load(
         device: None is the first CUDA device, else the CPU.
         task: which head; a classification head that the weights lack starts at random, the same each time.
         labels: names of the classes of a classification head, in order; None is what the config says.
-        storage: keep linear layers in ``nf4`` (QLoRA's), ``fp4``, ``int4`` (with a scale and an offset for each 64
-            columns), ``int8``, ``int8-group`` or ``fp8``; the head, embeddings and routers stay in ``dtype``, in which
-            everything is computed.
+        storage: keep linear layers (and experts) in ``nf4`` (QLoRA's), ``fp4``, ``int4`` (with a scale and an offset
+            for each 64 columns), ``int8``, ``int8-group`` or ``fp8``, or those of a GGUF file in its own blocks
+            (``gguf``); the head, embeddings and routers stay in ``dtype``, in which everything is computed.
         exempt: further modules that stay so: names, ends of names, or globs; with ``=int8`` behind, in that format.
         average_bits: a budget of bits a weight, scales included, for a base in four bits: as many layers as it allows,
             those of the largest quantisation error, are kept in int8 (``.mixed`` of the result says which).
@@ -97,14 +98,14 @@ def load(
     with _explained(str(source)):
         auto = getattr(transformers, AUTO[task])
         with _quiet():
-            model, facts = auto.from_pretrained(
-                where,
-                dtype=kind,
-                output_loading_info=True,
-                **_weights(options),
-                **_classes(labels),
-                **quantising(where, options, asked),
+            found = quantising(where, options, asked)
+            classes, file = _classes(labels), options.get("gguf_file")
+            lazily = from_gguf(where, file, auto, asked, classes) if file and storage else None
+            maker, found = lazily or (auto, _weights(options) | found | classes)
+            model, facts = maker.from_pretrained(
+                where if lazily is None else None, dtype=kind, output_loading_info=True, **found
             )
+            model.name_or_path = where
         _check_whole(facts, str(source), str(model.base_model_prefix), new_head=task in NEW_HEADS)
         tokenizer = _tokenizer(where, options, str(source))
     if task in NEW_HEADS:

@@ -26,7 +26,7 @@ from trimtab.errors import ModelError
 from trimtab.frozen.eightbit import Fp8Linear
 from trimtab.frozen.grouped import GroupedLinear
 from trimtab.frozen.lowbit import LowBitLinear
-from trimtab.kernels.eightbit import BLOCK
+from trimtab.kernels.eightbit import BLOCK, FP8
 from trimtab.kernels.grouped import Grouped, packed, words
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -93,7 +93,7 @@ def layer(
         if name not in parts:
             raise ModelError(f"{path}: the checkpoint lacks {name}; download it again.")
     if method == "fp8":
-        return Fp8Linear(parts["weight"], parts["weight_scale_inv"].float(), bias, dtype)
+        return Fp8Linear(parts["weight"].to(FP8), parts["weight_scale_inv"].float(), bias, dtype)
     read: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Any]], Grouped]] = {
         "gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed,
     }  # fmt: skip
@@ -141,7 +141,9 @@ def _compressed_bytes(parts: Mapping[str, Tensor]) -> Grouped:
     weight = parts["weight"]
     scales, order = _scales(parts["weight_scale"], *weight.shape)
     if weight.is_floating_point():
-        return Grouped(weight, 8, scales, order=order)
+        return Grouped(
+            weight.to(FP8), 8, scales, order=order
+        )  # a release of transformers widens it
     zeros = parts.get("weight_zero_point")
     if zeros is not None:
         zeros, _ = _scales(zeros, *weight.shape)

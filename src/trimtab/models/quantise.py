@@ -18,23 +18,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from trimtab.errors import ModelError, TargetError, suggest
 from trimtab.frozen import Layer, view
+from trimtab.frozen.blocks import BlocksLinear
 from trimtab.frozen.experts import expert_parameters, followed
 from trimtab.frozen.formats import FORMATS
 from trimtab.frozen.linear import Conv1DLayer, LinearLayer
 from trimtab.frozen.lowbit import LowBitLinear
 from trimtab.frozen.lowbit_experts import LowBitExperts
 from trimtab.models import packed, saved
+from trimtab.models.gguf_file import Blocks
 from trimtab.models.mixed import Mixed, Mixer
 from trimtab.models.stored import names, read
 
 NAME = "trimtab"
+BLOCKS = "gguf"
+"""The format that leaves the weights of a GGUF file in their blocks."""
 _EXPERTS = re.compile(r"(^|\.)experts$")
 
 
@@ -135,7 +139,7 @@ class Rounding:
             sizes = {name: model.get_parameter(name).numel() for name in chosen}
             self.mixer = Mixer(format, average_bits, sizes, partial(_put, model))
 
-    def store(self, name: str, weight: Tensor) -> None:
+    def store(self, name: str, weight: Tensor | Blocks) -> None:
         """Put a weight in few bits, and what holds it into the model.
 
         Raises:
@@ -143,6 +147,12 @@ class Rounding:
         """
         path, _, leaf = name.rpartition(".")
         module = self._model.get_submodule(path)
+        if isinstance(weight, Blocks):
+            dtype = module.get_parameter(leaf).dtype
+            kept = BlocksLinear(weight.codes, weight.kind, _bias(module), dtype)
+            _check_shape(path, kept, module)
+            _put(self._model, path, kept)
+            return
         wanted = module.get_parameter(leaf).shape
         if weight.shape != wanted:
             raise ModelError(
@@ -157,7 +167,7 @@ class Rounding:
         old, round_one = _dense(module), FORMATS[self.formats[name]]
         mixer = self.mixer if self.mixer is not None and name in self._chosen else None
         if old is not None:
-            oriented, bias = old.orient(weight), module._parameters.get("bias")
+            oriented, bias = old.orient(weight), _bias(module)
             if mixer is not None:
                 mixer.add(name, path, oriented, bias)
             else:
@@ -169,6 +179,10 @@ class Rounding:
             _put(self._model, path, experts)
         if mixer is not None:
             mixer.took(name, experts.bits_of(leaf))
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    return module._parameters.get("bias")
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -247,15 +261,12 @@ class Quantiser(HfQuantizer):  # type: ignore[misc]
     def get_quantize_ops(self) -> ConversionOps:
         return _Round(self)
 
-    @property
-    def serialized_names(self) -> dict[str, list[str]]:
+    def get_weight_conversions(self) -> list[WeightConverter]:
         stored = self.quantization_config.stored
         if stored is None:
-            return {}
-        return {"weight": [*(saved.PARTS if stored == NAME else names(stored))]}
-
-    def get_load_operations(self) -> dict[str, Any]:
-        return {"deserialize": _Take}
+            return []
+        parts = saved.PARTS if stored == NAME else names(stored)
+        return [WeightConverter([*parts], "weight", [_Take(self)])]
 
     def is_serializable(self) -> bool:
         return False
@@ -350,7 +361,13 @@ class _Round(ConversionOps):  # type: ignore[misc]
             if name not in self.quantiser.rounding.formats:
                 left[name] = value  # it came out of the same tensor of the file
                 continue
-            weight: Tensor = value[0] if isinstance(value, list) else value
+            weight = value[0] if isinstance(value, list) else value
+            format = self.quantiser.quantization_config.format
+            if format == BLOCKS and not isinstance(weight, Blocks):
+                left[name] = (
+                    weight  # the file has it in plain numbers, or in blocks of another kind
+                )
+                continue
             try:
                 self.quantiser.rounding.store(name, weight)
             except ModelError as error:  # transformers would bury it in a report

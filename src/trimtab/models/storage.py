@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
     from trimtab.models.mixed import Mixed
 
-Storage = Literal["nf4", "fp4", "int4", "int8", "int8-group", "fp8"]
-STORAGES: tuple[str, ...] = get_args(Storage)
+Rounded = Literal["nf4", "fp4", "int4", "int8", "int8-group", "fp8"]
+Storage = Literal[Rounded, "gguf"]
+STORAGES: tuple[str, ...] = get_args(Rounded)
+"""Formats that weights are rounded to; ``gguf`` leaves those of a GGUF file as they are."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,16 @@ class Asked:
 
     def check(self) -> None:
         """Raise for a storage that there is not, and for options that do not fit it."""
-        formats = (self.storage, *(one.partition("=")[2] for one in self.exempt))
-        for name in formats:
-            if name and name not in STORAGES:
-                hint = suggest(name, STORAGES) or f" Known: {', '.join(STORAGES)}."
+        own = [one.partition("=")[2] for one in self.exempt]
+        for name, known in ((self.storage, get_args(Storage)), *((one, STORAGES) for one in own)):
+            if name and name not in known:
+                hint = suggest(name, known) or f" Known: {', '.join(known)}."
                 raise UnknownNameError(f"unknown storage {name!r}.{hint}")
+        if self.storage == "gguf" and any(own):
+            raise ConfigError(
+                "storage='gguf' leaves weights in the blocks of their file; exempt keeps some dense, and in no other "
+                "format."
+            )
         if self.storage is None and self.exempt:
             raise ConfigError("exempt leaves layers out of a storage; name the storage too.")
         if self.average_bits is not None:
@@ -50,8 +57,13 @@ def quantising(where: str, options: dict[str, Any], asked: Asked) -> dict[str, A
         ConfigError: the checkpoint is in few bits already, in another format than is asked for.
     """
     storage = asked.storage
-    if options:  # a GGUF file is unpacked by transformers first: see `settle`
+    if options:
         return {}
+    if storage == "gguf":
+        raise ConfigError(
+            f"storage='gguf' leaves the weights of a GGUF file in its blocks, and {where!r} is none; choose one of "
+            f"{', '.join(STORAGES)}."
+        )
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(where)
@@ -81,6 +93,46 @@ def quantising(where: str, options: dict[str, Any], asked: Asked) -> dict[str, A
 
     found = StorageConfig(storage, asked.exempt, average_bits=asked.average_bits)
     return {"quantization_config": found}
+
+
+def from_gguf(
+    where: str, file: str, auto: Any, asked: Asked, classes: dict[str, Any]
+) -> tuple[Any, dict[str, Any]] | None:
+    """A class of transformers, and options for its ``from_pretrained`` to read a GGUF file one tensor at a time, each
+    rounded (or left in its blocks) at once; None where it must be unpacked as a whole first."""
+    import torch
+    from transformers import AutoConfig
+
+    from trimtab.models.gguf_file import tensors
+    from trimtab.models.quantise import StorageConfig, targets
+
+    loose = {key: classes[key] for key in classes if key == "ignore_mismatched_sizes"}
+    named = {key: classes[key] for key in classes if key not in loose}
+    config = AutoConfig.from_pretrained(where, gguf_file=file, **named)
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    kept = targets(model, asked.exempt) if asked.storage == "gguf" else ()
+    found = tensors(Path(where) / file, model, blocks=kept)
+    if found is None:
+        return None
+    options = {
+        "config": config,
+        "state_dict": found,
+        "quantization_config": StorageConfig(
+            str(asked.storage), asked.exempt, average_bits=asked.average_bits
+        ),
+        **loose,
+    }
+    return type(model), options
+
+
+def can_ask(source: str, storage: str | None, exempt: tuple[str, ...]) -> bool:
+    """Whether a base at a source can be loaded as another was stored (see `trimtab.adapt.fingerprint.Fingerprint`): its
+    weights are dense where they lie, and the formats are some that weights are rounded to."""
+    formats = {storage, *(one.partition("=")[2] for one in exempt if "=" in one)}
+    if storage == "gguf":
+        return Path(source).suffix == ".gguf" and formats == {"gguf"}
+    return formats <= set(STORAGES) and not stored_already(source)
 
 
 def stored_already(source: str) -> bool:
@@ -133,9 +185,14 @@ def settle(model: PreTrainedModel, asked: Asked) -> tuple[str | None, Mixed | No
             mixed = quantiser.rounding.mixer.done()
     kinds = [module.kind for module in model.modules() if isinstance(module, LowBit)]
     if storage is not None:
-        if not kinds:
+        if not kinds and storage != "gguf":
             mixed = rounded(model, storage, asked.exempt, asked.average_bits)
             kinds = [module.kind for module in model.modules() if isinstance(module, LowBit)]
+        if not kinds and storage == "gguf":
+            raise ConfigError(
+                f"storage='gguf': no weight of this file lies in blocks that can stay as they are; choose one of "
+                f"{', '.join(STORAGES)}, or none."
+            )
         if not kinds:
             raise ConfigError(
                 f"storage={storage!r}: {type(model).__name__} has no linear layer that can be stored in few bits."

@@ -66,7 +66,7 @@ def plan(recipe: Recipe) -> Plan:
         TrimtabError: whatever would stop the run before its first step.
     """
     recipe, base, adapter = opened_base(recipe)
-    engine = Engine(base, micro_tokens=recipe.batch.micro_tokens)
+    engine = Engine(base, micro_tokens=recipe.batch.micro_tokens, memory=recipe.memory)
     whole = resolved(recipe, base, adapter, None)
     sources = read_sources(whole, base.tokenizer, engine.context(adapter.name))
     total = total_steps(whole, sources)
