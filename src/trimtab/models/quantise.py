@@ -32,6 +32,7 @@ from trimtab.frozen.linear import Conv1DLayer, LinearLayer
 from trimtab.frozen.lowbit import LowBitLinear
 from trimtab.frozen.lowbit_experts import LowBitExperts
 from trimtab.models import packed, saved
+from trimtab.models.families import HEADS
 from trimtab.models.gguf_file import Blocks
 from trimtab.models.mixed import Mixed, Mixer
 from trimtab.models.stored import names, read
@@ -54,6 +55,7 @@ def targets(model: PreTrainedModel, exempt: Sequence[str]) -> set[str]:
     kept = [name for name in (*HfQuantizer.get_modules_to_not_convert(model), *whole) if name]
     linear = {n: f"{n}.weight" for n, module in model.named_modules() if _dense(module) is not None}
     weights = {**linear, **{name: name for name in _experts(model)}}
+    kept += [name for name in linear if name.split(".")[0] in HEADS]
     kept += _routers(model, linear)
     for one in exempt:
         pattern, _, other = one.partition("=")
