@@ -14,12 +14,13 @@ from torch import Tensor
 
 import trimtab as tt
 from tests.engine import kit
+from tests.tiny import CASES
 from trimtab.errors import ConfigError, ModelError, TargetError, UnknownNameError, UnsupportedError
 from trimtab.frozen.formats import FORMATS
 from trimtab.frozen.fourbit import FourBitLinear
 from trimtab.frozen.lowbit import LowBitLinear
 from trimtab.kernels.fourbit import FourBit, quantise
-from trimtab.models.quantise import rounded
+from trimtab.models.quantise import rounded, targets
 from trimtab.models.storage import STORAGES
 
 
@@ -71,6 +72,14 @@ def test_exempt_layers_stay_dense(folder: Path) -> None:
     assert dense == {n for n in kinds if n.endswith("down_proj") or ".layers.0." in n}
     with pytest.raises(TargetError, match="'dwn_proj' matches no linear layer.*'down_proj'"):
         tt.load(folder, storage="int8", exempt=["dwn_proj"])
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "deberta", "classifier", "vit"])
+def test_a_head_of_classes_stays_dense(name: str) -> None:
+    """It is small, and an adapter may train it in full."""
+    chosen = targets(CASES[name].make(), ())  # type: ignore[arg-type]
+    assert chosen
+    assert not [name for name in chosen if name.startswith(("classifier", "score"))]
 
 
 def test_unknown_storage_is_named(folder: Path) -> None:

@@ -41,16 +41,17 @@ def open_base(
     """Load a base for adapters. Where nothing is asked for, it is stored as the first of them knows it, and that is
     said on standard error; ``options`` go to `trimtab.load`."""
     from trimtab.models.load import load
-    from trimtab.models.storage import stored_already
+    from trimtab.models.storage import can_ask
 
-    known = next((one for one in adapters if one.base is not None and one.base.storage), None)
     asked = storage or exempt or average_bits is not None
-    if known is not None and known.base is not None and not asked and not stored_already(model):
-        storage, exempt = known.base.storage, known.base.exempt
-        note(
-            f"The base is loaded in {storage}, as {known.name!r} was trained beside it; --storage dense loads it "
-            "densely."
-        )
+    for one in () if asked else adapters:
+        if one.base is not None and can_ask(model, one.base.storage, one.base.exempt):
+            storage, exempt = one.base.storage, one.base.exempt
+            note(
+                f"The base is loaded in {storage}, as {one.name!r} was trained beside it; --storage dense loads it "
+                "densely."
+            )
+            break
     base = load(
         model,
         storage=None if storage == DENSE else storage,  # type: ignore[arg-type]

@@ -98,10 +98,10 @@ def load(
     with _explained(str(source)):
         auto = getattr(transformers, AUTO[task])
         with _quiet():
-            file, classes = options.get("gguf_file"), _classes(labels)
+            found = quantising(where, options, asked)
+            classes, file = _classes(labels), options.get("gguf_file")
             lazily = from_gguf(where, file, auto, asked, classes) if file and storage else None
-            found = _weights(options) | quantising(where, options, asked) | classes
-            maker, found = lazily or (auto, found)
+            maker, found = lazily or (auto, _weights(options) | found | classes)
             model, facts = maker.from_pretrained(
                 where if lazily is None else None, dtype=kind, output_loading_info=True, **found
             )

@@ -32,6 +32,7 @@ from trimtab.frozen.linear import Conv1DLayer, LinearLayer
 from trimtab.frozen.lowbit import LowBitLinear
 from trimtab.frozen.lowbit_experts import LowBitExperts
 from trimtab.models import packed, saved
+from trimtab.models.families import HEADS
 from trimtab.models.gguf_file import Blocks
 from trimtab.models.mixed import Mixed, Mixer
 from trimtab.models.stored import names, read
@@ -54,6 +55,7 @@ def targets(model: PreTrainedModel, exempt: Sequence[str]) -> set[str]:
     kept = [name for name in (*HfQuantizer.get_modules_to_not_convert(model), *whole) if name]
     linear = {n: f"{n}.weight" for n, module in model.named_modules() if _dense(module) is not None}
     weights = {**linear, **{name: name for name in _experts(model)}}
+    kept += [name for name in linear if name.split(".")[0] in HEADS]
     kept += _routers(model, linear)
     for one in exempt:
         pattern, _, other = one.partition("=")
@@ -127,16 +129,20 @@ class Rounding:
         average_bits: float | None = None,
     ) -> None:
         self._model = model
-        self.formats = formats(model, format, exempt)
-        elsewhere = _elsewhere(self.formats, exempt)
-        self._chosen = chosen = self.formats.keys() - elsewhere.keys()
+        self.formats = dict.fromkeys(sorted(targets(model, exempt)), format)
+        chosen = set(self.formats)
+        for pattern, _, other in (one.partition("=") for one in exempt if "=" in one):
+            here = [n for n in self.formats if _matches(n.removesuffix(".weight"), pattern)]
+            self.formats |= dict.fromkeys(here, other)
+            chosen.difference_update(here)
+        self._chosen = frozenset(chosen)
         self.mixer: Mixer | None = None
         if average_bits is not None:
             sizes = {name: model.get_parameter(name).numel() for name in chosen}
             self.mixer = Mixer(format, average_bits, sizes, partial(_put, model))
 
     def store(self, name: str, weight: Tensor | Blocks) -> None:
-        """Put a weight in few bits (or in its blocks), and what holds it into the model.
+        """Put a weight in few bits, and what holds it into the model.
 
         Raises:
             ModelError: it has another shape than the model's, or values that no format holds.
@@ -144,8 +150,8 @@ class Rounding:
         path, _, leaf = name.rpartition(".")
         module = self._model.get_submodule(path)
         if isinstance(weight, Blocks):
-            dtype, bias = module.get_parameter(leaf).dtype, module._parameters.get("bias")
-            kept = BlocksLinear(weight.codes, weight.kind, bias, dtype)
+            dtype = module.get_parameter(leaf).dtype
+            kept = BlocksLinear(weight.codes, weight.kind, _bias(module), dtype)
             _check_shape(path, kept, module)
             _put(self._model, path, kept)
             return
@@ -163,7 +169,7 @@ class Rounding:
         old, round_one = _dense(module), FORMATS[self.formats[name]]
         mixer = self.mixer if self.mixer is not None and name in self._chosen else None
         if old is not None:
-            oriented, bias = old.orient(weight), module._parameters.get("bias")
+            oriented, bias = old.orient(weight), _bias(module)
             if mixer is not None:
                 mixer.add(name, path, oriented, bias)
             else:
@@ -177,19 +183,8 @@ class Rounding:
             mixer.took(name, experts.bits_of(leaf))
 
 
-def formats(model: PreTrainedModel, format: str, exempt: Sequence[str]) -> dict[str, str]:
-    """Weight -> the format it goes into."""
-    found = dict.fromkeys(sorted(targets(model, exempt)), format)
-    return found | _elsewhere(found, exempt)
-
-
-def _elsewhere(weights: Iterable[str], exempt: Sequence[str]) -> dict[str, str]:
-    """The weights that exemptions name a format for, with that."""
-    found: dict[str, str] = {}
-    for pattern, _, other in (one.partition("=") for one in exempt if "=" in one):
-        here = [name for name in weights if _matches(name.removesuffix(".weight"), pattern)]
-        found |= dict.fromkeys(here, other)
-    return found
+def _bias(module: nn.Module) -> Tensor | None:
+    return module._parameters.get("bias")
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -369,7 +364,7 @@ class _Round(ConversionOps):  # type: ignore[misc]
                 left[name] = value  # it came out of the same tensor of the file
                 continue
             weight = value[0] if isinstance(value, list) else value
-            format = self.quantiser.rounding.formats[name]
+            format = self.quantiser.quantization_config.format
             if format == BLOCKS and not isinstance(weight, Blocks):
                 left[name] = (
                     weight  # the file has it in plain numbers, or in blocks of another kind

@@ -32,13 +32,16 @@ class Asked:
 
     def check(self) -> None:
         """Raise for a storage that there is not, and for options that do not fit it."""
-        formats = (self.storage, *(one.partition("=")[2] for one in self.exempt))
-        for name in formats:
-            if name and name not in get_args(Storage):
-                hint = (
-                    suggest(name, get_args(Storage)) or f" Known: {', '.join(get_args(Storage))}."
-                )
+        own = [one.partition("=")[2] for one in self.exempt]
+        for name, known in ((self.storage, get_args(Storage)), *((one, STORAGES) for one in own)):
+            if name and name not in known:
+                hint = suggest(name, known) or f" Known: {', '.join(known)}."
                 raise UnknownNameError(f"unknown storage {name!r}.{hint}")
+        if self.storage == "gguf" and any(own):
+            raise ConfigError(
+                "storage='gguf' leaves weights in the blocks of their file; exempt keeps some dense, and in no other "
+                "format."
+            )
         if self.storage is None and self.exempt:
             raise ConfigError("exempt leaves layers out of a storage; name the storage too.")
         if self.average_bits is not None:
@@ -92,6 +95,46 @@ def quantising(where: str, options: dict[str, Any], asked: Asked) -> dict[str, A
     return {"quantization_config": found}
 
 
+def from_gguf(
+    where: str, file: str, auto: Any, asked: Asked, classes: dict[str, Any]
+) -> tuple[Any, dict[str, Any]] | None:
+    """A class of transformers, and options for its ``from_pretrained`` to read a GGUF file one tensor at a time, each
+    rounded (or left in its blocks) at once; None where it must be unpacked as a whole first."""
+    import torch
+    from transformers import AutoConfig
+
+    from trimtab.models.gguf_file import tensors
+    from trimtab.models.quantise import StorageConfig, targets
+
+    loose = {key: classes[key] for key in classes if key == "ignore_mismatched_sizes"}
+    named = {key: classes[key] for key in classes if key not in loose}
+    config = AutoConfig.from_pretrained(where, gguf_file=file, **named)
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    kept = targets(model, asked.exempt) if asked.storage == "gguf" else ()
+    found = tensors(Path(where) / file, model, blocks=kept)
+    if found is None:
+        return None
+    options = {
+        "config": config,
+        "state_dict": found,
+        "quantization_config": StorageConfig(
+            str(asked.storage), asked.exempt, average_bits=asked.average_bits
+        ),
+        **loose,
+    }
+    return type(model), options
+
+
+def can_ask(source: str, storage: str | None, exempt: tuple[str, ...]) -> bool:
+    """Whether a base at a source can be loaded as another was stored (see `trimtab.adapt.fingerprint.Fingerprint`): its
+    weights are dense where they lie, and the formats are some that weights are rounded to."""
+    formats = {storage, *(one.partition("=")[2] for one in exempt if "=" in one)}
+    if storage == "gguf":
+        return Path(source).suffix == ".gguf" and formats == {"gguf"}
+    return formats <= set(STORAGES) and not stored_already(source)
+
+
 def stored_already(source: str) -> bool:
     """Whether the weights of a base are in few bits where they lie. What is wrong with a source, `load` says."""
     from transformers import PretrainedConfig
@@ -113,39 +156,6 @@ def _format(stored: Any) -> str | None:
     if facts.get("quant_method") == "bitsandbytes":
         return "int8" if facts.get("load_in_8bit") else facts.get("bnb_4bit_quant_type", "fp4")
     return None
-
-
-def from_gguf(
-    where: str, file: str, auto: Any, asked: Asked, classes: dict[str, Any]
-) -> tuple[Any, dict[str, Any]] | None:
-    """A class of transformers, and options for its ``from_pretrained`` to read a GGUF file one tensor at a time, each
-    rounded (or left in its blocks) at once; None where it must be unpacked as a whole first."""
-    import torch
-    from transformers import AutoConfig
-
-    from trimtab.models.gguf_file import tensors
-    from trimtab.models.quantise import BLOCKS, StorageConfig, formats
-
-    assert asked.storage is not None
-    loose = {key: classes[key] for key in classes if key == "ignore_mismatched_sizes"}
-    named = {key: classes[key] for key in classes if key not in loose}
-    config = AutoConfig.from_pretrained(where, gguf_file=file, **named)
-    with torch.device("meta"):
-        model = auto.from_config(config)
-    chosen = formats(model, asked.storage, asked.exempt)
-    kept = {name for name, format in chosen.items() if format == BLOCKS}
-    found = tensors(Path(where) / file, model, blocks=kept)
-    if found is None:
-        return None
-    options = {
-        "config": config,
-        "state_dict": found,
-        "quantization_config": StorageConfig(
-            asked.storage, asked.exempt, average_bits=asked.average_bits
-        ),
-        **loose,
-    }
-    return type(model), options
 
 
 def settle(model: PreTrainedModel, asked: Asked) -> tuple[str | None, Mixed | None]:
@@ -175,14 +185,14 @@ def settle(model: PreTrainedModel, asked: Asked) -> tuple[str | None, Mixed | No
             mixed = quantiser.rounding.mixer.done()
     kinds = [module.kind for module in model.modules() if isinstance(module, LowBit)]
     if storage is not None:
+        if not kinds and storage != "gguf":
+            mixed = rounded(model, storage, asked.exempt, asked.average_bits)
+            kinds = [module.kind for module in model.modules() if isinstance(module, LowBit)]
         if not kinds and storage == "gguf":
             raise ConfigError(
                 f"storage='gguf': no weight of this file lies in blocks that can stay as they are; choose one of "
                 f"{', '.join(STORAGES)}, or none."
             )
-        if not kinds:
-            mixed = rounded(model, storage, asked.exempt, asked.average_bits)
-            kinds = [module.kind for module in model.modules() if isinstance(module, LowBit)]
         if not kinds:
             raise ConfigError(
                 f"storage={storage!r}: {type(model).__name__} has no linear layer that can be stored in few bits."

@@ -14,7 +14,7 @@ from trimtab.adapt.tree import anatomy_of
 from trimtab.engine import keep_memory
 from trimtab.engine.class_head import labels_of
 from trimtab.models.load import Base
-from trimtab.models.storage import STORAGES, stored_already
+from trimtab.models.storage import can_ask
 from trimtab.train.recipe import Recipe
 from trimtab.train.recipe_file import make_recipe
 from trimtab.train.run import Outcome, Run
@@ -70,7 +70,7 @@ def train(
         "out": None if out is None else str(out),
     }
     storage, exempt = storage_of(anatomy_of(base.model).modules)
-    if storage in STORAGES and not stored_already(base.name):
+    if can_ask(base.name, storage, exempt):
         values |= {"storage": storage, "exempt": list(exempt)}
     recipe = make_recipe(values, options or {})
     return _run(
