@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from trimtab.errors import ConfigError, UnknownNameError, suggest
+from trimtab.errors import ConfigError, ModelError, UnknownNameError, suggest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,6 +54,35 @@ def quantising(
     from trimtab.models.quantise import StorageConfig
 
     return {"quantization_config": StorageConfig(storage, exempt)}
+
+
+def settled(config: Any, storage: str | None, source: str) -> str | None:
+    """How a model of this config will be stored, by what is asked for or by what its checkpoint says; what the config
+    says of it is taken off.
+
+    Raises:
+        UnknownNameError: there is no such storage.
+        ConfigError: the checkpoint is in few bits already.
+        ModelError: it is in few bits of a kind that another package reads.
+    """
+    if storage is not None and storage not in STORAGES:
+        hint = suggest(storage, STORAGES) or f" Known: {', '.join(STORAGES)}."
+        raise UnknownNameError(f"unknown storage {storage!r}.{hint}")
+    said = config.__dict__.pop("quantization_config", None)
+    if said is None:
+        return storage
+    facts = said if isinstance(said, dict) else said.to_dict()
+    if storage is not None:
+        raise ConfigError(
+            f"{source!r} is stored in few bits already ({facts.get('quant_method')}); leave out storage={storage!r}, "
+            "or take its dense weights."
+        )
+    if facts.get("quant_method") != "bitsandbytes":
+        raise ModelError(
+            f"{source!r} is stored as {facts.get('quant_method')}, which another package reads; its memory cannot be "
+            "planned without loading it."
+        )
+    return "int8" if facts.get("load_in_8bit") else str(facts.get("bnb_4bit_quant_type", "fp4"))
 
 
 def settle(model: PreTrainedModel, storage: str | None, exempt: Sequence[str]) -> str | None:

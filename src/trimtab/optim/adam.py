@@ -41,6 +41,12 @@ class Adam:
         """The gradients that exist now."""
         return [p.grad for p in self.named.values() if p.grad is not None]
 
+    @property
+    def kept(self) -> list[Tensor]:
+        """Moments, counts and averages, as they lie."""
+        inner = [value for kept in self._inner.state.values() for value in kept.values()]
+        return [*inner, *self.average.kept]
+
     def clear(self) -> None:
         """Forget all gradients."""
         self._inner.zero_grad(set_to_none=True)
