@@ -2,7 +2,7 @@
 
     python -m benchmarks plan_accuracy              # memory (it does not depend on how busy the machine is)
     python -m benchmarks plan_accuracy --time       # time too, on a quiet machine
-    python -m benchmarks plan_accuracy --table      # nothing is run: the fit and the tables, from what was measured
+    python -m benchmarks plan_accuracy --skip run   # plan again beside what was measured
 
 Each plan and each run is a process of its own, one after the other, as a person would start them; each result is
 written at once. Memory is predicted without the weights. Two constants of a CPU (`trimtab.train.devices`) are fitted
@@ -33,45 +33,43 @@ CLASSES = (
     "model={minilm}", "data.path={classes}", "data.held_out=null", "task=sequence-classification", "dtype=float32"
 )  # fmt: skip
 FITTED: dict[str, tuple[str, ...]] = {
-    "text of 512 tokens, LoRA, micro-batches of 2048": (
+    "text of 512 tokens, LoRA, 2048": (
         *TEXT, "data.max_tokens=512", "method=lora(rank=16)", "batch.tokens=2048", "steps=3",
     ),
-    "text of 256 tokens, NF4, LoRA, checkpointing, 1024": (
+    "text of 256 tokens, NF4, LoRA, blocks recomputed, 512": (
         *TEXT, "data.max_tokens=256", "method=lora(rank=8)", "storage=nf4", "memory.recompute=blocks",
-        "batch.tokens=1024", "batch.micro_tokens=1024", "steps=3",
-    ),
-    "text of 256 tokens, bottleneck, float32, 512": (
-        *TEXT, "data.max_tokens=256", "method=bottleneck", "dtype=float32", "batch.tokens=512",
-        "batch.micro_tokens=512", "steps=3",
+        "batch.tokens=512", "steps=2",
     ),
     "MiniLM, classes, full, float32": (
         *CLASSES, "method={{kind: full, targets: all}}", "batch.size=32", "steps=6",
     ),
-    "short chats, IA3, answers": ("method=ia3", "batch.size=16", "steps=4", "eval.samples=2"),
+    "text of 256 tokens, IA3, float32, 512": (
+        *TEXT, "data.max_tokens=256", "method=ia3", "dtype=float32", "batch.tokens=512", "steps=2",
+    ),
 }  # fmt: skip
 CHECKED: dict[str, tuple[str, ...]] = {
-    "MiniLM, classes, LoRA, float32": (*CLASSES, "method=lora(rank=8)", "batch.size=16", "steps=8"),
+    "MiniLM, classes, LoRA, float32": (*CLASSES, "method=lora(rank=8)", "batch.size=8", "steps=8"),
     "short chats, LoRA, answers asked": (
-        "method=lora(rank=16)", "batch.size=8", "steps=8", "eval.metric=choice", "eval.limit=12", "eval.max_tokens=4",
-    ),
-    "text of 256 tokens, NF4, LoRA, 1024": (
-        *TEXT, "data.max_tokens=256", "method=lora(rank=16)", "storage=nf4", "batch.tokens=1024",
-        "batch.micro_tokens=1024", "steps=3",
-    ),
-    "text of 512 tokens, LoRA, checkpointing, 2048": (
-        *TEXT, "data.max_tokens=512", "method=lora(rank=16)", "memory.recompute=blocks", "batch.tokens=2048",
-        "steps=3",
-    ),
-    "text of 512 tokens, bottleneck, 2048": (
-        *TEXT, "data.max_tokens=512", "method=bottleneck", "batch.tokens=2048", "steps=3",
-    ),
-    "text of 256 tokens, DoRA, INT8, 256": (
-        *TEXT, "data.max_tokens=256", "method=dora(rank=8)", "storage=int8", "batch.tokens=512",
-        "batch.micro_tokens=256", "steps=3",
+        "eval.forgetting=false", "method=lora(rank=16)", "batch.size=8", "steps=4", "eval.metric=choice",
+        "eval.limit=8", "eval.max_tokens=4",
     ),
     "text of 256 tokens, full, float32, 1024": (
         *TEXT, "data.max_tokens=256", "method={{kind: full, targets: all}}", "dtype=float32", "batch.tokens=1024",
-        "batch.micro_tokens=1024", "steps=3",
+        "steps=2",
+    ),
+    "text of 512 tokens, LoRA, blocks recomputed, 1024": (
+        *TEXT, "data.max_tokens=512", "method=lora(rank=16)", "memory.recompute=blocks", "batch.tokens=1024",
+        "steps=2",
+    ),
+    "text of 512 tokens, bottleneck, 1024": (
+        *TEXT, "data.max_tokens=512", "method=bottleneck", "batch.tokens=1024", "steps=2",
+    ),
+    "text of 256 tokens, NF4, LoRA, 512": (
+        *TEXT, "data.max_tokens=256", "method=lora(rank=16)", "storage=nf4", "batch.tokens=512", "steps=2",
+    ),
+    "text of 256 tokens, DoRA, INT8, micro-batches of 256": (
+        *TEXT, "data.max_tokens=256", "method=dora(rank=8)", "storage=int8", "batch.tokens=512",
+        "batch.micro_tokens=256", "steps=2",
     ),
 }  # fmt: skip
 """Overrides of each run; SmolLM2-135M-Instruct and short chats where they name no other."""
@@ -83,17 +81,25 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="plan_accuracy")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--time", action="store_true", help="predict time too, by real steps")
-    parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument("--only", nargs="+", default=[], help="runs whose names hold one of these")
+    parser.add_argument(
+        "--skip", nargs="+", choices=("plan", "run"), default=[], help="what stays as it is"
+    )
     options = parser.parse_args(argv)
     file = options.out / "plan_accuracy.json"
     known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     rows: dict[str, Any] = known.get("rows", {}) if isinstance(known.get("rows"), dict) else {}
-    for name, overrides in () if options.table else (FITTED | CHECKED).items():
+    for name, overrides in (FITTED | CHECKED).items():
         if options.only and not any(part in name for part in options.only):
             continue
-        rows[name] = row(overrides, timed=options.time)
-        note(name, rows[name])
+        arguments = arguments_of(overrides)
+        found = rows.setdefault(name, {"overrides": list(overrides)})
+        if "plan" not in options.skip:
+            found["predicted"] = predicted(arguments, timed=options.time)
+        if "run" not in options.skip:
+            with tempfile.TemporaryDirectory() as scratch:
+                found["measured"] = measured(arguments, Path(scratch) / "run")
+        print(name, *note(found), flush=True)
         file.write_text(json.dumps(summed_up(rows), indent=1) + "\n", encoding="utf-8")
     result = summed_up(rows)
     file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -101,25 +107,25 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def row(overrides: tuple[str, ...], *, timed: bool) -> dict[str, Any]:
-    """One run, planned and then done."""
+def arguments_of(overrides: tuple[str, ...]) -> list[str]:
+    """The arguments of both commands; the files that they name are written."""
     folder = assets.cache() / "plan"
     train, held = assets.write_sentiment(folder, train=640, held_out=24)
     text = folder / "text.txt"
     text.write_text("\n\n".join(article for article, _ in assets.bbc()[:100]), encoding="utf-8")
     places = {"text": text, "minilm": assets.minilm(), "classes": classes(train)}
-    arguments = [
+    return [
         "--model", str(assets.smollm2()), "--data", str(train), "--held-out", str(held),
         *(one.format(**places) for one in overrides),
     ]  # fmt: skip
+
+
+def predicted(arguments: list[str], *, timed: bool) -> dict[str, Any]:
+    """The plan of a run: the peak, and the bytes of each phase by part."""
     command = [sys.executable, "-m", "trimtab", "plan", *arguments, "--json"]
     dry = json.loads(output([*command, "--dry"]))
     found = {"memory": dry["peak"], "phase": dry["phase"], "phases": dry["phases"]}
-    if timed:
-        found["seconds"] = json.loads(output(command))["seconds"]
-    with tempfile.TemporaryDirectory() as scratch:
-        done = measured(arguments, Path(scratch) / "run")
-    return {"overrides": list(overrides), "predicted": found, "measured": done}
+    return {**found, "seconds": json.loads(output(command))["seconds"]} if timed else found
 
 
 def classes(chats: Path) -> Path:
@@ -153,7 +159,7 @@ def measured(arguments: list[str], out: Path) -> dict[str, float]:
 
 def summed_up(rows: Mapping[str, Any]) -> dict[str, Any]:
     """All rows, with what the constants are by the fitted runs and what they then predict."""
-    fitted = [rows[name] for name in FITTED if name in rows]
+    fitted = [rows[name] for name in FITTED if name in rows and note(rows[name])]
     result: dict[str, Any] = {"machine": machine(), "commit": commit(), "rows": dict(rows)}
     if len(fitted) > 1:
         result["fit"] = fit(fitted)
@@ -175,13 +181,12 @@ def _sums(parts: Mapping[str, int]) -> tuple[int, int]:
     return sum(parts.values()), sum(parts[name] for name in MOVING)
 
 
-def note(name: str, found: Mapping[str, Any]) -> None:
-    """Say how a run came out."""
-    predicted, done = found["predicted"], found["measured"]
-    print(
-        f"{name}: memory {predicted['memory'] / done['memory']:.2f} x of {done['memory'] / 2**20:.0f} MiB",
-        flush=True,
-    )
+def note(found: Mapping[str, Any]) -> list[str]:
+    """How near a plan comes, in words."""
+    if "measured" not in found or "predicted" not in found:
+        return []
+    plan, done = found["predicted"]["memory"], found["measured"]["memory"]
+    return [f"memory {plan / done:.2f} x of {done / 2**20:.0f} MiB"]
 
 
 def table(result: dict[str, Any]) -> str:
@@ -215,7 +220,7 @@ def _lines(rows: Mapping[str, Any], names: Mapping[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for name in names:
-        if name not in rows:
+        if name not in rows or not note(rows[name]):
             continue
         p, m = rows[name]["predicted"], rows[name]["measured"]
         tensors = sum(p["phases"][p["phase"]].values())

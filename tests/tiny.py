@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ from transformers import (
 )
 
 from trimtab.models.quantise import rounded
+from trimtab.models.storage import STORAGES
 
 VOCABULARY = 97
 SMALL_DECODER: dict[str, Any] = {
@@ -289,7 +291,8 @@ class Case:
 
     ``decodes``: it continues its own input (a gate is to see the prompt alone). ``generates``: it has
     ``generate``. ``packs``: documents may lie side by side in a row, told apart by their positions.
-    ``blocks``: it is a transformer, whose blocks can be recomputed.
+    ``blocks``: it is a transformer, whose blocks can be recomputed. ``storage``: how its linear layers are kept (None:
+    densely), and ``architecture`` is then the case that keeps them densely.
     """
 
     name: str
@@ -299,6 +302,8 @@ class Case:
     packs: bool = False
     blocks: bool = True
     rows: int = 4
+    architecture: str = ""
+    storage: str | None = None
 
     @property
     def generates(self) -> bool:
@@ -309,6 +314,17 @@ class Case:
 
     def inputs(self, seed: int = 0) -> Inputs:
         return self.given(torch.Generator().manual_seed(seed), self.rows)
+
+
+def in_few_bits(case: Case, storage: str) -> Case:
+    """The same model with its linear layers in a format of few bits."""
+    return replace(
+        case,
+        name=f"{case.name}-{storage}",
+        make=lambda: stored(case.make(), storage),
+        architecture=case.name,
+        storage=storage,
+    )
 
 
 def output(model: nn.Module, inputs: Inputs) -> Tensor:
@@ -345,11 +361,14 @@ CASES = {
         Case("bart", bart, _text_to_text),
         Case("vit", vit, _image),
         Case("clip", clip, _text_and_image),
-        Case("llama-nf4", lambda: stored(llama(), "nf4"), decodes=True, packs=True),
-        Case("gpt2-int8", lambda: stored(gpt2(), "int8"), decodes=True, packs=True),
-        Case("bert-fp8", lambda: stored(bert(), "fp8")),
-        Case("t5-fp4", lambda: stored(t5(), "fp4"), _text_to_text),
     )
 }
-STORED = frozenset(name for name in CASES if name.endswith(("-nf4", "-int8", "-fp8", "-fp4")))
+PAIRED = (
+    ("llama", "nf4"), ("gpt2", "int8"), ("bert", "fp8"), ("t5", "fp4"), ("mixtral", "nf4"), ("qwen3-moe", "int8"),
+)  # fmt: skip
+"""Each format on a model or two: what is always run."""
+if os.environ.get("TRIMTAB_LAWS") == "all":  # and then every format on every architecture
+    PAIRED = tuple((name, how) for name, case in CASES.items() if case.blocks for how in STORAGES)
+CASES |= {case.name: case for case in (in_few_bits(CASES[name], how) for name, how in PAIRED)}
+STORED = frozenset(name for name, case in CASES.items() if case.storage is not None)
 """Models whose linear layers are kept in few bits."""

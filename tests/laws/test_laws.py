@@ -27,6 +27,7 @@ from trimtab.adapt.probe import bare_state
 from trimtab.adapt.replaced import Replaced
 from trimtab.adapt.site import Site
 from trimtab.adapt.tree import sites_of
+from trimtab.engine.saving import recomputed
 from trimtab.errors import NotMergeableError, TrimtabError
 
 TOLERANCE = 1e-9
@@ -410,6 +411,30 @@ def test_checkpointed_gradients_are_plain_gradients(cell: Cell) -> None:
                 loss = output(model, inputs).tanh().sum()
         with tt.using(model, "b"):
             loss.backward()
+        found.append(gradients(a))
+    for key, gradient in found[0].items():
+        other = found[1][key]
+        assert (gradient is None) == (other is None), key
+        if gradient is not None and other is not None:
+            assert close(gradient, other, 1e-7), key
+
+
+@law
+def test_recomputed_mlps_give_plain_gradients(cell: Cell) -> None:
+    """Gate and up and what is made of them are computed again, with the adapters that acted in the forward."""
+    case = CASES[cell.model]
+    found = []
+    for what in ("none", "mlp"):
+        model, inputs = case.model(), with_prompt(cell, case.inputs())
+        a = attached(cell, model, "a")
+        attached(cell, model, "b", seed=2)
+        model.train()
+        torch.manual_seed(3)
+        with tt.rows(model, ["a", None, "a", "b"]), recomputed(model, what):
+            loss = output(model, inputs).tanh().sum()
+        with tt.using(model, "b"):
+            loss.backward()
+        assert not [m for m in model.modules() if "forward" in vars(m)]
         found.append(gradients(a))
     for key, gradient in found[0].items():
         other = found[1][key]

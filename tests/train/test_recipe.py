@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from trimtab.errors import ConfigError, UnknownNameError
+from trimtab.optim.params import Memory
 from trimtab.train.recipe import Recipe, differences
 from trimtab.train.recipe_file import load_yaml, make_recipe, read_recipe, write_recipe
 
@@ -119,3 +120,11 @@ def test_no_torch_for_a_recipe() -> None:
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_memory_changes_nothing_that_is_computed() -> None:
+    recipe = make_recipe({"model": "m", "data": {"path": "d"}}, {"memory.recompute": "mlp"})
+    assert recipe.memory.recompute == "mlp"
+    assert differences(recipe, recipe.replace(memory=Memory())) == []
+    with pytest.raises(ConfigError, match="memory.recompute"):
+        make_recipe({"model": "m", "data": {"path": "d"}}, {"memory.recompute": "mlps"})

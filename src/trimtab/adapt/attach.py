@@ -269,7 +269,7 @@ class _Tree:
             site = (
                 ExpertsSite(module, where, self._bank)
                 if path in anatomy.experts
-                else Site(module, where, self._bank, anatomy.width_at(where))
+                else Site(module, where, self._bank, anatomy.width_at(where), anatomy.root)
             )
             if anatomy.inside(where, nn.TransformerEncoderLayer):
                 site.register_forward_pre_hook(_no_fast_path)

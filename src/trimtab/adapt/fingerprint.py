@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.frozen import view
+from trimtab.frozen.experts import StoredExperts
+from trimtab.frozen.linear import hidden
 
 _SAMPLED_TENSORS = 24
 _SAMPLED_VALUES = 512
@@ -56,11 +58,13 @@ def fingerprint(root: nn.Module, modules: Mapping[str, nn.Module]) -> Fingerprin
         layer = view(module)
         if layer is not None:
             lines.append(f"{path} {layer.kind} {layer.out_features}x{layer.in_features}")
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if layer is None:
-                lines.append(f"{path}.{name} {tuple(parameter.shape)}")
+        own = {n: p for n, p in module._parameters.items() if p is not None}
+        if layer is None:
+            shapes = {name: tuple(parameter.shape) for name, parameter in own.items()}
+            if isinstance(module, StoredExperts):
+                shapes = module.shapes
+            lines += [f"{path}.{name} {shape}" for name, shape in shapes.items()]
+        for name, parameter in own.items():
             if dense(parameter) and parameter.device.type != "meta":
                 tensors[f"{path}.{name}" if path else name] = parameter
     names = sorted(tensors)
@@ -72,7 +76,7 @@ def fingerprint(root: nn.Module, modules: Mapping[str, nn.Module]) -> Fingerprin
 
 def dense(tensor: Tensor) -> bool:
     """Whether a tensor holds plain values, not codes of a few bits."""
-    return tensor.is_floating_point() and tensor.element_size() >= 2
+    return tensor.is_floating_point() and tensor.element_size() >= 2 and not hidden(tensor)
 
 
 @torch.no_grad()

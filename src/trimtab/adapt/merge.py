@@ -24,7 +24,7 @@ from trimtab.adapt.site import ExpertsSite, Site, SiteBase
 from trimtab.adapt.tree import Children, sites_of, uncover, walk
 from trimtab.errors import MergeError, NotMergeableError, RouteError, TargetError
 from trimtab.frozen import Layer, view
-from trimtab.frozen.experts import ExpertLayer
+from trimtab.frozen.experts import ExpertLayer, expert_count, replaced
 
 
 @torch.no_grad()
@@ -200,43 +200,35 @@ def _stack(site: SiteBase, edits: Sequence[Edit], layer: Layer, context: Context
 
 def merged_experts(site: ExpertsSite, owner: Owner) -> nn.Module:
     """The experts with new 3-D parameters where these adapters edit them; the others are shared."""
-    module = copy.copy(site.base_layer)
-    module._parameters = dict(module._parameters)
+    module = site.base_layer
     edits = site.acting(owner)
+    new: dict[str, Tensor] = {}
     for path in dict.fromkeys(edit.path for edit in edits):
         name = path.rpartition(".")[2]
         here = [edit for edit in edits if edit.path == path]
-        old = module._parameters[name]
-        if old is None:
-            raise AssertionError("checked at attach")
         slices, biases = [], []
-        for expert in range(old.shape[0]):
+        for expert in range(expert_count(module, name)):
             layer = ExpertLayer.of(module, name, expert)
             weight, bias = merged_weights(
                 site, owner, layer, here, site.get_submodule(name), expert
             )
             slices.append(weight.T if module.is_transposed else weight)
             biases.append(bias)
-        module._parameters[name] = nn.Parameter(
-            torch.stack(slices).to(old.dtype), requires_grad=False
-        )
-        _write_expert_bias(module, name, biases, old.dtype)
-    return module
+        new[name] = torch.stack(slices).to(layer.dtype)
+        if (bias := _expert_bias(module, name, biases)) is not None:
+            new[f"{name}_bias"] = bias.to(layer.dtype)
+    return replaced(module, new)
 
 
-def _write_expert_bias(
-    module: nn.Module, name: str, biases: Sequence[Tensor | None], dtype: torch.dtype
-) -> None:
+def _expert_bias(module: nn.Module, name: str, biases: Sequence[Tensor | None]) -> Tensor | None:
     found = [bias for bias in biases if bias is not None and bool(bias.any())]
     if module._parameters.get(f"{name}_bias") is not None:
-        full = [bias for bias in biases if bias is not None]
-        module._parameters[f"{name}_bias"] = nn.Parameter(
-            torch.stack(full).to(dtype), requires_grad=False
-        )
-    elif found:
+        return torch.stack([bias for bias in biases if bias is not None])
+    if found:
         raise NotMergeableError(
             f"the experts' {name} has no bias, and the merged layer would need one."
         )
+    return None
 
 
 def _bias(layer: Layer, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -124,9 +124,11 @@ class Site(SiteBase):
     records hidden states see what the model goes on with.
     """
 
-    def __init__(self, base_layer: nn.Module, path: str, bank: Bank, width: int) -> None:
+    def __init__(
+        self, base_layer: nn.Module, path: str, bank: Bank, width: int, root: nn.Module
+    ) -> None:
         super().__init__(base_layer, path, bank)
-        self.layer: Layer = view(base_layer) or SubLayer(base_layer, width)
+        self.layer: Layer = view(base_layer, root) or SubLayer(base_layer, width)
         self._entered: tuple[list[list[Bound]], Layout] | None = None
         self._hook: Any = None
         self._hooked = self.layer.kind == "sublayer"

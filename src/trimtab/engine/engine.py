@@ -24,6 +24,7 @@ from trimtab.engine.head import Head, Kept, TokenHead
 from trimtab.engine.micro import Layout, Micro, Who, layout_of
 from trimtab.engine.results import LossResult, StepResult
 from trimtab.engine.sampling import Completion, SamplingParams
+from trimtab.engine.saving import saving
 from trimtab.engine.streaming import Stream
 from trimtab.engine.tenant import Tenant, listed
 from trimtab.errors import (
@@ -35,7 +36,7 @@ from trimtab.errors import (
     suggest,
 )
 from trimtab.models.load import Base
-from trimtab.optim.params import AdamParams
+from trimtab.optim.params import AdamParams, Memory
 
 Owners = Who | Sequence[Who]
 """One adapter (or None, the bare base) for all, or one for each datum or prompt."""
@@ -51,6 +52,10 @@ class Engine:
         micro_tokens: the most cells of a micro-batch, in training; what bounds its memory.
         sample_tokens: the most cells (prompt and answer) of a batch that answers.
         packed: force documents to share rows, or not to; None takes what costs less.
+        memory: what training keeps where, and what it computes again (`trimtab.engine.saving`).
+
+    Raises:
+        ConfigError: memory that is to wait on the host, where the model lies there.
     """
 
     def __init__(
@@ -61,12 +66,15 @@ class Engine:
         micro_tokens: int = 2048,
         sample_tokens: int = 8192,
         packed: bool | None = None,
+        memory: Memory | None = None,
     ) -> None:
         self.model: PreTrainedModel = base.model if isinstance(base, Base) else base
         self.tokenizer = base.tokenizer if isinstance(base, Base) else tokenizer
         self.micro_tokens = micro_tokens
         self.sample_tokens = sample_tokens
         self.packed = packed
+        self.memory = memory or Memory()
+        self.memory.check(self.model.device.type)
         self._tenants: dict[str, Tenant] = {}
         anatomy = anatomy_of(self.model)
         if anatomy.encoder_decoder:
@@ -278,7 +286,8 @@ class Engine:
         auxiliary: dict[str, float] = defaultdict(float)
         with self._mode(train=train), torch.set_grad_enabled(train):
             for micro in self.micro_batches(data, owners):
-                objective, found = self._forward(micro, data, auxiliary)
+                with saving(self.model, self.memory) if train else nullcontext():
+                    objective, found = self._forward(micro, data, auxiliary)
                 for place, member in enumerate(micro.members):
                     for total, values in zip(totals, found, strict=True):
                         total[member] = values[place]
@@ -363,7 +372,8 @@ class Engine:
         adapter = bank_of(self.model).require(name)
         tenant = self._tenants.get(name)
         if tenant is None or tenant.adapter is not adapter:
-            tenant = self._tenants[name] = Tenant(adapter)
+            host = self.memory.optimiser == "host"
+            tenant = self._tenants[name] = Tenant(adapter, host=host)
         return tenant
 
     def _gated(self, owners: Sequence[Who]) -> bool:

@@ -17,9 +17,10 @@ SHOWN = 8
 
 
 class Tenant:
-    """An attached adapter; ``weight`` and ``origins`` say which tokens and examples its gradients hold."""
+    """An attached adapter; ``weight`` and ``origins`` say which tokens and examples its gradients hold. ``host``: its
+    moments wait in host memory."""
 
-    def __init__(self, adapter: Adapter) -> None:
+    def __init__(self, adapter: Adapter, *, host: bool = False) -> None:
         self.adapter = adapter
         named = {
             k: p
@@ -31,7 +32,7 @@ class Tenant:
                 f"adapter {adapter.name!r} has no tensor that requires a gradient; "
                 "attach it with trainable=True."
             )
-        self.adam = Adam(named, adapter.rates)
+        self.adam = Adam(named, adapter.rates, host=host)
         self.stepper = Stepper(adapter)
         self.weight = 0.0
         self.origins: list[str] = []

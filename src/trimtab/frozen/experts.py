@@ -10,7 +10,9 @@ Shapes: N tokens, K chosen experts per token, E experts, H width, I inner width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, cast
 
 import torch
@@ -35,20 +37,79 @@ class Experts(Protocol):
     def _apply_gate(self, gate_up_out: Tensor) -> Tensor: ...
 
 
+class StoredExperts(nn.Module):
+    """An experts module that keeps its parameters in another form than dense tensors. Abstract."""
+
+    @property
+    @abstractmethod
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all parameters that the dense module has, biases too, in its order and orientation."""
+
+    @abstractmethod
+    def layer(self, name: str, expert: int) -> ExpertLayer:
+        """Expert ``expert`` of the parameter ``name``."""
+
+    @abstractmethod
+    def with_dense(self, new: Mapping[str, Tensor]) -> nn.Module:
+        """This module with other parameters, dense ones in its own orientation, in the place of these; the rest is
+        shared."""
+
+
 def expert_parameters(module: nn.Module) -> list[str]:
     """Names of the 3-D expert parameters of a module that follows the experts interface; else none."""
+    return [name for name, shape in _shapes(module).items() if name in _NAMES and len(shape) == 3]
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    if isinstance(module, StoredExperts):
+        return module.shapes
     if "has_gate" not in module.__dict__ or "is_transposed" not in module.__dict__:
-        return []
-    return [
-        name for name in _NAMES if (p := module._parameters.get(name)) is not None and p.dim() == 3
-    ]
+        return {}
+    return {n: tuple(p.shape) for n, p in module._parameters.items() if p is not None}
+
+
+def followed(module: nn.Module) -> bool:
+    """Whether `run` computes what the module does."""
+    return not (vars(module).get("has_post_expert_norm") or vars(module).get("_is_expert_parallel"))
+
+
+def expert_count(module: nn.Module, name: str) -> int:
+    """How many experts the parameter ``name`` holds."""
+    return _shapes(module)[name][0]
+
+
+def replaced(module: nn.Module, new: Mapping[str, Tensor]) -> nn.Module:
+    """An experts module like this one with other dense parameters in the place of these; the rest is shared."""
+    if isinstance(module, StoredExperts):
+        return module.with_dense(new)
+    other = copy.copy(module)
+    frozen = {name: nn.Parameter(value, requires_grad=False) for name, value in new.items()}
+    other._parameters = {**module._parameters, **frozen}
+    return other
 
 
 class ExpertLayer(LinearMap):
-    """One expert's slice of a 3-D parameter."""
+    """One expert's slice of a 3-D parameter. Abstract: how it is stored is what differs."""
 
     kind = "linear"
     in_peft = False  # PEFT numbers such tensors by the nesting of its wrappers
+    width: int
+    """Width of what the experts are given."""
+
+    @classmethod
+    def view(cls, module: nn.Module) -> ExpertLayer | None:
+        return None
+
+    @staticmethod
+    def of(module: nn.Module, name: str, expert: int) -> ExpertLayer:
+        """Expert ``expert`` of the parameter ``name``."""
+        if isinstance(module, StoredExperts):
+            return module.layer(name, expert)
+        return DenseExpert.of_parameter(module, name, expert)
+
+
+class DenseExpert(ExpertLayer):
+    """A slice of a dense parameter."""
 
     def __init__(
         self, module: nn.Module, weight_OI: Tensor, bias_O: Tensor | None, *, first: bool
@@ -58,14 +119,9 @@ class ExpertLayer(LinearMap):
         self._bias = bias_O
         self.out_features, self.in_features = weight_OI.shape
         self.width = self.in_features if first else self.out_features
-        """Width of what the experts are given."""
 
     @classmethod
-    def view(cls, module: nn.Module) -> ExpertLayer | None:
-        return None
-
-    @classmethod
-    def of(cls, module: nn.Module, name: str, expert: int) -> ExpertLayer:
+    def of_parameter(cls, module: nn.Module, name: str, expert: int) -> DenseExpert:
         """Expert ``expert`` of the parameter ``name``."""
         weight = cast(Tensor, module._parameters[name])[expert]
         bias = module._parameters.get(f"{name}_bias")
@@ -106,7 +162,7 @@ def run(
     module: nn.Module, hidden_NH: Tensor, index_NK: Tensor, weights_NK: Tensor, around: Around
 ) -> Tensor:
     """The forward of an experts module, with ``around`` in place of each expert's linear maps."""
-    if vars(module).get("has_post_expert_norm") or vars(module).get("_is_expert_parallel"):
+    if not followed(module):
         raise TargetError(
             f"{type(module).__name__} normalises or distributes its experts' outputs, which adapters on expert "
             "parameters do not follow yet; exclude them from the targets ('exclude': '**.experts.*')."

@@ -44,6 +44,8 @@ class Layer(ABC):
     in_peft: bool = True
     """Whether PEFT has such a layer, and the same function for it."""
     module: nn.Module
+    root: nn.Module | None = None
+    """The model that it lies in, which tells what it does not tell itself."""
     in_features: int
     out_features: int
     _squares: tuple[object, Tensor] | None = None
@@ -221,8 +223,8 @@ layers: Registry[type[Layer]] = Registry(
 """All kinds. ``opaque`` (anything that says in_features and out_features) is asked last."""
 
 
-def view(module: nn.Module) -> Layer | None:
-    """The view of a module that is a weighted layer, or None."""
+def view(module: nn.Module, root: nn.Module | None = None) -> Layer | None:
+    """The view of a module (of the model ``root``) that is a weighted layer, or None."""
     fallback: Layer | None = None
     for name, kind in layers.items():
         found = kind.view(module)
@@ -230,6 +232,7 @@ def view(module: nn.Module) -> Layer | None:
             continue
         if name != "opaque":
             return found
+        found.root = root
         fallback = found
     return fallback
 

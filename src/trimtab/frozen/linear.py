@@ -7,6 +7,7 @@ from abc import abstractmethod
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
 from trimtab.frozen.layer import Layer, Push
@@ -67,6 +68,14 @@ class _Linear(LinearMap):
         return self._weight.device
 
 
+def hidden(weight: Tensor) -> bool:
+    """Whether a tensor only stands for values that it holds in another form, as torchao's do; torch's own kinds, such
+    as a shard of FSDP's, hold them."""
+    return is_traceable_wrapper_subclass(weight) and not type(weight).__module__.startswith(
+        "torch."
+    )
+
+
 SAME_MAP = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear"})
 """Subclasses of ``nn.Linear`` with a forward of their own that computes the same."""
 
@@ -84,6 +93,8 @@ class LinearLayer(_Linear):
     @classmethod
     def view(cls, module: nn.Module) -> LinearLayer | None:
         if not isinstance(module, nn.Linear):
+            return None
+        if hidden(module.weight):
             return None
         kind = type(module)
         plain = kind.forward is nn.Linear.forward

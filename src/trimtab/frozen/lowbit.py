@@ -20,11 +20,41 @@ from trimtab.errors import UnsupportedError
 from trimtab.frozen.linear import LinearMap
 
 
-class LowBitLinear(nn.Module):
-    """A frozen linear layer in few bits. Abstract; its buffers are the stored weight."""
+class LowBit(nn.Module):
+    """A module whose frozen weights are stored in few bits. Abstract; the stored weights are buffers."""
 
     kind: str
     """The name of the format."""
+    compute_dtype: torch.dtype
+
+    @property
+    @abstractmethod
+    def weights(self) -> int:
+        """How many values the stored weights stand for."""
+
+    @property
+    def bits(self) -> float:
+        """Stored bits per weight, scales included."""
+        stored = sum(8 * buffer.numel() * buffer.element_size() for buffer in self.buffers())
+        return stored / self.weights
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LowBit:
+        """``.to(dtype)`` changes what it computes in, never the stored scales."""
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        probe = fn(torch.empty(0, dtype=self.compute_dtype))
+        if probe.is_floating_point():
+            self.compute_dtype = probe.dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in kept.items():
+            now = self._buffers[name]
+            if now is not None and now.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(now.device)
+        return self
+
+
+class LowBitLinear(LowBit):
+    """A frozen linear layer in few bits. Abstract; its buffers are the stored weight."""
+
     bias: Tensor | None
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
@@ -38,10 +68,8 @@ class LowBitLinear(nn.Module):
         """The weight Ŵ_OI as a dense tensor."""
 
     @property
-    def bits(self) -> float:
-        """Stored bits per weight, scales included."""
-        stored = sum(8 * buffer.numel() * buffer.element_size() for buffer in self.buffers())
-        return stored / (self.in_features * self.out_features)
+    def weights(self) -> int:
+        return self.in_features * self.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = _Frozen.apply(x, self)  # type: ignore[no-untyped-call]
@@ -49,19 +77,6 @@ class LowBitLinear(nn.Module):
 
     def _hold(self, bias: Tensor | None) -> None:
         self.bias = bias if bias is None else nn.Parameter(bias.detach(), bias.requires_grad)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> LowBitLinear:
-        """``.to(dtype)`` changes what it computes in, never the stored scales."""
-        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        probe = fn(torch.empty(0, dtype=self.compute_dtype))
-        if probe.is_floating_point():
-            self.compute_dtype = probe.dtype
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in kept.items():
-            now = self._buffers[name]
-            if now is not None and now.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(now.device)
-        return self
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.bits:.2f} bits"
@@ -114,7 +129,12 @@ class LowBitLayer(LinearMap):
         return self.module.buffers()
 
     def stored(self) -> dict[str, Tensor]:
-        raise UnsupportedError(
-            f"{type(self.module).__name__}: a weight in few bits cannot be trained itself. Adapt the layer, or leave "
-            "it out when the base is loaded in few bits."
-        )
+        raise untrained(self.module)
+
+
+def untrained(module: nn.Module) -> UnsupportedError:
+    """Why a weight in few bits is not itself trained."""
+    return UnsupportedError(
+        f"{type(module).__name__}: a weight in few bits cannot be trained itself. Adapt the layer, or leave it out "
+        "when the base is loaded in few bits."
+    )

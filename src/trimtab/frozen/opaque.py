@@ -1,14 +1,18 @@
 """The universal rule: any module that says ``in_features`` and ``out_features`` is a linear map.
 
-Its weight may be hidden in any format; the dense weight is what comes out when the identity goes in.
+Its weight may be hidden in any format (that of GPTQ, AWQ, torchao, …); the dense weight is what comes out when the
+identity goes in.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
-from trimtab.frozen.linear import LinearMap
+from trimtab.frozen.linear import LinearMap, hidden
+from trimtab.frozen.lowbit import untrained
 
 
 class OpaqueLinear(LinearMap):
@@ -26,8 +30,14 @@ class OpaqueLinear(LinearMap):
 
     @property
     def dtype(self) -> torch.dtype:
-        floating = [t.dtype for t in self._tensors() if t.is_floating_point()]
-        return floating[0] if floating else torch.get_default_dtype()
+        """That of a plain or torchao's weight; codes say nothing of what is computed in, and scales little, so else
+        that of the model."""
+        weight = self.module._parameters.get("weight")
+        around = [] if self.root is None else self.root.parameters()
+        for tensor in (*([] if weight is None else [weight]), *around, *self._tensors()):
+            if tensor.is_floating_point() and tensor.element_size() > 1:
+                return tensor.dtype
+        return torch.get_default_dtype()
 
     @property
     def device(self) -> torch.device:
@@ -45,6 +55,16 @@ class OpaqueLinear(LinearMap):
         zero = torch.zeros(1, self.in_features, dtype=self.dtype, device=self.device)
         bias = self.call(zero)[0]
         return bias if bool(bias.any()) else None
+
+    def stored(self) -> dict[str, Tensor]:
+        found = super().stored()
+        weight = found.get("weight")
+        if weight is None or hidden(weight) or not weight.is_floating_point():
+            raise untrained(self.module)
+        return found
+
+    def holding(self) -> Iterable[Tensor]:
+        return self._tensors()
 
     def _tensors(self) -> list[Tensor]:
         return [*self.module.parameters(), *self.module.buffers()]

@@ -16,7 +16,7 @@ from torch import nn
 
 from trimtab.errors import TargetError
 from trimtab.frozen import Layer, view
-from trimtab.frozen.experts import ExpertLayer, expert_parameters
+from trimtab.frozen.experts import ExpertLayer, expert_count, expert_parameters
 from trimtab.frozen.sublayer import SubLayer
 from trimtab.models.attention_layer import AttentionLayer
 from trimtab.models.families import GENERIC, HEADS, family_of
@@ -230,13 +230,12 @@ class Anatomy:
         if path in self.attentions:
             return AttentionLayer.at(self, path)
         module = self.modules[path]
-        return view(module) or SubLayer(module, self.width_at(path), self.around(path))
+        return view(module, self.root) or SubLayer(module, self.width_at(path), self.around(path))
 
     def expert_layers(self, path: str) -> list[Layer]:
         """Each expert's slice of the expert parameter at a path."""
         module, name = self.modules[self.experts[path]], path.rpartition(".")[2]
-        count = module.get_parameter(name).shape[0]
-        return [ExpertLayer.of(module, name, expert) for expert in range(count)]
+        return [ExpertLayer.of(module, name, one) for one in range(expert_count(module, name))]
 
     @cached_property
     def linears(self) -> list[str]:

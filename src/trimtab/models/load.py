@@ -5,7 +5,8 @@ or AMX) and float32 elsewhere, where bfloat16 would be emulated and slower. Only
 are read, never a pickle. Weights that lack a tensor are an error: transformers would fill it with noise.
 
 With ``storage`` the linear layers are kept in few bits (`trimtab.models.quantise`): each weight is rounded as it is
-read, so that the dense model is never in memory. Checkpoints that bitsandbytes wrote are read as they are.
+read, so that the dense model is never in memory. Checkpoints of bitsandbytes, GPTQ, AWQ, compressed-tensors and
+block-wise fp8 are read as they are, without these packages; others (torchao) by theirs.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from trimtab.errors import ConfigError, ModelError, TrimtabError, UnknownNameError, suggest
-from trimtab.models.storage import Storage, quantising, settle, settled
+from trimtab.models.storage import Storage, from_gguf, quantising, settle, settled
 
 Task = Literal[
     "causal-lm", "masked-lm", "seq2seq-lm", "sequence-classification", "token-classification"
@@ -68,8 +69,9 @@ def load(
         device: None is the first CUDA device, else the CPU.
         task: which head; a classification head that the weights lack starts at random, the same each time.
         labels: names of the classes of a classification head, in order; None is what the config says.
-        storage: keep linear layers in ``nf4`` (QLoRA's), ``fp4``, ``int8`` or ``fp8``; the head, embeddings and routers
-            stay in ``dtype``, in which everything is computed.
+        storage: keep linear layers (and experts) in ``nf4`` (QLoRA's), ``fp4``, ``int8`` or ``fp8``, or those of a GGUF
+            file in its own blocks (``gguf``); the head, embeddings and routers stay in ``dtype``, in which everything
+            is computed.
         exempt: further modules that stay so: names, ends of names, or globs.
 
     Raises:
@@ -89,23 +91,26 @@ def load(
     with _explained(str(source)):
         auto = getattr(transformers, AUTO[task])
         with _quiet():
-            model, facts = auto.from_pretrained(
-                where,
-                dtype=kind,
-                output_loading_info=True,
-                **_weights(options),
-                **_classes(labels),
-                **quantising(where, options, storage, exempt),
+            found = quantising(where, options, storage, exempt)
+            file = options.get("gguf_file")
+            classes, file = _classes(labels), options.get("gguf_file")
+            lazily = (
+                from_gguf(where, file, auto, storage, exempt, classes) if file and storage else None
             )
+            maker, found = lazily or (auto, _weights(options) | found | classes)
+            model, facts = maker.from_pretrained(
+                where if lazily is None else None, dtype=kind, output_loading_info=True, **found
+            )
+            model.name_or_path = where
         _check_whole(facts, str(source), str(model.base_model_prefix), new_head=task in NEW_HEADS)
         tokenizer = _tokenizer(where, options, str(source))
     if task in NEW_HEADS:
         _new_head(model, facts["missing_keys"])
         if model.config.get_text_config().pad_token_id is None:  # what a decoder's head pools by
             model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    stored = settle(model, storage, exempt)
+    kept = settle(model, storage, exempt)
     model.requires_grad_(False)
-    return Base(model.to(place).eval(), tokenizer, str(source), stored)
+    return Base(model.to(place).eval(), tokenizer, str(source), kept)
 
 
 def load_hollow(

@@ -6,6 +6,7 @@ transformers' own part (`trimtab.models.quantise`) is imported only where it is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from trimtab.errors import ConfigError, ModelError, UnknownNameError, suggest
@@ -13,8 +14,10 @@ from trimtab.errors import ConfigError, ModelError, UnknownNameError, suggest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Storage = Literal["nf4", "fp4", "int8", "fp8"]
-STORAGES: tuple[str, ...] = get_args(Storage)
+Rounded = Literal["nf4", "fp4", "int8", "fp8"]
+Storage = Literal[Rounded, "gguf"]
+STORAGES: tuple[str, ...] = get_args(Rounded)
+"""Formats that weights are rounded to; ``gguf`` leaves those of a GGUF file as they are."""
 
 
 def quantising(
@@ -26,11 +29,17 @@ def quantising(
         UnknownNameError: there is no such storage.
         ConfigError: the checkpoint is in few bits already.
     """
-    if storage is not None and storage not in STORAGES:
-        hint = suggest(storage, STORAGES) or f" Known: {', '.join(STORAGES)}."
+    known = get_args(Storage)
+    if storage is not None and storage not in known:
+        hint = suggest(storage, known) or f" Known: {', '.join(known)}."
         raise UnknownNameError(f"unknown storage {storage!r}.{hint}")
-    if options:  # a GGUF file is unpacked by transformers first: see `settle`
+    if options:
         return {}
+    if storage == "gguf":
+        raise ConfigError(
+            f"storage='gguf' leaves the weights of a GGUF file in its blocks, and {where!r} is none; choose one of "
+            f"{', '.join(STORAGES)}."
+        )
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(where)
@@ -45,6 +54,11 @@ def quantising(
         from trimtab.models.quantise import StorageConfig
 
         own = StorageConfig.of_checkpoint(stored if isinstance(stored, dict) else stored.to_dict())
+        if own is None and method == "compressed-tensors":
+            raise ConfigError(
+                f"{where!r} is stored by compressed-tensors in a form that Trimtab does not read (known: pack-, int- "
+                "and float-quantized, of 2, 4 or 8 bits); decompress it first."
+            )
         if own is None:
             return {}  # transformers reads it with the package that wrote it
         config.quantization_config = own.to_dict()
@@ -63,8 +77,13 @@ def settled(config: Any, storage: str | None, source: str) -> str | None:
     Raises:
         UnknownNameError: there is no such storage.
         ConfigError: the checkpoint is in few bits already.
-        ModelError: it is in few bits of a kind that another package reads.
+        ModelError: how many bits it takes is not known from the config.
     """
+    if storage == "gguf":
+        raise ModelError(
+            f"the bits of {source!r} are those of each of its tensors, and cannot be planned without loading it; plan "
+            "with storage=nf4 for an estimate."
+        )
     if storage is not None and storage not in STORAGES:
         hint = suggest(storage, STORAGES) or f" Known: {', '.join(STORAGES)}."
         raise UnknownNameError(f"unknown storage {storage!r}.{hint}")
@@ -79,10 +98,44 @@ def settled(config: Any, storage: str | None, source: str) -> str | None:
         )
     if facts.get("quant_method") != "bitsandbytes":
         raise ModelError(
-            f"{source!r} is stored as {facts.get('quant_method')}, which another package reads; its memory cannot be "
-            "planned without loading it."
+            f"{source!r} is stored as {facts.get('quant_method')}; how many bits that takes is not known from its "
+            "config, so it cannot be planned without loading it."
         )
     return "int8" if facts.get("load_in_8bit") else str(facts.get("bnb_4bit_quant_type", "fp4"))
+
+
+def from_gguf(
+    where: str,
+    file: str,
+    auto: Any,
+    storage: str,
+    exempt: Sequence[str],
+    classes: dict[str, Any],
+) -> tuple[Any, dict[str, Any]] | None:
+    """A class of transformers, and options for its ``from_pretrained`` to read a GGUF file one tensor at a time, each
+    rounded (or left in its blocks) at once; None where it must be unpacked as a whole first."""
+    import torch
+    from transformers import AutoConfig
+
+    from trimtab.models.gguf_file import tensors
+    from trimtab.models.quantise import StorageConfig, targets
+
+    loose = {key: classes[key] for key in classes if key == "ignore_mismatched_sizes"}
+    named = {key: classes[key] for key in classes if key not in loose}
+    config = AutoConfig.from_pretrained(where, gguf_file=file, **named)
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    kept = targets(model, exempt) if storage == "gguf" else ()
+    found = tensors(Path(where) / file, model, blocks=kept)
+    if found is None:
+        return None
+    options = {
+        "config": config,
+        "state_dict": found,
+        "quantization_config": StorageConfig(storage, exempt),
+        **loose,
+    }
+    return type(model), options
 
 
 def settle(model: PreTrainedModel, storage: str | None, exempt: Sequence[str]) -> str | None:
@@ -93,22 +146,37 @@ def settle(model: PreTrainedModel, storage: str | None, exempt: Sequence[str]) -
         ModelError: what was stored in few bits could not be read.
         ConfigError: nothing could be stored so.
     """
-    from trimtab.frozen.lowbit import LowBitLinear
+    from trimtab.frozen.lowbit import LowBit
 
     quantiser = getattr(model, "hf_quantizer", None)
     if quantiser is None and storage is None:
         return None
+    if quantiser is not None and (named := foreign(quantiser)) is not None:
+        return named
     from trimtab.models.quantise import Quantiser, rounded
 
     if isinstance(quantiser, Quantiser):
         if quantiser.problems:
             raise quantiser.problems[0]
         quantiser.remove_quantization_config(model)
-    kinds = [module.kind for module in model.modules() if isinstance(module, LowBitLinear)]
+    kinds = [module.kind for module in model.modules() if isinstance(module, LowBit)]
     if storage is not None:
-        kinds = kinds or rounded(model, storage, exempt)
+        if not kinds and storage != "gguf":
+            kinds = rounded(model, storage, exempt)
+        if not kinds and storage == "gguf":
+            raise ConfigError(
+                f"storage='gguf': no weight of this file lies in blocks that can stay as they are; choose one of "
+                f"{', '.join(STORAGES)}, or none."
+            )
         if not kinds:
             raise ConfigError(
                 f"storage={storage!r}: {type(model).__name__} has no linear layer that can be stored in few bits."
             )
     return max(set(kinds), key=kinds.count) if kinds else None
+
+
+def foreign(quantiser: Any) -> str | None:
+    """The name of a method of quantising whose own layers stay in the model; None where no layer of its kind does."""
+    config = quantiser.quantization_config
+    method = str(getattr(config.quant_method, "value", config.quant_method))
+    return None if method in ("trimtab", "gguf") or getattr(config, "dequantize", False) else method

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from trimtab.frozen.eightbit import Int8Linear
 from trimtab.frozen.fourbit import FourBitLinear
 from trimtab.frozen.lowbit import LowBitLinear
 from trimtab.kernels.fourbit import OUTER, TABLES, FourBit
+from trimtab.models import packed
 
 STATE = "weight.quant_state.bitsandbytes__"
 PARTS: Mapping[str, tuple[str, ...]] = {
@@ -31,14 +33,26 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 """How a weight is stored -> the names of its tensors."""
 
 
+def names(how: str) -> tuple[str, ...]:
+    """The names of the tensors of a weight that is stored so."""
+    return PARTS[how] if how in PARTS else packed.NAMES[how]
+
+
 def read(
-    how: str, path: str, parts: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype
+    how: str,
+    path: str,
+    parts: Mapping[str, Tensor],
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> LowBitLinear:
     """The layer at a path from its stored tensors.
 
     Raises:
         ModelError: a tensor is missing, or what it says is not what Trimtab reads.
     """
+    if how not in PARTS:
+        return packed.layer(how, path, parts, bias, dtype, facts)
     return (_four_bits if how == "4bit" else _eight_bits)(path, parts, bias, dtype)
 
 
@@ -65,8 +79,8 @@ def _four_bits(
     scales = parts["weight.absmax"]
     outer = parts["weight.nested_absmax"].float() if nested else None
     mean = torch.tensor(facts["nested_offset"], device=codes.device) if nested else None
-    packed = FourBit(kind, tuple(facts["shape"]), codes, scales, outer, mean, facts["blocksize"])
-    return FourBitLinear(packed, bias, dtype)
+    four = FourBit(kind, tuple(facts["shape"]), codes, scales, outer, mean, facts["blocksize"])
+    return FourBitLinear(four, bias, dtype)
 
 
 def _eight_bits(

@@ -7,7 +7,8 @@ a resumed run continues bitwise.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from trimtab.optim.average import PREFIX, Average
 from trimtab.optim.params import AdamParams
 
 PARTS = ("step", "exp_avg", "exp_avg_sq", "average")
+PIECE = 64 * 2**20
+"""Bytes of parameters whose moments visit the device together."""
 
 
 class Adam:
@@ -27,13 +30,23 @@ class Adam:
     Args:
         named: its trained parameters by key, in a fixed order.
         rates: factors on the learning rate by key, where they are not 1 (`Adapter.rates`).
+        host: the moments wait in host memory (pinned, for a CUDA device), and a step fetches those of a few tensors at
+            a time; the arithmetic is the same.
     """
 
     def __init__(
-        self, named: Mapping[str, nn.Parameter], rates: Mapping[str, float] | None = None
+        self,
+        named: Mapping[str, nn.Parameter],
+        rates: Mapping[str, float] | None = None,
+        *,
+        host: bool = False,
     ) -> None:
         self.named = dict(named)
-        self._inner = torch.optim.AdamW(groups(self.named, rates or {}), lr=1.0, foreach=True)
+        parts = pieces(self.named, PIECE) if host else [self.named]
+        self._inners = [
+            torch.optim.AdamW(groups(part, rates or {}), lr=1.0, foreach=True) for part in parts
+        ]
+        self._host = host
         self.average = Average(self.named)
 
     @property
@@ -44,12 +57,13 @@ class Adam:
     @property
     def kept(self) -> list[Tensor]:
         """Moments, counts and averages, as they lie."""
-        inner = [value for kept in self._inner.state.values() for value in kept.values()]
+        inner = [value for kept in self._kept().values() for value in kept.values()]
         return [*inner, *self.average.kept]
 
     def clear(self) -> None:
         """Forget all gradients."""
-        self._inner.zero_grad(set_to_none=True)
+        for parameter in self.named.values():
+            parameter.grad = None
 
     def normalise(self, weight: float) -> None:
         """Divide the gradients, which are sums, by the weight of what they are sums of."""
@@ -67,12 +81,14 @@ class Adam:
             raise NonFiniteLossError("the gradient is not finite; the adapter is as it was.")
         if params.clip is not None and norm > params.clip:
             torch._foreach_mul_(gradients, params.clip / (norm + 1e-6))
-        for group in self._inner.param_groups:
-            group["lr"] = params.lr * group["rate"]
-            group["betas"] = (params.beta1, params.beta2)
-            group["eps"] = params.eps
-            group["weight_decay"] = params.weight_decay if group["decays"] else 0.0
-        self._inner.step()
+        for inner in self._inners:
+            for group in inner.param_groups:
+                group["lr"] = params.lr * group["rate"]
+                group["betas"] = (params.beta1, params.beta2)
+                group["eps"] = params.eps
+                group["weight_decay"] = params.weight_decay if group["decays"] else 0.0
+            with visiting(inner) if self._host else nullcontext():
+                inner.step()
         if params.ema is not None:
             self.average.update(params.ema)
         return norm
@@ -80,14 +96,17 @@ class Adam:
     def state(self) -> dict[str, Tensor]:
         """Moments and counts by ``part::key``, on CPU; a tensor that was never stepped has none."""
         found: dict[str, Tensor] = {}
+        kept = self._kept()
         for key, parameter in self.named.items():
-            for part, value in self._inner.state.get(parameter, {}).items():
+            for part, value in kept.get(parameter, {}).items():
                 found[f"{part}::{key}"] = value.detach().cpu().contiguous()
         return found | self.average.state()
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take up what `state` gave. Raises `FileFormatError` for a name that does not belong."""
-        self._inner.state.clear()
+        owner = {p: inner for inner in self._inners for p in _parameters(inner)}
+        for inner in self._inners:
+            inner.state.clear()
         for name, value in state.items():
             part, _, key = name.partition("::")
             if name == PREFIX:
@@ -106,8 +125,52 @@ class Adam:
                 continue
             # The count of steps stays on CPU, where AdamW keeps it.
             placed = value.clone() if part == "step" else value.to(parameter.device).clone()
-            self._inner.state[parameter][part] = placed
+            placed = _waiting(placed) if self._host and part != "step" else placed
+            owner[parameter].state[parameter][part] = placed
         self.average.restore(state)
+
+    def _kept(self) -> dict[nn.Parameter, dict[str, Tensor]]:
+        found = {}
+        for inner in self._inners:
+            found.update({p: inner.state[p] for p in _parameters(inner) if p in inner.state})
+        return found
+
+
+def _parameters(inner: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in inner.param_groups for p in group["params"]]
+
+
+def pieces(named: Mapping[str, nn.Parameter], most: int) -> list[dict[str, nn.Parameter]]:
+    """Parameters in order, in pieces of at most so many bytes, or of one parameter."""
+    found: list[dict[str, nn.Parameter]] = [{}]
+    size = 0
+    for key, parameter in named.items():
+        if found[-1] and size + parameter.nbytes > most:
+            found.append({})
+            size = 0
+        found[-1][key] = parameter
+        size += parameter.nbytes
+    return found
+
+
+@contextmanager
+def visiting(inner: torch.optim.Optimizer) -> Iterator[None]:
+    """The moments of an optimiser on the device of their parameters; afterwards in host memory again."""
+    for parameter, state in inner.state.items():
+        for part in PARTS[1:3]:
+            state[part] = state[part].to(parameter.device, non_blocking=True)
+    yield
+    for state in inner.state.values():
+        for part in PARTS[1:3]:
+            state[part] = _waiting(state[part])
+
+
+def _waiting(tensor: Tensor) -> Tensor:
+    """A tensor in host memory; one that is there already, itself."""
+    if tensor.device.type == "cpu":
+        return tensor
+    host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type == "cuda")
+    return host.copy_(tensor, non_blocking=True)
 
 
 def groups(named: Mapping[str, nn.Parameter], rates: Mapping[str, float]) -> list[dict[str, Any]]:

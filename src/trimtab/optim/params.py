@@ -1,10 +1,13 @@
-"""What one optimiser step of one adapter is told. No torch here."""
+"""What one optimiser step of one adapter is told, and what training keeps where. No torch here."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from pydantic import Field
 
 from trimtab.config import Config
+from trimtab.errors import ConfigError
 
 
 class AdamParams(Config):
@@ -24,3 +27,28 @@ class AdamParams(Config):
     clip: float | None = Field(default=1.0, gt=0)
     ema: float | None = Field(default=None, gt=0, lt=1)
     total: int | None = Field(default=None, ge=1)
+
+
+Place = Literal["device", "host"]
+
+
+class Memory(Config):
+    """Less memory for more time. Nothing that is computed changes."""
+
+    recompute: Literal["none", "mlp", "blocks"] = "none"
+    """What is not kept for the backward but computed again: of each block what lies inside its MLP (gate, up and their
+    product), or all but its input."""
+    activations: Place = "device"
+    """host: what is kept for the backward waits in host memory (for a CUDA device)."""
+    optimiser: Place = "device"
+    """host: the optimiser's moments wait in host memory and visit the device a piece at a time (for a CUDA device)."""
+
+    def check(self, device: str) -> None:
+        """Raise `ConfigError` for memory that is to wait where the model lies already."""
+        named = {"activations": self.activations, "optimiser": self.optimiser}
+        away = [name for name, place in named.items() if place == "host"]
+        if away and device == "cpu":
+            raise ConfigError(
+                f"memory.{away[0]}: host moves it off a CUDA device, and this model is in host memory already; leave "
+                "it out, or recompute instead."
+            )

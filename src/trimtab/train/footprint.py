@@ -100,7 +100,7 @@ class _Run:
     def __init__(self, recipe: Recipe, base: Base, adapter: Adapter, account: Ledger) -> None:
         self.base, self.adapter, self.account = base, adapter, account
         account.phase("looking")
-        self.engine = Engine(base, micro_tokens=recipe.batch.micro_tokens)
+        self.engine = Engine(base, micro_tokens=recipe.batch.micro_tokens, memory=recipe.memory)
         self.recipe = resolved(recipe, base, adapter, None)
         context = self.engine.context(adapter.name)
         self.sources: Sources = read_sources(self.recipe, base.tokenizer, context)

@@ -73,8 +73,10 @@ class Ledger:
             flops = counted(*args, **kwargs, out_val=out)
             self._flops[name] = self._flops.get(name, 0) + int(flops)
         for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._number(leaf)
+            if isinstance(leaf, Tensor) and (leaf.is_meta or not leaf.is_floating_point()):
+                self._number(
+                    leaf
+                )  # real floats are the host's: weights of tokens, and what waits there
 
     def _number(self, tensor: Tensor) -> int:
         storage = tensor.untyped_storage()

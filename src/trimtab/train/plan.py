@@ -147,7 +147,7 @@ def counted(found: Footprint, device: Device, here: torch.device | None) -> Time
 def measured(recipe: Recipe) -> Times:
     """Times from a few real steps and measurements here."""
     recipe, base, adapter = opened_base(recipe)
-    engine = Engine(base, micro_tokens=recipe.batch.micro_tokens)
+    engine = Engine(base, micro_tokens=recipe.batch.micro_tokens, memory=recipe.memory)
     whole = resolved(recipe, base, adapter, None)
     sources = read_sources(whole, base.tokenizer, engine.context(adapter.name))
     total = total_steps(whole, sources)

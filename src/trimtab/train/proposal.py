@@ -1,7 +1,7 @@
 """Settings with which a run fits, in the order of least harm.
 
-First what changes no result: gradient checkpointing, then smaller micro-batches. Then the base in four bits, which
-changes it a little. Last shorter examples, which are other data.
+First what changes no result: blocks that are computed again (gradient checkpointing), then smaller micro-batches. Then
+the base in four bits, which changes it a little. Last shorter examples, which are other data.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class _Search:
 
     def _kinds(self) -> list[Changes]:
         kinds: list[Changes] = [{}]
-        if not self.recipe.memory.checkpointing:
-            kinds = [{"memory.checkpointing": True}]
+        if self.recipe.memory.recompute != "blocks":
+            kinds = [{"memory.recompute": "blocks"}]
         if self.recipe.storage is None and self._needs({"storage": "nf4"}) is not None:
             kinds.append({"storage": "nf4"})
         return kinds

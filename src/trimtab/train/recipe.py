@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from trimtab.config import Config
-from trimtab.optim.params import AdamParams
+from trimtab.optim.params import AdamParams, Memory
 from trimtab.optim.schedule import ScheduleName, learning_rate, part_of
 
 DEFAULT_METHOD = "lora"
@@ -264,12 +264,15 @@ class Recipe(Config):
     """What is kept to resume from."""
     dtype: Literal["bfloat16", "float32", "float16", "float64"] | None = None
     """Of the base and its computation; what is trained is kept in float32. Empty is what suits the machine."""
-    storage: Literal["nf4", "fp4", "int8", "fp8"] | None = None
-    """Keep the base's linear layers in few bits while they are used (nf4 is QLoRA's); empty keeps them in dtype."""
+    storage: Literal["nf4", "fp4", "int8", "fp8", "gguf"] | None = None
+    """Keep the base's linear layers in few bits while they are used (nf4 is QLoRA's; gguf leaves those of a GGUF file
+    as they are); empty keeps them in dtype."""
     exempt: tuple[str, ...] = ()
     """Further layers that stay in dtype, as the head, embeddings and routers do: names, ends of names, or globs."""
     device: str | None = None
     """cpu, cuda, cuda:1; empty is the best there is."""
+    memory: Memory = Memory()
+    """Less memory for more time: what is computed again, and what waits in host memory."""
     seed: int = 0
     """Of the order of the examples, of new tensors, and of dropout."""
     out: str | None = None
@@ -310,6 +313,7 @@ FREE: Any = {
     "eval": True,
     "checkpoint": True,
     "device": True,
+    "memory": True,
     "model": True,
     "data": {"path": True, "held_out": True, "mix": True},
 }

@@ -97,7 +97,7 @@ class Run:
         self.trackers = Trackers(recipe.track)
         self.base, self.adapter, self.screen = base, adapter, screen
         self.folder = run_folder(recipe, adapter, resume=resume)
-        self.engine = Engine(base, micro_tokens=recipe.batch.micro_tokens)
+        self.engine = Engine(base, micro_tokens=recipe.batch.micro_tokens, memory=recipe.memory)
         screen.unit = "text" if self.engine.labels else "token"
         self.recipe = resolved(recipe, base, adapter, self.folder)
         with screen.reading() as progress:

@@ -17,7 +17,7 @@ from trimtab.adapt.tree import anatomy_of
 from trimtab.data import TokenStats
 from trimtab.engine import keep_memory
 from trimtab.errors import ConfigError, TargetError
-from trimtab.frozen.lowbit import LowBitLinear
+from trimtab.frozen.lowbit import LowBit
 from trimtab.models.anatomy import Anatomy
 from trimtab.models.load import Base, load
 from trimtab.train import facts
@@ -214,8 +214,7 @@ def shown_method(method: Method) -> str:
 
 def base_parameters(base: Base, adapter: Adapter) -> int:
     """Parameters of the model without this adapter's; of a weight in few bits, the values that it stands for."""
-    packed = [m for m in base.model.modules() if isinstance(m, LowBitLinear)]
-    stored = sum(layer.in_features * layer.out_features for layer in packed)
+    stored = sum(m.weights for m in base.model.modules() if isinstance(m, LowBit))
     return sum(p.numel() for p in base.model.parameters()) + stored - adapter.count
 
 
