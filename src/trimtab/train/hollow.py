@@ -47,6 +47,8 @@ class Hollow(TorchDispatchMode):
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch._C._current_autograd_node() is not None:
+            self._above.stay()
         out = self._run(func, args, kwargs or {})
         self._seen(func, args, kwargs or {}, out)
         return out
@@ -169,17 +171,29 @@ def _balanced(out: Any, count: int) -> Any:
 class _Above(TorchFunctionMode):
     """What must be caught before torch divides it into operations: attention, and tensors of numbers."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._inside = False
+
+    def stay(self) -> None:
+        """Be there in backward too, which begins without modes of this kind and computes checkpointed blocks again."""
+        if not self._inside and torch._C._len_torch_function_stack() == 0:
+            torch._C._push_on_torch_function_stack(self)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.nn.functional.scaled_dot_product_attention and args[0].is_meta:
-            return _attention(*args, **kwargs)
         if func is Tensor.backward:
-            with self:  # what is computed again in backward
-                return torch.autograd.backward(*args, **kwargs)
-        if func is torch.tensor and kwargs.get("device") is not None:
-            made = func(*args, **{**kwargs, "device": None})
-            return made.to(kwargs["device"])
-        return func(*args, **kwargs)
+            return func(*args, **kwargs)  # type: ignore[no-untyped-call]
+        before, self._inside = self._inside, True
+        try:
+            if func is torch.nn.functional.scaled_dot_product_attention and args[0].is_meta:
+                return _attention(*args, **kwargs)
+            if func is torch.tensor and kwargs.get("device") is not None:
+                made = func(*args, **{**kwargs, "device": None})
+                return made.to(kwargs["device"])
+            return func(*args, **kwargs)
+        finally:
+            self._inside = before
 
 
 def _attention(

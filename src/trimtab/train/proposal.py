@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trimtab.errors import TrimtabError
+from trimtab.models.load import load_hollow
 from trimtab.train.devices import Device
 from trimtab.train.footprint import Footprint, footprint
 from trimtab.train.recipe import Recipe
@@ -39,6 +40,8 @@ class _Search:
         self._known: dict[tuple[tuple[str, Any], ...], int | None] = {}
 
     def first(self) -> Proposal | None:
+        if self.device.libraries + self._weights() > self.room:
+            return None
         changes: Changes = {}
         for change in self._kinds():
             changes = changes | change
@@ -46,6 +49,18 @@ class _Search:
             if found is not None:
                 return found
         return self._shorter(changes)
+
+    def _weights(self) -> int:
+        """Bytes of the base alone, in as few bits as is proposed."""
+        recipe = self.recipe
+        base = load_hollow(
+            recipe.model,
+            dtype=recipe.dtype,
+            task=recipe.task,
+            storage=recipe.storage or "nf4",
+            exempt=recipe.exempt,
+        )
+        return sum(t.nbytes for t in (*base.model.parameters(), *base.model.buffers()))
 
     def _kinds(self) -> list[Changes]:
         kinds: list[Changes] = [{}]
