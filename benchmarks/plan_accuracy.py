@@ -5,9 +5,9 @@
     python -m benchmarks plan_accuracy --skip run   # plan again beside what was measured
 
 Each plan and each run is a process of its own, one after the other, as a person would start them; each result is
-written at once. Memory is predicted without the weights. Two constants of a CPU (`trimtab.train.devices`) are fitted
-to the runs of `FITTED` by least squares of the relative error, and checked on those of `CHECKED`, which the fit does
-not see.
+written at once. Memory is predicted without the weights. Of the two constants of a CPU (`trimtab.train.devices`) one is
+the resident memory of a run before its first step, without the weights; the other is fitted to the runs of `FITTED` by
+least squares of the relative error. Both are checked on the runs of `CHECKED`, which the fit does not see.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.core import ROOT
 from benchmarks.report import commit, machine
 from recipes import assets
+from trimtab.train.devices import CPU_LIBRARIES
 
 TEXT = ("data.path={text}", "data.too_long=split", "data.held_out=null", "eval.forgetting=false")
 CLASSES = (
@@ -36,18 +35,21 @@ FITTED: dict[str, tuple[str, ...]] = {
     "text of 512 tokens, LoRA, 2048": (
         *TEXT, "data.max_tokens=512", "method=lora(rank=16)", "batch.tokens=2048", "steps=3",
     ),
-    "text of 256 tokens, NF4, LoRA, blocks recomputed, 512": (
-        *TEXT, "data.max_tokens=256", "method=lora(rank=8)", "storage=nf4", "memory.recompute=blocks",
-        "batch.tokens=512", "steps=2",
-    ),
-    "MiniLM, classes, full, float32": (
-        *CLASSES, "method={{kind: full, targets: all}}", "batch.size=32", "steps=6",
-    ),
     "text of 256 tokens, IA3, float32, 512": (
         *TEXT, "data.max_tokens=256", "method=ia3", "dtype=float32", "batch.tokens=512", "steps=2",
     ),
 }  # fmt: skip
 CHECKED: dict[str, tuple[str, ...]] = {
+    "text of 512 tokens, bottleneck, 1024": (
+        *TEXT, "data.max_tokens=512", "method=bottleneck", "batch.tokens=1024", "steps=2",
+    ),
+    "MiniLM, classes, full, float32": (
+        *CLASSES, "method={{kind: full, targets: all}}", "batch.size=32", "steps=6",
+    ),
+    "text of 256 tokens, NF4, LoRA, blocks recomputed, 512": (
+        *TEXT, "data.max_tokens=256", "method=lora(rank=8)", "storage=nf4", "memory.recompute=blocks",
+        "batch.tokens=512", "steps=2",
+    ),
     "MiniLM, classes, LoRA, float32": (*CLASSES, "method=lora(rank=8)", "batch.size=8", "steps=8"),
     "short chats, LoRA, answers asked": (
         "eval.forgetting=false", "method=lora(rank=16)", "batch.size=8", "steps=4", "eval.metric=choice",
@@ -60,9 +62,6 @@ CHECKED: dict[str, tuple[str, ...]] = {
     "text of 512 tokens, LoRA, blocks recomputed, 1024": (
         *TEXT, "data.max_tokens=512", "method=lora(rank=16)", "memory.recompute=blocks", "batch.tokens=1024",
         "steps=2",
-    ),
-    "text of 512 tokens, bottleneck, 1024": (
-        *TEXT, "data.max_tokens=512", "method=bottleneck", "batch.tokens=1024", "steps=2",
     ),
     "text of 256 tokens, NF4, LoRA, 512": (
         *TEXT, "data.max_tokens=256", "method=lora(rank=16)", "storage=nf4", "batch.tokens=512", "steps=2",
@@ -124,7 +123,12 @@ def predicted(arguments: list[str], *, timed: bool) -> dict[str, Any]:
     """The plan of a run: the peak, and the bytes of each phase by part."""
     command = [sys.executable, "-m", "trimtab", "plan", *arguments, "--json"]
     dry = json.loads(output([*command, "--dry"]))
-    found = {"memory": dry["peak"], "phase": dry["phase"], "phases": dry["phases"]}
+    found = {
+        "memory": dry["peak"],
+        "phase": dry["phase"],
+        "phases": dry["phases"],
+        "file": dry["parts"]["file"],
+    }
     return {**found, "seconds": json.loads(output(command))["seconds"]} if timed else found
 
 
@@ -159,26 +163,30 @@ def measured(arguments: list[str], out: Path) -> dict[str, float]:
 
 def summed_up(rows: Mapping[str, Any]) -> dict[str, Any]:
     """All rows, with what the constants are by the fitted runs and what they then predict."""
-    fitted = [rows[name] for name in FITTED if name in rows and note(rows[name])]
+    done = {name for name, row in rows.items() if note(row)}
+    fitted, checked = ([name for name in names if name in done] for names in (FITTED, CHECKED))
     result: dict[str, Any] = {"machine": machine(), "commit": commit(), "rows": dict(rows)}
     if len(fitted) > 1:
-        result["fit"] = fit(fitted)
-    return result
+        result["fit"] = fit([rows[name] for name in fitted])
+    return {**result, "fitted": fitted, "checked": checked}
 
 
 def fit(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """``libraries`` (bytes) and ``loss`` with the least sum of squared relative errors."""
-    sums = [_sums(row["predicted"]["phases"][row["predicted"]["phase"]]) for row in rows]
-    peaks = torch.tensor([row["measured"]["memory"] for row in rows], dtype=torch.float64)
-    whole, moving = torch.tensor(sums, dtype=torch.float64).T
-    left = torch.stack([2**20 / peaks, moving / peaks], dim=1)
-    libraries, loss = torch.linalg.lstsq(left, 1 - whole / peaks).solution.tolist()
-    return {"libraries": libraries * 2**20, "loss": loss}
+    """``libraries`` (bytes, as they are set) and the ``loss`` with the least sum of squared relative errors."""
+    sums = [_sums(row["predicted"]) for row in rows]
+    peaks = [row["measured"]["memory"] for row in rows]
+    pairs = [
+        (moving / peak, 1 - (whole + CPU_LIBRARIES) / peak)
+        for (whole, moving), peak in zip(sums, peaks, strict=True)
+    ]
+    loss = sum(share * left for share, left in pairs) / sum(share**2 for share, _ in pairs)
+    return {"libraries": CPU_LIBRARIES, "loss": loss}
 
 
-def _sums(parts: Mapping[str, int]) -> tuple[int, int]:
-    """All bytes, and those that the allocator loses a part of."""
-    return sum(parts.values()), sum(parts[name] for name in MOVING)
+def _sums(plan: Mapping[str, Any]) -> tuple[int, int]:
+    """All bytes of a plan but the device's, and those that the allocator loses a part of."""
+    parts = plan["phases"][plan["phase"]]
+    return sum(parts.values()) + plan["file"], sum(parts[name] for name in MOVING)
 
 
 def note(found: Mapping[str, Any]) -> list[str]:
@@ -200,9 +208,10 @@ def table(result: dict[str, Any]) -> str:
         "said otherwise. Memory is the peak of the process's resident memory, predicted without the weights. "
         "Times, where they were taken, are from the start of a run to its end, measurements included.",
         "",
-        "Two constants of a CPU are fitted to the runs of the first table, and checked on those of the second: "
-        f"libraries {fitted['libraries'] / 2**20:.0f} MiB, and a loss of the allocator of {fitted['loss']:.2f} of the "
-        "gradients, activations, logits and temporary tensors.",
+        f"Two constants of a CPU: libraries of {fitted['libraries'] / 2**20:.0f} MiB, the resident memory of a run "
+        f"before its first step, without the weights; and a loss of the allocator of {fitted['loss']:.2f} of the "
+        "gradients, activations, logits and temporary tensors, fitted to the runs of the first table. Both are "
+        "checked on those of the second.",
     ]
     for title, names in (("Fitted", FITTED), ("Checked", CHECKED)):
         lines += ["", f"## {title}", "", *_lines(result["rows"], names)]
@@ -223,7 +232,7 @@ def _lines(rows: Mapping[str, Any], names: Mapping[str, Any]) -> list[str]:
         if name not in rows or not note(rows[name]):
             continue
         p, m = rows[name]["predicted"], rows[name]["measured"]
-        tensors = sum(p["phases"][p["phase"]].values())
+        tensors = _sums(p)[0]
         memory = [tensors, p["memory"], m["memory"]]
         cells = [f"{size / 2**20:,.0f} MiB" for size in memory] + [
             f"{p['memory'] / m['memory']:.2f}"

@@ -5,8 +5,8 @@ A device adds to what the operations of a run need (`trimtab.train.footprint`) w
     peak = bytes of the tensors + libraries + loss · (gradients, activations, logits, temporary)
 
 ``libraries`` are the process before the model: Python and its packages on a CPU, the context of CUDA on a GPU. ``loss``
-is what the allocator cannot use because freed memory lies in pieces of other sizes. On a CPU both are fitted to
-measured runs, other ones than those that the benchmark `plan_accuracy` then checks. On a GPU they are guesses.
+is what the allocator cannot use because freed memory lies in pieces of other sizes. On a CPU the first is measured, and
+the second fitted to other runs than those that the benchmark `plan_accuracy` then checks. On a GPU both are guesses.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from trimtab.train import facts
 from trimtab.train.ledger import Moment
 
 CPU_LIBRARIES, CPU_LOSS = 490 * 2**20, 0.4
-"""Fitted; see benchmarks/results/plan_accuracy.md."""
+"""Measured, and fitted; see benchmarks/results/plan_accuracy.md."""
 GPU_LIBRARIES, GPU_LOSS = 600 * 2**20, 0.08
 """Guessed."""
 USABLE = 0.98
@@ -45,13 +45,15 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:g|gb|gib)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Device:
-    """``memory`` in bytes; ``rate`` is the published one, in FLOP/s, where it is known."""
+    """``memory`` in bytes; ``rate`` is the published one, in FLOP/s, where it is known; ``maps``: files that were read
+    stay in the same memory, until the system wants it back."""
 
     name: str
     memory: int | None
     libraries: int
     loss: float
     rate: float | None = None
+    maps: bool = False
 
     def parts(self, moment: Moment) -> dict[str, int]:
         """The bytes of a moment by part, those of the libraries and of the allocator among them."""
@@ -90,7 +92,7 @@ def this_device(device: torch.device) -> Device:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return Device(name, memory, GPU_LIBRARIES, GPU_LOSS)
-    return Device("this machine", memory, CPU_LIBRARIES, CPU_LOSS)
+    return Device("this machine", memory, CPU_LIBRARIES, CPU_LOSS, maps=True)
 
 
 @torch.no_grad()

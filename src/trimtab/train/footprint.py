@@ -25,6 +25,7 @@ from trimtab.data import Corpus, CorpusFeed, Datum
 from trimtab.engine import Engine, SamplingParams
 from trimtab.engine.micro import Micro
 from trimtab.evals import questions, some
+from trimtab.frozen.lowbit import LowBit
 from trimtab.models.load import Base, load_hollow
 from trimtab.train.devices import Device
 from trimtab.train.hollow import Hollow
@@ -45,7 +46,7 @@ most padding."""
 class Footprint:
     """``moments`` are the heaviest moments of the phases. ``cells`` are the tokens, with padding, of the micro-batch
     that was trained on; ``longest`` is the longest example, ``tokens`` are those of all steps of the run, and
-    ``measured`` those of all measurements of a loss."""
+    ``measured`` those of all measurements of a loss; ``file`` are the bytes of dense weights that were rounded."""
 
     moments: Mapping[str, Moment]
     cells: int
@@ -54,16 +55,18 @@ class Footprint:
     tokens: int
     measured: int
     trained: int
+    file: int
     rows: Rows
 
     def peak(self, device: Device) -> tuple[str, dict[str, int]]:
         """The phase that needs most on a device, and its bytes by part."""
         name = max(self.moments, key=lambda phase: device.needs(self.moments[phase]))
-        return name, device.parts(self.moments[name])
+        mapped = {"file": self.file} if device.maps else {}
+        return name, {**device.parts(self.moments[name]), **mapped}
 
     def needs(self, device: Device) -> int:
         """Bytes of the peak on a device."""
-        return max(map(device.needs, self.moments.values()))
+        return sum(self.peak(device)[1].values())
 
     @property
     def flops(self) -> tuple[float, float]:
@@ -121,6 +124,7 @@ class _Run:
             tokens=round(tokens * self.total),
             measured=measured * losses(self.recipe, self.total),
             trained=self.adapter.count,
+            file=_rounded(self.base),
             rows=plan_rows(
                 self.recipe, self.base, self.adapter, self.sources, total=self.total, place=place
             ),
@@ -181,6 +185,12 @@ class _Run:
             found += [(micro, [members[place] for place in micro.members]) for micro in micros]
         micro, members = max(found, key=lambda pair: pair[0].batch.input_ids.numel())
         return micro, members, mean
+
+
+def _rounded(base: Base) -> int:
+    """Bytes of the dense weights that were read and rounded."""
+    count = sum(m.weights for m in base.model.modules() if isinstance(m, LowBit))
+    return count * base.model.dtype.itemsize
 
 
 def losses(recipe: Recipe, total: int) -> int:
