@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from tests.train import kit
 from tests.train.kit import go
 from trimtab.errors import DataError
 from trimtab.train.events import read_events
-from trimtab.train.plan import Plan, plan
+from trimtab.train.plan import Times, plan
 from trimtab.train.setup import saves
 
 
@@ -37,11 +38,12 @@ def test_it_counts_what_the_run_counts(home: Path, options: dict[str, Any]) -> N
     assert found.tokens == pytest.approx(end["tokens"], rel=0.1)
     assert dict(found.rows)["trained"] == dict(start["plan"])["trained"]
     assert found.peak > 50e6 and found.fits
-    assert found.training > 0 and found.saving > 0
+    times = found.times
+    assert times is not None and times.training > 0 and times.saving > 0
     written = len([event for event in events if event["event"] == "checkpoint"])
     measured = options.get("data__held_out", "") is not None
     assert saves(kit.recipe(home, "run", **options), done.steps, measured=measured) == written
-    assert found.measuring > 0
+    assert times.measuring > 0 and times.how == "a few real steps here"
 
 
 def test_a_stream_is_planned_from_its_first_steps(home: Path) -> None:
@@ -55,9 +57,9 @@ def test_it_stops_at_what_would_stop_the_run(home: Path) -> None:
         plan(kit.recipe(home, "run", batch={"tokens": 20}))
 
 
-def test_what_does_not_fit_is_said() -> None:
-    parts = {"rows": [], "steps": 1, "tokens": 1, "trained": 1, "training": 1.0}
-    parts |= {"measuring": 1.5, "saving": 0.5}
-    assert not Plan(**parts, peak=2**34, available=2**33).fits
-    assert Plan(**parts, peak=2**34, available=None).fits
-    assert Plan(**parts, peak=1, available=2).seconds == 3.0
+def test_what_does_not_fit_is_said(home: Path) -> None:
+    whole = plan(kit.recipe(home, "run", eval={"forgetting": False}, data__held_out=None), dry=True)
+    assert whole.fits and whole.proposal is None
+    assert not replace(whole, available=whole.peak - 1).fits
+    assert replace(whole, available=None).fits
+    assert Times(1.0, 1.5, 0.5, "").total == 3.0

@@ -90,7 +90,8 @@ def initial_tensors(
             if value.is_floating_point():
                 value = value.to(torch.promote_types(value.dtype, torch.float32))
         elif device.type == "meta":
-            value = torch.empty(spec.shape, device="meta")
+            kind = torch.float32 if spec.cast or spec.stored else torch.int32
+            value = torch.empty(spec.shape, dtype=kind, device="meta")
         else:
             value = spec.init(spec.shape, _generator(seed, tensor_name.key))
             if not spec.stored:

@@ -127,9 +127,17 @@ class Engine:
             tenant.add(sum(result.weights[i] for i in own), (data[i].origin for i in own))
         return result
 
+    def micro_batches(self, data: Sequence[Datum], adapter: Owners) -> Iterator[Micro]:
+        """The micro-batches in which `forward_backward` would show ``data`` to the model."""
+        return self._layout.plan(data, self._each(data, adapter), self.micro_tokens, self.packed)
+
     def optim_step(self, adapter: str, params: AdamParams) -> StepResult:
         """One step of one adapter on the gradients accumulated since its last; see `Tenant.step`."""
         return self._tenant(adapter).step(params)
+
+    def optimiser_tensors(self, adapter: str) -> list[Tensor]:
+        """What the optimiser of an adapter keeps between steps."""
+        return self._tenant(adapter).adam.kept
 
     def averaged(self, adapter: str) -> AbstractContextManager[None]:
         """The moving averages of an adapter's tensors in their place, inside a ``with`` (see ``AdamParams.ema``);
@@ -277,7 +285,7 @@ class Engine:
         sums, weights, hits = totals = [[0.0] * len(data) for _ in range(3)]
         auxiliary: dict[str, float] = defaultdict(float)
         with self._mode(train=train), torch.set_grad_enabled(train):
-            for micro in self._layout.plan(data, owners, self.micro_tokens, self.packed):
+            for micro in self.micro_batches(data, owners):
                 with saving(self.model, self.memory) if train else nullcontext():
                     objective, found = self._forward(micro, data, auxiliary)
                 for place, member in enumerate(micro.members):

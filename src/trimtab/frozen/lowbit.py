@@ -105,9 +105,9 @@ def check_weight(weight: Tensor) -> None:
             f"the weight is {str(weight.dtype).removeprefix('torch.')}; only floating values of 16 bits or more are "
             "rounded. Is it in few bits already?"
         )
-    if weight.numel() and not bool(
-        torch.stack(torch.aminmax(weight.detach())).float().isfinite().all()
-    ):
+    if weight.is_meta or not weight.numel():
+        return
+    if not bool(torch.stack(torch.aminmax(weight.detach())).float().isfinite().all()):
         wrong = int((~weight.detach().float().isfinite()).sum())
         raise ModelError(
             f"{wrong:,} of {weight.numel():,} values of the weight are NaN, infinite or beyond float32, and a scale of "

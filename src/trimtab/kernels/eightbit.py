@@ -30,6 +30,8 @@ def quantise_rows(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
 def dequantise_rows(codes_OI: Tensor, scales_O: Tensor, dtype: torch.dtype) -> Tensor:
     """Products in fp32, rounded once to ``dtype``."""
     out = torch.empty(codes_OI.shape, dtype=dtype, device=codes_OI.device)
+    if out.is_meta:
+        return out
     for rows, start in _pieces(codes_OI):
         out[start : start + len(rows)] = rows.float() * scales_O[start : start + len(rows), None]
     return out
@@ -52,6 +54,8 @@ def dequantise_blocks(
 ) -> Tensor:
     """Products in fp32, rounded once to ``dtype``."""
     out = torch.empty(codes_OI.shape, dtype=dtype, device=codes_OI.device)
+    if out.is_meta:
+        return out
     for number, start in enumerate(range(0, codes_OI.shape[0], block)):
         wide = codes_OI[start : start + block].float()
         each = scales[number].repeat_interleave(block)[: wide.shape[1]]
@@ -60,7 +64,9 @@ def dequantise_blocks(
 
 
 def _pieces(matrix: Tensor) -> list[tuple[Tensor, int]]:
-    """Some rows at a time, each with the number of the first."""
+    """Some rows at a time, each with the number of the first; all at once where there are no values."""
+    if matrix.is_meta:
+        return [(matrix, 0)]
     some = max(1, PIECE // max(matrix.shape[1], 1))
     return [(matrix[start : start + some], start) for start in range(0, matrix.shape[0], some)]
 

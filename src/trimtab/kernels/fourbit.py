@@ -92,7 +92,7 @@ def quantise(
             f"{PIECE}."
         )
     flat = weight.detach().reshape(-1)
-    size = PIECE // block * block
+    size = flat.numel() if flat.is_meta else PIECE // block * block
     pieces = [_codes(piece.float(), kind, block) for piece in flat.split(size)]
     codes = torch.cat([one for one, _ in pieces])
     scales = torch.cat([one for _, one in pieces])
@@ -112,7 +112,9 @@ def dequantise(packed: FourBit, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def unpacked(packed: FourBit, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same in plain torch, a cache's worth at a time."""
+    """The same in plain torch, a cache's worth at a time; without values there is nothing to unpack."""
+    if packed.codes.is_meta:
+        return torch.empty(packed.shape, dtype=dtype, device="meta")
     count = 1
     for size in packed.shape:
         count *= size

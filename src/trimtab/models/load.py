@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from trimtab.errors import ConfigError, ModelError, TrimtabError, UnknownNameError, suggest
 from trimtab.models.mixed import Mixed
-from trimtab.models.storage import Asked, Storage, from_gguf, quantising, settle
+from trimtab.models.storage import Asked, Storage, from_gguf, quantising, settle, settled
 
 Task = Literal[
     "causal-lm", "masked-lm", "seq2seq-lm", "sequence-classification", "token-classification"
@@ -115,6 +115,49 @@ def load(
     stored, mixed = settle(model, asked)
     model.requires_grad_(False)
     return Base(model.to(place).eval(), tokenizer, str(source), stored, mixed)
+
+
+def load_hollow(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    task: Task = "causal-lm",
+    labels: Sequence[str] | None = None,
+    storage: Storage | None = None,
+    exempt: Sequence[str] = (),
+    average_bits: float | None = None,
+) -> Base:
+    """The base that `load` gives, without values: every tensor has its shape and dtype and lies on the meta device.
+
+    Only the config and the tokenizer are read, and no weights need be there. The arguments are those of `load`;
+    ``device`` is where the base would lie.
+
+    Raises:
+        ModelError: there is no config, transformers has no such model, or its weights are in few bits that cannot be
+            planned.
+    """
+    path = Path(source)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = named_dtype(dtype, place)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelError(f"{str(source)!r} has no config.json, so it is not a model folder.")
+    where, options = (str(path), {}) if path.is_dir() else _located(path, str(source))
+    with _explained(str(source)):
+        config = transformers.AutoConfig.from_pretrained(where, **options, **_classes(labels))
+        stored = settled(config, Asked(storage, tuple(exempt), average_bits), str(source))
+        with torch.device("meta"), _quiet():
+            model = getattr(transformers, AUTO[task]).from_config(config, dtype=kind)
+        tokenizer = _tokenizer(where, options, str(source))
+    if task in NEW_HEADS and model.config.get_text_config().pad_token_id is None:
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    mixed = None
+    if stored is not None:
+        from trimtab.models.quantise import rounded
+
+        mixed = rounded(model, stored, exempt, average_bits)
+    model.requires_grad_(False)
+    return Base(model.eval(), tokenizer, str(source), stored, mixed)
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:

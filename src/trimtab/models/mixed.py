@@ -103,9 +103,7 @@ class Mixer:
     def add(self, name: str, path: str, weight_OI: Tensor, bias: Tensor | None) -> None:
         """Round a linear layer's weight and put it into the model, in one format or the other."""
         low = FORMATS[self._format](weight_OI, bias)
-        whole = torch.linalg.vector_norm(weight_OI, dtype=torch.float32)
-        off = torch.linalg.vector_norm(low.dense(torch.float32) - weight_OI)
-        error = float(off / whole) if bool(whole > 0) else 0.0
+        error = 0.0 if weight_OI.is_meta else _error(low, weight_OI)
         size = weight_OI.numel()
         self._seen += 1
         if error <= self._left:  # a worse one had no room
@@ -137,3 +135,10 @@ class Mixer:
                 f"average_bits: this base in {self._format} alone takes {average:.3f} bits a weight; name more."
             )
         return Mixed(average, HIGHER, kept, max(self._left, 0.0), self._seen)
+
+
+def _error(low: LowBitLinear, weight_OI: Tensor) -> float:
+    """How far a rounded weight lies from what it was, relative to it."""
+    whole = torch.linalg.vector_norm(weight_OI, dtype=torch.float32)
+    off = torch.linalg.vector_norm(low.dense(torch.float32) - weight_OI)
+    return float(off / whole) if bool(whole > 0) else 0.0

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from trimtab.errors import ConfigError, UnknownNameError, suggest
+from trimtab.errors import ConfigError, ModelError, UnknownNameError, suggest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,6 +93,39 @@ def quantising(where: str, options: dict[str, Any], asked: Asked) -> dict[str, A
 
     found = StorageConfig(storage, asked.exempt, average_bits=asked.average_bits)
     return {"quantization_config": found}
+
+
+def settled(config: Any, asked: Asked, source: str) -> str | None:
+    """How a model of this config will be stored, by what is asked for or by what its checkpoint says; what the config
+    says of it is taken off.
+
+    Raises:
+        UnknownNameError: there is no such storage.
+        ConfigError: the checkpoint is in few bits already.
+        ModelError: how many bits it takes is not known from the config.
+    """
+    asked.check()
+    storage = asked.storage
+    if storage == "gguf":
+        raise ModelError(
+            f"the bits of {source!r} are those of each of its tensors, and cannot be planned without loading it; plan "
+            "with storage=nf4 for an estimate."
+        )
+    said = config.__dict__.pop("quantization_config", None)
+    if said is None:
+        return storage
+    facts = said if isinstance(said, dict) else said.to_dict()
+    if storage is not None:
+        raise ConfigError(
+            f"{source!r} is stored in few bits already ({facts.get('quant_method')}); leave out storage={storage!r}, "
+            "or take its dense weights."
+        )
+    if facts.get("quant_method") != "bitsandbytes":
+        raise ModelError(
+            f"{source!r} is stored as {facts.get('quant_method')}; how many bits that takes is not known from its "
+            "config, so it cannot be planned without loading it."
+        )
+    return "int8" if facts.get("load_in_8bit") else str(facts.get("bnb_4bit_quant_type", "fp4"))
 
 
 def from_gguf(

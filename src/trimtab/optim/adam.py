@@ -54,6 +54,12 @@ class Adam:
         """The gradients that exist now."""
         return [p.grad for p in self.named.values() if p.grad is not None]
 
+    @property
+    def kept(self) -> list[Tensor]:
+        """Moments, counts and averages, as they lie."""
+        inner = [value for kept in self._kept().values() for value in kept.values()]
+        return [*inner, *self.average.kept]
+
     def clear(self) -> None:
         """Forget all gradients."""
         for parameter in self.named.values():

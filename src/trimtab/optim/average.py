@@ -23,6 +23,11 @@ class Average:
         self._values: dict[str, Tensor] = {}
         self._updates = 0
 
+    @property
+    def kept(self) -> list[Tensor]:
+        """The averages, as they lie."""
+        return list(self._values.values())
+
     @torch.no_grad()
     def update(self, decay: float) -> None:
         """Take the tensors of one more step into account."""

@@ -1,8 +1,13 @@
-"""What a run will need, before it starts: trained parameters, tokens, peak memory and time on this machine.
+"""What a run will need, before it starts: trained parameters, tokens, peak memory and time.
 
-Nothing is guessed from tables. The base is loaded, the adapter attached, the data tokenised, and a few real steps
-are computed: the one with the most tokens, the one with the longest example, and some at random. Time per token
-and the peak of memory are what those show; held-out measurements are timed the same way on a few examples.
+Memory is predicted from the config alone, part by part (`trimtab.train.footprint`), for this machine or for a GPU that
+is elsewhere. Where a run would not fit, settings are proposed with which it does.
+
+Time on this machine is measured, where the run fits: the base is loaded and a few real steps are computed, the one
+with the most tokens, the one with the longest example, and some at random; held-out measurements are timed the same
+way on a few examples. Elsewhere, and for a run that does not fit, it is the count of operations over a share of the
+device's rate, which is a guess, and says so.
+
 Nothing stays on disk but the cache of tokens.
 """
 
@@ -11,7 +16,7 @@ from __future__ import annotations
 import random
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,10 +26,19 @@ import torch
 from trimtab.data import CorpusFeed, Datum
 from trimtab.engine import Engine, SamplingParams
 from trimtab.evals import answer, held_out, questions, some
-from trimtab.models.load import Base
-from trimtab.train import facts
+from trimtab.models.load import Base, default_dtype
+from trimtab.train.devices import (
+    CPU_SHARE,
+    GPU_SHARE,
+    Device,
+    named_gpu,
+    reached,
+    this_device,
+)
+from trimtab.train.footprint import Footprint, footprint, losses
+from trimtab.train.proposal import Proposal, proposed
 from trimtab.train.recipe import Recipe
-from trimtab.train.setup import Rows, opened_base, plan_rows, resolved, saves, total_steps
+from trimtab.train.setup import Rows, opened_base, resolved, saves, total_steps
 from trimtab.train.sources import Sources, read_sources
 from trimtab.train.unrelated import Unrelated
 
@@ -37,34 +51,101 @@ ASKED, SAID = 16, 8
 
 
 @dataclass(frozen=True)
+class Times:
+    """Seconds of the parts of a run; ``how`` says what they come from."""
+
+    training: float
+    measuring: float
+    saving: float
+    how: str
+
+    @property
+    def total(self) -> float:
+        return self.training + self.measuring + self.saving
+
+
+@dataclass(frozen=True)
 class Plan:
-    """``rows`` are the facts of the run by name; times are in seconds, memory in bytes."""
+    """``rows`` are the facts of the run by name, memory is in bytes.
+
+    ``parts`` are those of the peak, which comes in ``phase``; ``phases`` are the bytes of all phases by part, those of
+    the device left out. ``times`` is None where the rate of the device is not known.
+    """
 
     rows: Rows
     steps: int
     tokens: int
     trained: int
-    training: float
-    measuring: float
-    saving: float
-    peak: int
+    device: str
+    phase: str
+    parts: Mapping[str, int]
+    phases: Mapping[str, Mapping[str, int]]
+    flops: float
     available: int | None
+    times: Times | None
+    proposal: Proposal | None
 
     @property
-    def seconds(self) -> float:
-        return self.training + self.measuring + self.saving
+    def peak(self) -> int:
+        return sum(self.parts.values())
 
     @property
     def fits(self) -> bool:
         return self.available is None or self.peak <= self.available
 
 
-def plan(recipe: Recipe) -> Plan:
-    """Predict a run of ``recipe`` here. Takes a few of its steps.
+def plan(recipe: Recipe, gpu: str | None = None, *, dry: bool = False) -> Plan:
+    """Predict a run of ``recipe`` on this machine, or on a GPU named by its name or memory.
+
+    ``dry`` takes no real step: time then comes from the count of operations here too.
 
     Raises:
+        UnknownNameError: no such GPU.
         TrimtabError: whatever would stop the run before its first step.
     """
+    here = torch.device(recipe.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = this_device(here) if gpu is None else named_gpu(gpu)
+    if gpu is not None:
+        recipe = recipe.replace(dtype=recipe.dtype or "bfloat16", device="cpu")
+    found = footprint(recipe, device.name)
+    phase, parts = found.peak(device)
+    fits = device.memory is None or sum(parts.values()) <= device.memory
+    if gpu is None and fits and not dry:
+        times: Times | None = measured(recipe)
+    else:
+        times = counted(found, device, None if gpu is not None else here)
+    return Plan(
+        rows=found.rows,
+        steps=found.steps,
+        tokens=found.tokens,
+        trained=found.trained,
+        device=device.name,
+        phase=phase,
+        parts=parts,
+        phases={name: moment.parts for name, moment in found.moments.items()},
+        flops=sum(found.flops),
+        available=device.memory,
+        times=times,
+        proposal=None if fits else proposed(recipe, device, found),
+    )
+
+
+def counted(found: Footprint, device: Device, here: torch.device | None) -> Times | None:
+    """Times from the count of operations; None where the device's rate is not known."""
+    if here is not None:
+        rate, share = reached(default_dtype(here), here), CPU_SHARE
+        source = f"the {rate / 1e12:.2g} TFLOP/s that products reach here (measured)"
+    elif device.rate is not None:
+        rate, share = device.rate, GPU_SHARE
+        source = f"its published {rate / 1e12:.0f} TFLOP/s"
+    else:
+        return None
+    training, measuring = (flops / (rate * share) for flops in found.flops)
+    return Times(training, measuring, 0.0, f"operations at {share:.0%} (a guess) of {source}")
+
+
+def measured(recipe: Recipe) -> Times:
+    """Times from a few real steps and measurements here."""
     recipe, base, adapter = opened_base(recipe)
     engine = Engine(base, micro_tokens=recipe.batch.micro_tokens, memory=recipe.memory)
     whole = resolved(recipe, base, adapter, None)
@@ -73,17 +154,7 @@ def plan(recipe: Recipe) -> Plan:
     probe = _Probe(whole, base, engine, adapter.name)
     rate, tokens = probe.steps(sources, total)
     measuring = probe.measuring(sources, total) + probe.unrelated(adapter.name)
-    return Plan(
-        rows=plan_rows(whole, base, adapter, sources, total=total),
-        steps=total,
-        tokens=tokens,
-        trained=adapter.count,
-        training=tokens * rate,
-        measuring=measuring,
-        saving=probe.saving(sources, total),
-        peak=facts.peak_memory(base.model.device),
-        available=facts.whole_memory(base.model.device),
-    )
+    return Times(tokens * rate, measuring, probe.saving(sources, total), "a few real steps here")
 
 
 class _Probe:
@@ -137,9 +208,8 @@ class _Probe:
         self._wait()
         loss = (time.perf_counter() - began) * sum(sizes) / sum(sizes[place] for place in some)
         middle = 0 if recipe.every is None else (total - 1) // recipe.every
-        losses = 2 + middle + (self.recipe.checkpoint.final == "best")
         asked = 2 + (middle if recipe.midway == "answers" else 0)
-        return losses * loss + asked * self._answers(data)
+        return losses(self.recipe, total) * loss + asked * self._answers(data)
 
     def saving(self, sources: Sources, total: int) -> float:
         """Seconds of writing all checkpoints, and the adapter at the end."""

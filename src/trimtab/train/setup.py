@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,14 @@ Rows = list[tuple[str, str]]
 MOST_SHOWN = 12
 
 
-def opened_base(recipe: Recipe) -> tuple[Recipe, Base, Adapter]:
-    """The base of a recipe with its method attached; and the recipe, with the labels of a classifier."""
+def opened_base(recipe: Recipe, loader: Callable[..., Base] = load) -> tuple[Recipe, Base, Adapter]:
+    """The base of a recipe with its method attached; and the recipe, with the labels of a classifier. ``loader`` is
+    called as `load`."""
     keep_memory()
     method = method_from(recipe.method)
     recipe = with_labels(recipe)
     classifies = recipe.task == "sequence-classification"
-    base = load(
+    base = loader(
         recipe.model,
         dtype=recipe.dtype,
         device=recipe.device,
@@ -141,13 +142,23 @@ def size_of_step(recipe: Recipe) -> str:
 
 
 def plan_rows(
-    recipe: Recipe, base: Base, adapter: Adapter, sources: Sources, *, total: int
+    recipe: Recipe,
+    base: Base,
+    adapter: Adapter,
+    sources: Sources,
+    *,
+    total: int,
+    place: str | None = None,
 ) -> Rows:
-    """The facts of a run, name by name, as they are shown before it starts."""
+    """The facts of a run, name by name, as they are shown before it starts; ``place`` is what stands for the device
+    of a base without values."""
     method, whole = adapter.method, base_parameters(base, adapter)
     sites = Counter(site.path.rpartition(".")[2] for site in adapter.sites)
     rows = [
-        ("model", f"{base.name}: {whole:,} parameters, {recipe.dtype}, on {base.model.device}"),
+        (
+            "model",
+            f"{base.name}: {whole:,} parameters, {recipe.dtype}, on {place or base.model.device}",
+        ),
         ("method", shown_method(method)),
         ("sites", f"{len(adapter.sites)}: " + ", ".join(f"{n} × {k}" for k, n in sites.items())),
         ("trained", f"{adapter.count:,} parameters ({adapter.count / whole:.2%} of the model)"),
