@@ -100,6 +100,8 @@ def fingerprint(root: nn.Module, modules: Mapping[str, nn.Module]) -> Fingerprin
             sampled[name] = sample(tensors[name])
         elif formats[name]:
             key, codes = _stored(name, modules)
+            if codes.is_meta:
+                continue
             sampled[key] = _short(codes.reshape(-1).view(torch.uint8))
     architecture = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
     return Fingerprint(type(root).__name__, architecture, sampled, *_storage(formats))
