@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from trimtab.adapt.contract import Method, Spec
 from trimtab.adapt.edit import Edit
 from trimtab.adapt.fingerprint import fingerprint
 from trimtab.adapt.observe import Batches, observe
-from trimtab.adapt.observed import Observation, Observed
+from trimtab.adapt.observed import Observation, Observed, Original
 from trimtab.adapt.parse import method_from
 from trimtab.adapt.plan import check_whole, checked, layer_at, placed, planned
 from trimtab.adapt.site import ExpertsSite, Site, SiteBase
@@ -30,6 +31,7 @@ from trimtab.errors import (
 )
 from trimtab.frozen import Layer
 from trimtab.models.anatomy import Anatomy
+from trimtab.models.originals import Originals, WeightOnDisk
 
 
 def attach(
@@ -41,6 +43,7 @@ def attach(
     trainable: bool = True,
     any_base: bool = False,
     batches: Batches | None = None,
+    weights: str | Path | None = None,
 ) -> Adapter:
     """Attach a new adapter of a method, or a saved adapter, to a model, in place.
 
@@ -56,6 +59,8 @@ def attach(
         any_base: attach an adapter that was made for other weights of the same architecture.
         batches: for a method that begins from data (``LoRA(init="eva")``): each is one call of the model, such as
             a dict with input_ids, attention_mask and labels.
+        weights: for ``LoRA(init="loftq")`` on a base in few bits: the folder (or file) of its dense weights; by default
+            the one that it was loaded from.
 
     Raises:
         DuplicateNameError, BaseMismatchError, TargetError, AttachError, DataError: nothing was changed.
@@ -77,7 +82,7 @@ def attach(
     new = not isinstance(method, Adapter)
     observed: Mapping[str, Sequence[Observed]] = {}
     if new:
-        observed = _observed(model, adapter, anatomy, batches)
+        observed = _observed(model, adapter, anatomy, batches, weights)
         if observed:
             informed = adapter.method.informed(observed)
             adapter = planned(model, informed, adapter.name, anatomy)
@@ -112,18 +117,31 @@ def detach(model: nn.Module, name: str) -> Adapter:
 
 
 def _observed(
-    model: nn.Module, adapter: Adapter, anatomy: Anatomy, batches: Batches | None
+    model: nn.Module,
+    adapter: Adapter,
+    anatomy: Anatomy,
+    batches: Batches | None,
+    weights: str | Path | None,
 ) -> dict[str, list[Observed]]:
-    """What data show of the sites of which the method wants to know."""
+    """What data show of the sites of which the method wants to know; or the weights that the base was made of."""
     wants: dict[str, tuple[list[Layer], Observation]] = {}
+    originals: list[str] = []
     for site in adapter.sites:
         asked = adapter.methods[site.method].at(site.path).observes(site.role)
         if asked is not None:
             stacked = site.path in anatomy.experts
             one = None if stacked else layer_at(anatomy, site.path)
             layers = anatomy.expert_layers(site.path) if one is None else [one]
-            wants[site.path] = layers, asked
-    return observe(model, anatomy, wants, batches)
+            if not isinstance(asked, Original):
+                wants[site.path] = layers, asked
+            elif any(layer.rounded for layer in layers):
+                originals.append(site.path)
+    found = observe(model, anatomy, wants, batches)
+    if not originals:
+        return found
+    name = weights or getattr(anatomy.config, "_name_or_path", "") or "this base"
+    read = Originals(name, getattr(model, "base_model_prefix", ""))
+    return {**found, **{path: [WeightOnDisk(read, path)] for path in originals}}
 
 
 # -- changing the model -------------------------------------------------------------------------------

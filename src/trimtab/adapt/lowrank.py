@@ -31,8 +31,8 @@ from trimtab.adapt.contract import (
     exactly,
     pattern_value,
 )
-from trimtab.adapt.factors import FACTORS, KEPT, factor_specs, joined, plain_factors
-from trimtab.adapt.initial import DEFAULT, Initialisation, initialisation
+from trimtab.adapt.factors import CHANGE, FACTORS, KEPT, factor_specs, joined, plain_factors
+from trimtab.adapt.initial import DEFAULT, Initialisation, again, initialisation
 from trimtab.adapt.peft_config import refuse_unknown, selectors
 from trimtab.errors import TargetError, UnsupportedError
 from trimtab.frozen import Layer
@@ -69,7 +69,7 @@ class LowRank(Method):
     }
     short_names: ClassVar[Mapping[str, str]] = {
         "lora_A.weight": "A", "lora_B.weight": "B", "lora_embedding_A": "A", "lora_embedding_B": "B",
-        "lora_bias.inner": "bias", "lora_bias.own": "bias", **KEPT,
+        "lora_bias.inner": "bias", "lora_bias.own": "bias", CHANGE: "D", **KEPT,
     }  # fmt: skip
 
     targets: str | tuple[str, ...] = "all-linear"
@@ -84,7 +84,7 @@ class LowRank(Method):
     bias: Literal["none", "lora_only", "all"] = "none"
     """Train biases too: those of the targets, or all."""
     init: str = DEFAULT
-    """Where the factors begin: default, gaussian, orthogonal, pissa, olora, lora-ga or eva."""
+    """Where the factors begin: default, gaussian, orthogonal, pissa, olora, corda, lora-ga, eva or loftq."""
     rank_pattern: Mapping[str, int] = Field(default_factory=dict)
     """End of a path -> its rank."""
     alpha_pattern: Mapping[str, float] = Field(default_factory=dict)
@@ -116,6 +116,10 @@ class LowRank(Method):
         return self._start is not None and self._start.away
 
     @property
+    def _beside(self) -> bool:
+        return self._start is not None and self._start.beside
+
+    @property
     def fixed(self) -> frozenset[str]:
         return frozenset(KEPT) if self._away else frozenset()
 
@@ -129,6 +133,8 @@ class LowRank(Method):
 
     def informed(self, observed: Mapping[str, Sequence[Observed]]) -> Self:
         """Ranks where data want them, at the same scale everywhere; ranks that are given stay."""
+        if self._start is not None and (told := self._start.told()) is not None:
+            return self.replace(init=told)
         if self._start is None or self.rank_pattern:
             return self
         ranks = self._start.ranks({path: self.at(path).rank for path in observed}, observed)
@@ -179,6 +185,8 @@ class LowRank(Method):
                 )
             x = F.dropout(x, self.dropout)
         change = at.layer.lowrank(x, *self.factors(p))
+        if "D" in p:
+            change = change + at.layer.apply(given, p["D"])
         if "A0" not in p:
             return change
         # twice the same operation, and no longer product, so that it is exactly zero at first
@@ -197,6 +205,11 @@ class LowRank(Method):
 
     def whole(self, p: Params) -> tuple[Tensor, Tensor]:
         """The factors of the whole change, the first ones that are kept among them."""
+        if self._beside:
+            raise UnsupportedError(
+                f"{self.kind}: with init {self.init!r} the adapter computes beside a base in few bits, and what that "
+                "is away from this base is of full rank: no low-rank factors are the whole change."
+            )
         a, b = self.factors(p)
         if "A0" not in p:
             return a, b
@@ -210,6 +223,8 @@ class LowRank(Method):
     def product(self, p: Params, layer: Layer) -> Tensor:
         """ΔW in canonical orientation."""
         change = layer.product(*self.factors(p))
+        if "D" in p:
+            change = change + p["D"]
         return change - layer.product(p["A0"], p["B0"] * self.scaling) if "A0" in p else change
 
     def merged(self, p: Params, layer: Layer, role: str) -> tuple[Tensor, Tensor | None] | None:
@@ -220,6 +235,8 @@ class LowRank(Method):
     def scaled(self, p: Params, weight: float, role: str) -> dict[str, Tensor]:
         if role in BIASES:
             return super().scaled(p, weight, role)
+        if self._beside:
+            self.whole(p)  # raises: what it adds to the base is made anew, and would not be scaled
         return {short: t * weight if short in ("B", "B0") else t for short, t in p.items()}
 
     def sum(
@@ -235,10 +252,15 @@ class LowRank(Method):
         changes = {"rank": rank, "alpha": float(rank), "rslora": False, "dropout": 0.0}
         return self.replace(init=DEFAULT, **changes), {"A": a, "B": b}
 
+    @property
+    def peft_reads(self) -> bool:
+        return self.plain() in (self, self.replace(init=DEFAULT))
+
     def plain(self) -> Method:
         """Twice the rank, where the first factors are kept. The scale stays."""
         if not self._away:
-            return self
+            done = self._start is not None and self._start.done
+            return self.replace(init=DEFAULT) if done else self
         factor = 2**0.5 if self.rslora else 2
         return self.replace(
             init=DEFAULT,
@@ -262,7 +284,13 @@ class LowRank(Method):
             "bias": self.bias,
             "rank_pattern": dict(self.rank_pattern),
             "alpha_pattern": dict(self.alpha_pattern),
+            **({} if self._start is None else self._start.to_peft()),
         }
+
+    def in_peft(self, anatomy: Anatomy, places: Sequence[Place]) -> bool:
+        layers = [anatomy.layer(p.path) for p in places] if self._beside else []
+        odd = [layer for layer in layers if layer.kind != "linear" or layer.transposed]
+        return not odd and super().in_peft(anatomy, places)
 
     @classmethod
     def fields_from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -270,15 +298,9 @@ class LowRank(Method):
         read = {
             "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "rank_pattern", "alpha_pattern", "use_dora",
             "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
-            "init_lora_weights", "lora_ga_config", "eva_config",
+            "init_lora_weights", "lora_ga_config", "eva_config", "corda_config", "loftq_config",
         }  # fmt: skip
         refuse_unknown(config, PEFT_DEFAULTS, read, "LoRA")
-        init = str(config.get("init_lora_weights", True)).lower()
-        if init.startswith(("pissa_niter", "corda", "lora_ga")):
-            raise UnsupportedError(
-                f"this adapter was initialised by {init!r}, which changed its base as only chance, or data, can tell; "
-                "save it from PEFT in converted form (path_initial_model_for_weight_conversion), and load that."
-            )
         layers = config.get("layers_to_transform")
         return {
             "targets": selectors(config.get("target_modules")),
@@ -291,7 +313,7 @@ class LowRank(Method):
             "bias": config.get("bias", "none"),
             "rank_pattern": config.get("rank_pattern") or {},
             "alpha_pattern": config.get("alpha_pattern") or {},
-            "init": init if init in ("pissa", "olora") else DEFAULT,
+            "init": again(config),
         }  # fmt: skip
 
     def roles_in_file(self, path: str, slots: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:

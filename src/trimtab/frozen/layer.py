@@ -43,6 +43,8 @@ class Layer(ABC):
     """Whether a linear layer stores its weight as (in, out), which PEFT calls ``fan_in_fan_out``."""
     in_peft: bool = True
     """Whether PEFT has such a layer, and the same function for it."""
+    rounded: bool = False
+    """Whether its weight is stored in few bits, so that it is no longer what the checkpoint held."""
     module: nn.Module
     in_features: int
     out_features: int

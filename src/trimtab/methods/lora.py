@@ -54,7 +54,7 @@ class LoRA(LowRank):
             raise ValueError(
                 f"bits rounds rows of the factors, so the rank must be {SHORTEST} or more"
             )
-        if self.bits and self._away:
+        if self.bits and (self._away or self._beside):
             raise ValueError(
                 f"bits rounds the factors, which would move the start that {self.init} keeps"
             )
@@ -71,7 +71,8 @@ class LoRA(LowRank):
 
     @property
     def peft_nests(self) -> bool:
-        return not (self.dropout or self.rank_pattern or self.alpha_pattern or self.bias != "none")
+        own = self.dropout or self.rank_pattern or self.alpha_pattern or self.bias != "none"
+        return not (own or self._beside)
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         specs = super().tensors(layer, role)

@@ -1,9 +1,10 @@
-"""Initialisations of LoRA that begin from data: EVA and LoRA-GA, called as PEFT's users call them.
+"""Initialisations of LoRA that begin from data: EVA, LoRA-GA and CorDA, called as PEFT's users call them.
 
 model = get_peft_model(model, LoraConfig(init_lora_weights="eva"))
 initialize_lora_eva_weights(model, dataloader)
 
 preprocess_loraga(model, config, train_step)          # config.init_lora_weights is "lora_ga"
+preprocess_corda(model, config, run_model)            # or "corda"
 model = get_peft_model(model, config)
 """
 
@@ -77,26 +78,52 @@ def preprocess_loraga(
     """
     if str(lora_config.init_lora_weights).lower() != "lora_ga":
         raise ConfigError("preprocess_loraga is for init_lora_weights='lora_ga'.")
-    calls: list[dict[str, Any]] = []
+    lora_config.batches = _calls(model, train_step, "preprocess_loraga: train_step")
+
+
+def preprocess_corda(
+    model: nn.Module,
+    lora_config: LoraConfig,
+    run_model: Callable[[], object] | None = None,
+    hooked_model: nn.Module | None = None,
+) -> None:
+    """Keep what ``run_model`` calls the model (or ``hooked_model``) with; `get_peft_model` then takes the covariances
+    of its layers' inputs from it. The base stays as it is.
+
+    Raises:
+        ConfigError: the configuration is not of ``init_lora_weights="corda"``, or the model was not called.
+    """
+    if str(lora_config.init_lora_weights).lower() != "corda":
+        raise ConfigError("preprocess_corda is for init_lora_weights='corda'.")
+    if run_model is None:
+        raise ConfigError("preprocess_corda needs run_model: covariances are not read from files.")
+    watched = model if hooked_model is None else hooked_model
+    lora_config.batches = _calls(watched, run_model, "preprocess_corda: run_model")
+
+
+def _calls(model: nn.Module, run: Callable[[], object], who: str) -> list[Any]:
+    """What a function calls a model with; the gradients of its weights are what they were before."""
+    calls: list[Any] = []
 
     def keep(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if args and (kwargs or len(args) > 1):
+            raise ConfigError(f"{who} calls the model with several arguments that have no names.")
         if args:
-            raise ConfigError(
-                "preprocess_loraga: train_step calls the model with arguments that have no names."
-            )
+            calls.append(args[0].detach() if isinstance(args[0], Tensor) else args[0])
+            return
         calls.append({k: v.detach() if isinstance(v, Tensor) else v for k, v in kwargs.items()})
 
     before = {parameter: parameter.grad for parameter in model.parameters()}
     handle = model.register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        train_step()
+        run()
     finally:
         handle.remove()
         for parameter, gradient in before.items():
             parameter.grad = gradient
     if not calls:
-        raise ConfigError("preprocess_loraga: train_step did not call the model.")
-    lora_config.batches = calls
+        raise ConfigError(f"{who} did not call the model.")
+    return calls
 
 
 def _on(device: torch.device, batches: Iterable[Any]) -> Iterator[Any]:

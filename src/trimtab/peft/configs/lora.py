@@ -5,29 +5,38 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import asdict, field
 from typing import Any, ClassVar, Literal
 
 from torch import nn
 
 from trimtab.adapt.contract import Init, Method, kaiming_uniform, normal
+from trimtab.adapt.initial import again
 from trimtab.adapt.parse import methods
 from trimtab.adapt.tree import anatomy_of
 from trimtab.errors import ConfigError, UnknownNameError, UnsupportedError, suggest
 from trimtab.peft.config import PeftConfig, config, option
 from trimtab.peft.configs.common import Excluding, Layered, Transposed, listed
-from trimtab.peft.configs.lora_parts import EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig
+from trimtab.peft.configs.lora_parts import (
+    CordaConfig,
+    EvaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    LoraRuntimeConfig,
+)
 from trimtab.peft.types import PeftType
 
-_INITS = ("gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga")
+_INITS = ("gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga", "corda", "loftq")
 _NITER = re.compile(r"pissa_niter_\d+")
 _ELSEWHERE = {
-    "loftq": "LoftQ quantises the base anew, and a base is never changed here; 'pissa' begins near, too",
-    "corda": "'eva' begins from data, too",
     "mica": "'orthogonal' keeps directions apart, too",
 }
 """Initialisations that PEFT has and we lack -> what there is instead."""
-_CONFIGS: dict[str, Any] = {"eva_config": EvaConfig, "lora_ga_config": LoraGAConfig}
+_CONFIGS: dict[str, Any] = {
+    "eva_config": EvaConfig,
+    "lora_ga_config": LoraGAConfig,
+    "corda_config": CordaConfig,
+}
 _NONE = "It is another method than LoRA."
 
 
@@ -40,11 +49,10 @@ class LoraConfig(Excluding, Layered, Transposed):
     shares: ClassVar[tuple[str, ...]] = ("lora_dropout",)
     lacks: ClassVar[dict[str, str]] = {
         **dict.fromkeys(
-            ("corda_config", "velora_config", "monteclora_config", "arrow_config", "kasa_config", "use_bdlora"), _NONE
+            ("velora_config", "monteclora_config", "arrow_config", "kasa_config", "use_bdlora"), _NONE
         ),
         "use_qalora": _NONE,
         "alora_invocation_tokens": _NONE,
-        "loftq_config": "The base is never changed; quantise it when it is loaded.",
         "megatron_config": "Layers of Megatron are not known here.",
         "layer_replication": "The base is never changed, nor are its layers repeated.",
         "lora_bias": "Use bias='lora_only', which trains the layers' own biases.",
@@ -60,7 +68,8 @@ class LoraConfig(Excluding, Layered, Transposed):
     )
     use_rslora: bool = option("Scale by lora_alpha / √r instead.", default=False)
     init_lora_weights: bool | str = option(
-        "How factors begin: True, False (at random), gaussian, orthogonal, pissa, pissa_niter_N, olora, eva, lora_ga.",
+        "How factors begin: True, False (at random), gaussian, orthogonal, pissa, pissa_niter_N, olora, eva, lora_ga, "
+        "corda, loftq.",
         default=True,
     )
     rank_pattern: dict[str, int] | None = option("End of a module's name -> its rank.", default={})
@@ -85,8 +94,12 @@ class LoraConfig(Excluding, Layered, Transposed):
     )
     megatron_config: dict[str, Any] | None = option("Not in Trimtab.", default=None)
     megatron_core: str | None = option("Not in Trimtab; no effect.", default="megatron.core")
-    loftq_config: LoftQConfig | dict[str, Any] = option("Not in Trimtab.", default={})
-    corda_config: Any = option("Not in Trimtab.", default=None)
+    loftq_config: LoftQConfig | dict[str, Any] = option(
+        "Options of init_lora_weights='loftq'; kept as a mapping.", default={}
+    )
+    corda_config: CordaConfig | dict[str, Any] | None = option(
+        "Options of init_lora_weights='corda'.", default=None
+    )
     velora_config: Any = option("Not in Trimtab.", default=None)
     alora_invocation_tokens: list[int] | None = option("Not in Trimtab.", default=None)
     use_qalora: bool = option("Not in Trimtab.", default=False)
@@ -109,6 +122,10 @@ class LoraConfig(Excluding, Layered, Transposed):
         for name, made in _CONFIGS.items():
             if isinstance(value := getattr(self, name), dict):
                 setattr(self, name, made(**value))
+        given = self.loftq_config
+        if given:
+            made = given if isinstance(given, LoftQConfig) else LoftQConfig(**given)
+            self.loftq_config = asdict(made)
         if self.bias not in ("none", "all", "lora_only"):
             hint = suggest(str(self.bias), ("none", "all", "lora_only"))
             raise ConfigError(
@@ -159,6 +176,11 @@ class LoraConfig(Excluding, Layered, Transposed):
         if text == "lora_ga":
             given = self.lora_ga_config
             return (given if isinstance(given, LoraGAConfig) else LoraGAConfig()).init
+        if text == "corda":
+            of_corda = self.corda_config
+            return (of_corda if isinstance(of_corda, CordaConfig) else CordaConfig()).init
+        if text == "loftq":
+            return again({"init_lora_weights": "loftq", "loftq_config": self.loftq_config})
         return text
 
     def begun(self, method: Method, model: nn.Module) -> Method:
@@ -174,7 +196,24 @@ class LoraConfig(Excluding, Layered, Transposed):
             raise ConfigError(
                 "init_lora_weights='lora_ga' begins from data: call preprocess_loraga(model, config, train_step) first."
             )
+        if self.batches is None and init.startswith("corda"):
+            raise ConfigError(
+                "init_lora_weights='corda' begins from data: call preprocess_corda(model, config, run_model) first."
+            )
+        if init.startswith("loftq"):
+            self._warn_of_scale()
         return self._with_tokens(method.replace(init=init), model)
+
+    def _warn_of_scale(self) -> None:
+        """PEFT's LoftQ does not divide by the scale."""
+        scale = self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+        if scale != 1 or self.rank_pattern or self.alpha_pattern:
+            warnings.warn(
+                "init_lora_weights='loftq' begins with B A = what rounding lost, and the adapter adds "
+                f"{scale:g} · B A: as in PEFT, it does not begin at the base. Set lora_alpha to r, or take "
+                "trimtab.LoRA(init='loftq').",
+                stacklevel=2,
+            )
 
     def first_values(self) -> Mapping[str, Init]:
         if self.init_lora_weights is not False:
@@ -218,6 +257,8 @@ class LoraConfig(Excluding, Layered, Transposed):
         init = str(dict(lora).get("init", "default"))
         if isinstance(made, LoraConfig) and init != "default":
             name, _, rest = init.replace("lora-ga", "lora_ga").partition("(")
+            if "stored=true" in rest:
+                return made
             made.init_lora_weights = (
                 f"pissa_niter_{rest[6:-1]}" if rest.startswith("niter=") else name
             )

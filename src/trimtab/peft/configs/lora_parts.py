@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from trimtab.errors import ConfigError
+from trimtab.errors import ConfigError, UnsupportedError
 from trimtab.peft.config import config, option
 
 
@@ -68,11 +68,49 @@ class LoraGAConfig:
 
 
 @config()
-class LoftQConfig:
-    """Of LoftQ, which builds a quantised base; Trimtab has none, so that only its defaults can be read."""
+class CordaConfig:
+    """Of ``init_lora_weights="corda"``: the factors begin as parts of the weight, seen by each layer's inputs."""
 
-    loftq_bits: int = option("Bits of the base's weights.", default=4)
+    cache_file: str | None = option("Not in Trimtab: it would be a pickle.", default=None)
+    covariance_file: str | None = option("Not in Trimtab: it would be a pickle.", default=None)
+    corda_method: Literal["ipm", "kpm"] = option(
+        "Whether what the data use most is trained (ipm), or what they use least (kpm).",
+        default="ipm",
+    )
+    verbose: bool = option("No effect.", default=False)
+    use_float16_for_covariance: bool = option("No effect: it is fp32.", default=False)
+    prune_temporary_fields: bool = option("No effect: nothing is put into layers.", default=True)
+
+    def __post_init__(self) -> None:
+        if self.corda_method not in ("ipm", "kpm"):
+            raise ConfigError(
+                f"CordaConfig: corda_method is ipm or kpm, not {self.corda_method!r}."
+            )
+        if self.cache_file or self.covariance_file:
+            raise UnsupportedError(
+                "CordaConfig: cache_file and covariance_file are pickles in PEFT, and nothing is unpickled here; leave "
+                "them out, and let preprocess_corda run the model."
+            )
+
+    @property
+    def init(self) -> str:
+        """Our initialisation."""
+        return f"corda(mode='{self.corda_method}')"
+
+
+@config()
+class LoftQConfig:
+    """Of ``init_lora_weights="loftq"``: the factors begin as what rounding the base lost."""
+
+    loftq_bits: int = option("Bits of the base's weights: 4 (NF4) or 8.", default=4)
     loftq_iter: int = option("How often base and factors are fitted in turn.", default=1)
+
+    def __post_init__(self) -> None:
+        if self.loftq_bits not in (4, 8) or self.loftq_iter < 1:
+            raise ConfigError(
+                f"LoftQConfig: loftq_bits is 4 or 8, and loftq_iter 1 or more, not {self.loftq_bits!r} and "
+                f"{self.loftq_iter!r}."
+            )
 
 
 @config()

@@ -22,6 +22,7 @@ _PLACES = {
         "trimtab.peft.utils.save_and_load",
     ),
     **dict.fromkeys(("PeftType", "TaskType"), "trimtab.peft.types"),
+    "replace_lora_weights_loftq": "trimtab.peft.loftq",
 }  # fmt: skip
 
 __all__ = sorted(_PLACES)
