@@ -206,7 +206,6 @@ def change(folder: Path, **options: Any) -> None:
         ("use_qalora", True, "use_qalora=True"),
         ("layer_replication", [[0, 2]], "layer_replication"),
         ("lora_bias", True, "lora_bias"),
-        ("alora_invocation_tokens", [1, 2], "alora_invocation_tokens"),
         ("trainable_token_indices", [3], "trainable_token_indices"),
         ("init_lora_weights", "corda", "changed its base"),
         ("init_lora_weights", "lora_ga", "changed its base"),

@@ -154,7 +154,7 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("LoraConfig", {"use_qalora": True}, UnsupportedError, "use_qalora=True is not in Trimtab"),
     ("LoraConfig", {"layer_replication": [(0, 2), (1, 3)]}, UnsupportedError, "never changed"),
     ("LoraConfig", {"lora_bias": True}, UnsupportedError, "lora_only"),
-    ("LoraConfig", {"alora_invocation_tokens": [3]}, UnsupportedError, "another method"),
+    ("AdaLoraConfig", {"alora_invocation_tokens": [3]}, UnsupportedError, "LoraConfig has it"),
     ("LoraConfig", {"megatron_config": {"a": 1}}, UnsupportedError, "Megatron"),
     ("LoraConfig", {"ensure_weight_tying": True}, UnsupportedError, "tied"),
     ("AdaLoraConfig", {"tinit": 15, "tfinal": 10}, ConfigError, "leave none of 20 steps"),

@@ -11,6 +11,11 @@ trained, and leave a file that is an ordinary LoRA's:
     bits        both factors are rounded to 8 or 4 bits wherever they are used, and steps are taken on fp32 ones: what
                 is trained is what ``save(bits=...)`` stores. (QLoRA rounds the frozen base instead.)
 
+One changes where it acts:
+
+    invocation  aLoRA (arXiv 2504.12397): only from the last occurrence of these tokens in a row on, so that what was
+                read before it, and cached, is the bare base's
+
 An embedding swaps the two factors: its A starts at zero.
 """
 
@@ -26,9 +31,11 @@ from torch import Tensor
 
 from trimtab.adapt.contract import At, Layer, Method, Params, Place, Sites, Spec
 from trimtab.adapt.factors import paired
+from trimtab.adapt.invoked import invoked
 from trimtab.adapt.lowbit import SHORTEST, rounded
 from trimtab.adapt.lowrank import BIASES, LowRank
 from trimtab.errors import UnsupportedError
+from trimtab.models.anatomy import Anatomy
 
 RANDOM = frozenset({"lora_A.weight", "lora_embedding_B"})
 FACTORS = ("A", "B")
@@ -48,6 +55,15 @@ class LoRA(LowRank):
     bits: Literal[4, 8] | None = None
     """Round both factors wherever they are used, as ``save(bits=...)`` stores them."""
 
+    invocation: tuple[int, ...] = ()
+    """aLoRA: act only from the last occurrence of these tokens in a row on."""
+
+    @model_validator(mode="after")
+    def _invoked_alone(self) -> Self:
+        if self.invocation and self.bias != "none":
+            raise ValueError("invocation: a trained bias would act before it; leave bias at none")
+        return self
+
     @model_validator(mode="after")
     def _wide_enough(self) -> Self:
         if self.bits and min([self.rank, *self.rank_pattern.values()]) < SHORTEST:
@@ -61,6 +77,11 @@ class LoRA(LowRank):
         return self
 
     @property
+    def unmergeable(self) -> str:
+        invoked = "it acts from its invocation tokens on, and a merged weight acts everywhere"
+        return invoked if self.invocation else super().unmergeable
+
+    @property
     def rates(self) -> Mapping[str, float]:
         learners = set(self.short_names) - RANDOM
         return dict.fromkeys(learners, self.plus) if self.plus != 1 else {}
@@ -72,9 +93,13 @@ class LoRA(LowRank):
     @property
     def peft_nests(self) -> bool:
         own = self.dropout or self.rank_pattern or self.alpha_pattern or self.bias != "none"
-        return not (own or self._beside)
+        return not (own or self._beside or self.invocation)
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
+        if self.invocation and layer.kind not in ("linear", "embedding", "expert"):
+            raise UnsupportedError(
+                f"lora: invocation tells tokens apart, and a {layer.kind} layer mixes or does not see them."
+            )
         specs = super().tensors(layer, role)
         if not self.bits:
             return specs
@@ -84,9 +109,15 @@ class LoRA(LowRank):
     def delta(self, p: Params, x: Tensor, at: At) -> Tensor | None:
         if self.bits:
             p = {short: tensor.to(at.dtype) for short, tensor in self._rounded(p).items()}
-        return super().delta(p, x, at)
+        change = super().delta(p, x, at)
+        if change is None or not self.invocation:
+            return change
+        acts = invoked(at, x, self.invocation, ids=at.layer.kind == "embedding")
+        return torch.where(acts[..., None], change, 0.0)
 
     def product(self, p: Params, layer: Layer) -> Tensor:
+        if self.invocation:
+            raise UnsupportedError(f"lora: no weight equals it: {self.unmergeable}.")
         return super().product(self._rounded(p), layer)
 
     def before_step(self, sites: Sites) -> None:
@@ -119,13 +150,29 @@ class LoRA(LowRank):
         self, parts: Sequence[tuple[Method, Params]], role: str
     ) -> tuple[Method, dict[str, Tensor]]:
         self._check_whole()
+        if any(dict(method).get("invocation", ()) != self.invocation for method, _ in parts):
+            raise UnsupportedError(
+                "lora: what is invoked by other tokens, or by none, acts elsewhere, so they have no sum."
+            )
         return super().sum(parts, role)
+
+    def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
+        tokens = {"alora_invocation_tokens": list(self.invocation)} if self.invocation else {}
+        return {**super().to_peft(places), **tokens}
+
+    def in_peft(self, anatomy: Anatomy, places: Sequence[Place]) -> bool:
+        kinds = {anatomy.layer(place.path).kind for place in places if self.invocation}
+        return kinds <= {"linear"} and super().in_peft(anatomy, places)
 
     @classmethod
     def from_peft(
         cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]
     ) -> LoRA | None:
-        return None if config.get("use_dora") else cls(**cls.fields_from_peft(config))
+        if config.get("use_dora"):
+            return None
+        rest = {name: value for name, value in config.items() if name != "alora_invocation_tokens"}
+        invocation = tuple(config.get("alora_invocation_tokens") or ())
+        return cls(**cls.fields_from_peft(rest), invocation=invocation)
 
     def _rounded(self, p: Params) -> Params:
         if not self.bits:

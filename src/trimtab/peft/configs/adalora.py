@@ -30,6 +30,9 @@ class AdaLoraConfig(LoraConfig):
         "use_dora": "AdaLoRA has no magnitudes.",
         "eva_config": _NO,
         "lora_ga_config": _NO,
+        "corda_config": _NO,
+        "loftq_config": _NO,
+        "alora_invocation_tokens": "LoraConfig has it.",
         "target_parameters": "AdaLoRA acts on layers.",
     }
 

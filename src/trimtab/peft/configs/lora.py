@@ -52,7 +52,6 @@ class LoraConfig(Excluding, Layered, Transposed):
             ("velora_config", "monteclora_config", "arrow_config", "kasa_config", "use_bdlora"), _NONE
         ),
         "use_qalora": _NONE,
-        "alora_invocation_tokens": _NONE,
         "megatron_config": "Layers of Megatron are not known here.",
         "layer_replication": "The base is never changed, nor are its layers repeated.",
         "lora_bias": "Use bias='lora_only', which trains the layers' own biases.",
@@ -101,7 +100,9 @@ class LoraConfig(Excluding, Layered, Transposed):
         "Options of init_lora_weights='corda'.", default=None
     )
     velora_config: Any = option("Not in Trimtab.", default=None)
-    alora_invocation_tokens: list[int] | None = option("Not in Trimtab.", default=None)
+    alora_invocation_tokens: list[int] | None = option(
+        "aLoRA: act only from the last occurrence of these tokens in a row on.", default=None
+    )
     use_qalora: bool = option("Not in Trimtab.", default=False)
     qalora_group_size: int = option("Not in Trimtab; no effect.", default=16)
     monteclora_config: Any = option("Not in Trimtab.", default=None)
