@@ -156,7 +156,7 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("LoraConfig", {"lora_bias": True}, UnsupportedError, "lora_only"),
     ("AdaLoraConfig", {"alora_invocation_tokens": [3]}, UnsupportedError, "LoraConfig has it"),
     ("LoraConfig", {"megatron_config": {"a": 1}}, UnsupportedError, "Megatron"),
-    ("LoraConfig", {"ensure_weight_tying": True}, UnsupportedError, "tied"),
+    ("AdaLoraConfig", {"ensure_weight_tying": True}, UnsupportedError, "tied"),
     ("AdaLoraConfig", {"tinit": 15, "tfinal": 10}, ConfigError, "leave none of 20 steps"),
     ("AdaLoraConfig", {"target_r": 30}, ConfigError, "cannot be more"),
     ("AdaLoraConfig", {"use_dora": True}, UnsupportedError, "no magnitudes"),
@@ -462,8 +462,8 @@ def test_tokens_beside_a_lora_are_a_union(tmp_path: Path) -> None:
     assert type(again) is ours.LoraConfig and again.r == 2
     assert again.trainable_token_indices == {"model.embed_tokens": [5, 7]}
     assert again.method(tiny.llama()) == config.method(tiny.llama())
-    with pytest.warns(UserWarning, match="the head stays as it is"):
-        method(config, tiny.llama(tie_word_embeddings=True))
+    tied = method(config, tiny.llama(tie_word_embeddings=True)).members[1]
+    assert dict(tied)["tie"] and not dict(config.method(model).members[1])["tie"]
 
 
 def batches() -> list[dict[str, torch.Tensor]]:

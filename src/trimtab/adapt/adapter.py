@@ -67,7 +67,9 @@ class Origin:
 def whole(method: Method) -> tuple[Method, ...]:
     """The parts of a method (itself, if it is no union), and the one that trains modules in full, if any are."""
     train = tuple(dict.fromkeys(path for part in (method, *method.members) for path in part.train))
-    return (*method.members, *([methods.get("full").parse({"targets": train})] if train else []))
+    tie = any(dict(part).get("tie", False) for part in method.members)
+    options = {"targets": train, "tie": True} if tie else {"targets": train}
+    return (*method.members, *([methods.get("full").parse(options)] if train else []))
 
 
 class Adapter:

@@ -23,6 +23,7 @@ from trimtab.adapt.parse import method_from
 from trimtab.adapt.plan import check_whole, checked, layer_at, placed, planned
 from trimtab.adapt.site import ExpertsSite, Site, SiteBase
 from trimtab.adapt.tensors import initial_tensors, specs_of
+from trimtab.adapt.tied import TIED, home_of
 from trimtab.adapt.tree import Children, anatomy_of, sites_of, uncover
 from trimtab.errors import (
     AttachError,
@@ -165,6 +166,8 @@ def _insert(
         for spec in specs[-1 - number, ""].values():
             holders[TensorName("", spec.name)] = bank
     for number, spec_site in enumerate(adapter.sites):
+        tied = spec_site.role == TIED
+        home = home_of(adapter, spec_site, anatomy) if tied else number
         edit = Edit(
             adapter=adapter.name,
             method=adapter.methods[spec_site.method].at(spec_site.path),
@@ -175,10 +178,13 @@ def _insert(
             order=orders[number],
             causal=anatomy.causal,
             answers=anatomy.answers(spec_site.path),
-            specs=specs[number, spec_site.path],
+            specs=specs[home, adapter.sites[home].path],
             shared=specs[-1 - spec_site.method, ""],
+            home=tree.site(adapter.sites[home].path) if tied else None,
         )
         holder = _put(model, bank, edit, anatomy, tree)
+        if tied:
+            continue
         holders |= {TensorName(spec_site.path, held.name): holder for held in edit.tensors.values()}
     for path in anatomy.apart:
         if path not in tree.sites and any(s.path.startswith(f"{path}.") for s in adapter.sites):

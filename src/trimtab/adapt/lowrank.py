@@ -116,7 +116,8 @@ class LowRank(Method):
         return self._start is not None and self._start.away
 
     @property
-    def _beside(self) -> bool:
+    def rebased(self) -> bool:
+        """Whether the factors are meant beside another weight than the base's."""
         return self._start is not None and self._start.beside
 
     @property
@@ -205,7 +206,7 @@ class LowRank(Method):
 
     def whole(self, p: Params) -> tuple[Tensor, Tensor]:
         """The factors of the whole change, the first ones that are kept among them."""
-        if self._beside:
+        if self.rebased:
             raise UnsupportedError(
                 f"{self.kind}: with init {self.init!r} the adapter computes beside a base in few bits, and what that "
                 "is away from this base is of full rank: no low-rank factors are the whole change."
@@ -235,7 +236,7 @@ class LowRank(Method):
     def scaled(self, p: Params, weight: float, role: str) -> dict[str, Tensor]:
         if role in BIASES:
             return super().scaled(p, weight, role)
-        if self._beside:
+        if self.rebased:
             self.whole(p)  # raises: what it adds to the base is made anew, and would not be scaled
         return {short: t * weight if short in ("B", "B0") else t for short, t in p.items()}
 
@@ -288,7 +289,7 @@ class LowRank(Method):
         }
 
     def in_peft(self, anatomy: Anatomy, places: Sequence[Place]) -> bool:
-        layers = [anatomy.layer(p.path) for p in places] if self._beside else []
+        layers = [anatomy.layer(p.path) for p in places] if self.rebased else []
         odd = [layer for layer in layers if layer.kind != "linear" or layer.transposed]
         return not odd and super().in_peft(anatomy, places)
 

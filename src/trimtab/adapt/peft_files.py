@@ -15,6 +15,7 @@ from trimtab.adapt.disk import checksum
 from trimtab.adapt.nested import unfolded
 from trimtab.adapt.parse import methods, of_peft_type
 from trimtab.adapt.peft_config import CONFIG
+from trimtab.adapt.tied import without_copies
 from trimtab.errors import FileFormatError, suggest
 
 WEIGHTS = "adapter_model.safetensors"
@@ -51,6 +52,8 @@ def from_peft(
     if config.get("target_parameters"):
         tensors = unfolded(config, tensors, str(folder / WEIGHTS))
         config = {**config, "target_parameters": None}
+    if config.get("ensure_weight_tying"):
+        tensors = without_copies(tensors, tuple(config.get("modules_to_save") or ()))
     tokens = config.get("trainable_token_indices")
     if tokens:
         config = {**config, "trainable_token_indices": None}
@@ -78,7 +81,8 @@ def _with_tokens(
             raise FileFormatError(
                 f"{folder / CONFIG}: trainable_token_indices does not tell the tokens of {path!r}."
             )
-        method = method | methods.get("tokens").parse({"targets": (path,), "ids": tuple(ids[0])})
+        rows = {"targets": (path,), "ids": tuple(ids[0]), "tie": True}
+        method = method | methods.get("tokens").parse(rows)
     if not found:
         raise FileFormatError(
             f"{folder / WEIGHTS} has no rows for the trainable_token_indices of {CONFIG}."

@@ -12,6 +12,7 @@ from trimtab.adapt.adapter import Adapter, Origin, SiteSpec, whole
 from trimtab.adapt.contract import Method, Place
 from trimtab.adapt.disk import checksum
 from trimtab.adapt.fingerprint import Fingerprint
+from trimtab.adapt.tied import TIED
 from trimtab.errors import (
     AttachError,
     BaseMismatchError,
@@ -146,13 +147,17 @@ def placed(adapter: Adapter, anatomy: Anatomy) -> Adapter:
 
 
 def _tie(adapter: Adapter, anatomy: Anatomy) -> None:
-    """Rows of an embedding in PEFT's file are those of a head that is tied to it, too; here each has its own."""
+    """What PEFT's file says of an embedding holds for a head that is tied to it, too, where it says so; for the rows of
+    an embedding it always does.
+    """
     for site in adapter.sites:
-        if adapter.methods[site.method].kind != "tokens" or site.path not in anatomy.modules:
+        if site.path not in anatomy.modules or site.role:
             continue
-        for path in anatomy.tied(site.path):
-            if all(other.path != path for other in adapter.sites):
-                adapter.share(site, path)
+        method = adapter.methods[site.method]
+        present = {other.path for other in adapter.sites if other.method == site.method}
+        for path in [p for p in anatomy.tied(site.path) if p not in present]:
+            if dict(method).get("tie", False):
+                adapter.sites = (*adapter.sites, SiteSpec(path, TIED, site.method))
 
 
 def check_whole(adapter: Adapter, anatomy: Anatomy) -> None:

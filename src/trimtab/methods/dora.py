@@ -37,7 +37,7 @@ class DoRA(LowRank):
 
     @model_validator(mode="after")
     def _own_base(self) -> Self:
-        if self._beside:
+        if self.rebased:
             raise ValueError(
                 f"init {self.init} computes beside another weight than the base's, whose norm DoRA would need densely "
                 "at each step; use LoRA"

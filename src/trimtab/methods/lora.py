@@ -16,7 +16,9 @@ One changes where it acts:
     invocation  aLoRA (arXiv 2504.12397): only from the last occurrence of these tokens in a row on, so that what was
                 read before it, and cached, is the bare base's
 
-An embedding swaps the two factors: its A starts at zero.
+An embedding swaps the two factors: its A starts at zero. With ``tie``, a head that is tied to it has the same factors:
+
+    W_head = Eᵀ,   ΔW_head = (s · B A)ᵀ = s · Aᵀ Bᵀ
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from trimtab.adapt.factors import paired
 from trimtab.adapt.invoked import invoked
 from trimtab.adapt.lowbit import SHORTEST, rounded
 from trimtab.adapt.lowrank import BIASES, LowRank
+from trimtab.adapt.tied import TIED, with_tied
 from trimtab.errors import UnsupportedError
 from trimtab.models.anatomy import Anatomy
 
@@ -58,6 +61,9 @@ class LoRA(LowRank):
     invocation: tuple[int, ...] = ()
     """aLoRA: act only from the last occurrence of these tokens in a row on."""
 
+    tie: bool = False
+    """Where an embedding or a head is a target and they are tied, edit both by the same factors."""
+
     @model_validator(mode="after")
     def _invoked_alone(self) -> Self:
         if self.invocation and self.bias != "none":
@@ -70,7 +76,7 @@ class LoRA(LowRank):
             raise ValueError(
                 f"bits rounds rows of the factors, so the rank must be {SHORTEST} or more"
             )
-        if self.bits and (self._away or self._beside):
+        if self.bits and (self._away or self.rebased):
             raise ValueError(
                 f"bits rounds the factors, which would move the start that {self.init} keeps"
             )
@@ -93,9 +99,18 @@ class LoRA(LowRank):
     @property
     def peft_nests(self) -> bool:
         own = self.dropout or self.rank_pattern or self.alpha_pattern or self.bias != "none"
-        return not (own or self._beside or self.invocation)
+        return not (own or self.rebased or self.invocation)
+
+    def place(self, anatomy: Anatomy) -> Sequence[Place]:
+        places = super().place(anatomy)
+        return with_tied(anatomy, places) if self.tie else places
+
+    def wrapped(self, places: Sequence[Place]) -> list[str]:
+        return super().wrapped([place for place in places if place.role != TIED])
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
+        if role == TIED:
+            return {}
         if self.invocation and layer.kind not in ("linear", "embedding", "expert"):
             raise UnsupportedError(
                 f"lora: invocation tells tokens apart, and a {layer.kind} layer mixes or does not see them."
@@ -107,6 +122,8 @@ class LoRA(LowRank):
         return {k: replace(s, cast=False) if k in FACTORS else s for k, s in specs.items()}
 
     def delta(self, p: Params, x: Tensor, at: At) -> Tensor | None:
+        if at.role == TIED:
+            p = turned(p)
         if self.bits:
             p = {short: tensor.to(at.dtype) for short, tensor in self._rounded(p).items()}
         change = super().delta(p, x, at)
@@ -120,11 +137,14 @@ class LoRA(LowRank):
             raise UnsupportedError(f"lora: no weight equals it: {self.unmergeable}.")
         return super().product(self._rounded(p), layer)
 
+    def merged(self, p: Params, layer: Layer, role: str) -> tuple[Tensor, Tensor | None] | None:
+        return super().merged(turned(p) if role == TIED else p, layer, role)
+
     def before_step(self, sites: Sites) -> None:
         if not self.frozen_a:
             return
         for place, p in sites.items():
-            if place.role not in BIASES:
+            if place.role not in (*BIASES, TIED):
                 method = self.at(place.path)
                 _project(p["A"], p["B"], method.rank, method.scaling)
 
@@ -158,7 +178,8 @@ class LoRA(LowRank):
 
     def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
         tokens = {"alora_invocation_tokens": list(self.invocation)} if self.invocation else {}
-        return {**super().to_peft(places), **tokens}
+        tied = {"ensure_weight_tying": True} if self.tie else {}
+        return {**super().to_peft(places), **tokens, **tied}
 
     def in_peft(self, anatomy: Anatomy, places: Sequence[Place]) -> bool:
         kinds = {anatomy.layer(place.path).kind for place in places if self.invocation}
@@ -170,9 +191,11 @@ class LoRA(LowRank):
     ) -> LoRA | None:
         if config.get("use_dora"):
             return None
-        rest = {name: value for name, value in config.items() if name != "alora_invocation_tokens"}
-        invocation = tuple(config.get("alora_invocation_tokens") or ())
-        return cls(**cls.fields_from_peft(rest), invocation=invocation)
+        own = ("alora_invocation_tokens", "ensure_weight_tying")
+        rest = {name: value for name, value in config.items() if name not in own}
+        invocation = tuple(config.get(own[0]) or ())
+        fields = cls.fields_from_peft(rest)
+        return cls(**fields, invocation=invocation, tie=bool(config.get(own[1])))
 
     def _rounded(self, p: Params) -> Params:
         if not self.bits:
@@ -185,6 +208,12 @@ class LoRA(LowRank):
                 "lora: factors of few bits are rounded anew, so their sums and multiples are not exact; take those of "
                 "trimtab.exported(adapter)."
             )
+
+
+def turned(p: Params) -> Params:
+    """The factors of an embedding's weight, as those of a head that is tied to it: its transpose."""
+    other = {"A": "B", "B": "A", "A0": "B0", "B0": "A0"}
+    return {other[short]: tensor.T for short, tensor in p.items() if short in other}
 
 
 def _project(a: Tensor, b: Tensor, rank: int, scaling: float) -> None:

@@ -149,8 +149,9 @@ def _plain_lora(adapter: Adapter, path: str) -> LoRA | None:
     """The LoRA at a path, if it is all that acts there and its factors are used as they are."""
     here = [site for site in adapter.sites if site.path == path]
     method = adapter.methods[here[0].method].at(path)
-    alone = len(here) == 1 and isinstance(method, LoRA) and not here[0].role and not method.bits
-    return method if alone and isinstance(method, LoRA) else None
+    if len(here) > 1 or here[0].role or not isinstance(method, LoRA):
+        return None
+    return None if method.bits or method.rebased else method
 
 
 def _padded(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field
 from typing import Any, ClassVar, Literal
 
@@ -13,6 +13,7 @@ from torch import nn
 from trimtab.adapt.contract import Init, Method, kaiming_uniform, normal
 from trimtab.adapt.initial import again
 from trimtab.adapt.parse import methods
+from trimtab.adapt.tied import group
 from trimtab.adapt.tree import anatomy_of
 from trimtab.errors import ConfigError, UnknownNameError, UnsupportedError, suggest
 from trimtab.peft.config import PeftConfig, config, option
@@ -55,7 +56,6 @@ class LoraConfig(Excluding, Layered, Transposed):
         "megatron_config": "Layers of Megatron are not known here.",
         "layer_replication": "The base is never changed, nor are its layers repeated.",
         "lora_bias": "Use bias='lora_only', which trains the layers' own biases.",
-        "ensure_weight_tying": "Name both ends of tied weights, and each is trained apart.",
     }  # fmt: skip
 
     r: int = option("Rank: rows of A and columns of B.", default=8)
@@ -115,7 +115,10 @@ class LoraConfig(Excluding, Layered, Transposed):
     use_bdlora: Any = option("Not in Trimtab.", default=None)
     arrow_config: Any = option("Not in Trimtab.", default=None)
     kasa_config: Any = option("Not in Trimtab.", default=None)
-    ensure_weight_tying: bool = option("Not in Trimtab.", default=False)
+    ensure_weight_tying: bool = option(
+        "Whether an embedding and a head that share their weight share what is trained of them, too.",
+        default=False,
+    )
 
     def check(self) -> None:
         super().check()
@@ -201,9 +204,24 @@ class LoraConfig(Excluding, Layered, Transposed):
             raise ConfigError(
                 "init_lora_weights='corda' begins from data: call preprocess_corda(model, config, run_model) first."
             )
+        self._warn_of_ends(method, model)
         if init.startswith("loftq"):
             self._warn_of_scale()
         return self._with_tokens(method.replace(init=init), model)
+
+    def _warn_of_ends(self, method: Method, model: nn.Module) -> None:
+        """Say so where nothing that is trained is tied."""
+        if not self.ensure_weight_tying or self.trainable_token_indices:
+            return
+        anatomy = anatomy_of(model)
+        full = anatomy.select(tuple(self.modules_to_save)) if self.modules_to_save else []
+        if not any(
+            group(anatomy, path) for path in [*(p.path for p in method.place(anatomy)), *full]
+        ):
+            warnings.warn(
+                "ensure_weight_tying: nothing that is trained shares its weight with an embedding, so it does nothing.",
+                stacklevel=2,
+            )
 
     def _warn_of_scale(self) -> None:
         """PEFT's LoftQ does not divide by the scale."""
@@ -227,17 +245,30 @@ class LoraConfig(Excluding, Layered, Transposed):
         given = self.trainable_token_indices
         if not given:
             return method
-        anatomy, embedding = anatomy_of(model), self._embedding(model)
-        if embedding in anatomy.modules and anatomy.tied(embedding):
-            warnings.warn(
-                "trainable_token_indices: this model's head is tied to its embedding. PEFT changes both; here rows of "
-                "the embedding are trained, and the head stays as it is, unless its name has tokens of its own.",
-                stacklevel=2,
-            )
         named = given if isinstance(given, dict) else {self._embedding(model): given}
+        tied = self._tied(named, model)
         for name, ids in named.items():
-            method = method | methods.get("tokens").parse({"targets": (name,), "ids": ids})
+            if not tied or name not in tied[1:]:
+                rows = {"targets": (name,), "ids": ids, "tie": name in tied}
+                method = method | methods.get("tokens").parse(rows)
         return method
+
+    def _tied(self, named: Mapping[str, Sequence[int]], model: nn.Module) -> list[str]:
+        """Of the layers whose rows are trained, those that are one: an embedding, then what is tied to it."""
+        path, modules = self._embedding(model), anatomy_of(model).modules
+        ends = anatomy_of(model).tied(path) if path in modules else []
+        homes = [name for name in named if f".{path}".endswith(f".{name}")]
+        heads = [name for name in named if any(f".{end}".endswith(f".{name}") for end in ends)]
+        if not homes or not ends:
+            return []
+        if all(list(named[name]) == list(named[homes[0]]) for name in heads):
+            return [*homes, *heads]
+        if self.ensure_weight_tying:
+            raise ConfigError(
+                f"ensure_weight_tying: {homes[0]!r} and {heads} share their weight, and trainable_token_indices names "
+                "different tokens for them; name the same, or leave one out."
+            )
+        return []
 
     @staticmethod
     def _embedding(model: nn.Module) -> str:
