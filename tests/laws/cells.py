@@ -29,6 +29,7 @@ from trimtab.adapt.parse import method_from
 SMALL = {
     "lora": "lora(rank=4)",
     "dora": "dora(rank=4)",
+    "arrow": "arrow(experts=3, rank=4)",
     "adalora": "adalora(rank=4, target_rank=2)",
     "bottleneck": "bottleneck(size=6)",
     "pfeiffer": "pfeiffer(size=6)",
@@ -76,6 +77,7 @@ ON_MODEL = {
             "diff",
         )
     },
+    ("arrow", "mixed"): "arrow(experts=3, rank=4, targets='head')",
     ("shira", "mixed"): f"shira(rank=2, targets={MATRICES})",
     ("piggyback", "mixed"): f"piggyback(targets={MATRICES})",
     ("oft", "mixed"): "oft(block=2, targets=['embed', 'conv1', 'conv2', 'grouped', 'head'])",
@@ -177,12 +179,13 @@ NOT_MERGEABLE = {
     "spottune": "each example chooses",
     "gated": "each example scales",
     "adafit": "each example opens",
+    "arrow": "each token chooses",
     "union": "in its part prefix, it adds keys and values to the softmax of attention",
 }
 IDENTITY_AT_FIRST = {
-    "adafit", "adalora", "bitfit", "boft", "diff", "dora", "full", "gated", "hira", "hra", "ia3", "llama-adapter",
-    "loha", "lokr", "lora", "miss", "mora", "norms", "oft", "parallel", "piggyback", "randlora", "shira", "spottune",
-    "tokens", "vera",
+    "adafit", "adalora", "arrow", "bitfit", "boft", "diff", "dora", "full", "gated", "hira", "hra", "ia3",
+    "llama-adapter", "loha", "lokr", "lora", "miss", "mora", "norms", "oft", "parallel", "piggyback", "randlora",
+    "shira", "spottune", "tokens", "vera",
 }  # fmt: skip
 """Methods that start as the identity (other bottlenecks only nearly; a prefix, prompt or intervention never)."""
 

@@ -25,6 +25,8 @@ from tests.engine import kit as engine_kit
 from tests.oracles import kit
 from trimtab.errors import ConfigError, ModelError, UnsupportedError
 from trimtab.frozen import view
+from trimtab.peft.tuners.lora.config import CordaConfig as OurCordaConfig
+from trimtab.peft.tuners.lora.corda import preprocess_corda as our_preprocess_corda
 
 QD = ("q_proj", "down_proj")
 
@@ -270,10 +272,10 @@ def test_corda_of_the_face_is_that_of_peft(mode: Any, make: kit.Make, tmp_path: 
         other = get_peft_model(base, copy.deepcopy(config)).eval()  # type: ignore[arg-type]
     mine = make()
     before = {key: value.clone() for key, value in mine.state_dict().items()}
-    own = ours.LoraConfig(**options, corda_config=ours.CordaConfig(corda_method=mode))
+    own = ours.LoraConfig(**options, corda_config=OurCordaConfig(corda_method=mode))
     with pytest.raises(ConfigError, match="preprocess_corda"):
         ours.get_peft_model(mine, own)
-    ours.preprocess_corda(mine, own, run(mine))
+    our_preprocess_corda(mine, own, run(mine))
     model = ours.get_peft_model(mine, own).eval()
     for found, peft in zip(products(model), products(other), strict=True):
         torch.testing.assert_close(found, peft, atol=2e-4, rtol=2e-3)  # inverses lose digits
@@ -296,7 +298,7 @@ def test_corda_of_the_face_is_that_of_peft(mode: Any, make: kit.Make, tmp_path: 
 
 def test_files_of_covariances_are_pickles_and_refused() -> None:
     with pytest.raises(UnsupportedError, match="nothing is unpickled"):
-        ours.CordaConfig(covariance_file="covariances.pt")
+        OurCordaConfig(covariance_file="covariances.pt")
 
 
 # -- PiSSA by chance ----------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ METHODS = {
     "adalora": "trimtab.methods.adalora:AdaLoRA",
     "adapterplus": "trimtab.methods.adapterplus:AdapterPlus",
     "adafit": "trimtab.methods.adafit:AdaFit",
+    "arrow": "trimtab.methods.arrow:Arrow",
     "bitfit": "trimtab.methods.bitfit:BitFit",
     "bottleneck": "trimtab.methods.bottleneck:Bottleneck",
     "compacter": "trimtab.methods.compacter:Compacter",

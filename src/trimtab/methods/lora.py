@@ -191,6 +191,11 @@ class LoRA(LowRank):
     ) -> LoRA | None:
         if config.get("use_dora"):
             return None
+        if config.get("arrow_config"):
+            raise UnsupportedError(
+                "this is the router of an Arrow model: it has no tensors of its own, and routes among LoRAs in other "
+                "folders. Make it anew from these: trimtab.peft.create_arrow_model(base, folders, config)."
+            )
         own = ("alora_invocation_tokens", "ensure_weight_tying")
         rest = {name: value for name, value in config.items() if name not in own}
         invocation = tuple(config.get(own[0]) or ())

@@ -13,7 +13,8 @@ from typing import Any
 _PLACES = {
     "AdaLoraConfig": "configs.adalora",
     "LoraConfig": "configs.lora",
-    **dict.fromkeys(("initialize_lora_eva_weights", "preprocess_corda", "preprocess_loraga"), "informed"),
+    **dict.fromkeys(("initialize_lora_eva_weights", "preprocess_loraga"), "informed"),
+    "create_arrow_model": "arrow",
     "replace_lora_weights_loftq": "loftq",
     **dict.fromkeys(
         (
@@ -24,7 +25,7 @@ _PLACES = {
         "auto",
     ),
     **dict.fromkeys(
-        ("CordaConfig", "EvaConfig", "LoftQConfig", "LoraGAConfig", "LoraRuntimeConfig"), "configs.lora_parts"
+        ("ArrowConfig", "EvaConfig", "LoftQConfig", "LoraGAConfig", "LoraRuntimeConfig"), "configs.lora_parts"
     ),
     **dict.fromkeys(
         (

@@ -80,6 +80,7 @@ class Tuner(nn.Module):
     def add(self, name: str, config: PeftConfig, adapter: Adapter | None = None) -> Adapter:
         """Attach an adapter of a configuration, or a loaded one. The first becomes the active one."""
         trainable = not config.inference_mode
+        adapter = adapter or config.made(self.adapters, name)
         if adapter is None:
             # PEFT draws from torch's own generator, so that a script's seed decides
             seed = int(torch.randint(2**31, ()))

@@ -10,15 +10,18 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
+from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.contract import Init, Method, kaiming_uniform, normal
 from trimtab.adapt.initial import again
 from trimtab.adapt.parse import methods
+from trimtab.adapt.routed import routed
 from trimtab.adapt.tied import group
 from trimtab.adapt.tree import anatomy_of
 from trimtab.errors import ConfigError, UnknownNameError, UnsupportedError, suggest
 from trimtab.peft.config import PeftConfig, config, option
 from trimtab.peft.configs.common import Excluding, Layered, Transposed, listed
 from trimtab.peft.configs.lora_parts import (
+    ArrowConfig,
     CordaConfig,
     EvaConfig,
     LoftQConfig,
@@ -37,6 +40,7 @@ _CONFIGS: dict[str, Any] = {
     "eva_config": EvaConfig,
     "lora_ga_config": LoraGAConfig,
     "corda_config": CordaConfig,
+    "arrow_config": ArrowConfig,
 }
 _NONE = "It is another method than LoRA."
 
@@ -50,7 +54,7 @@ class LoraConfig(Excluding, Layered, Transposed):
     shares: ClassVar[tuple[str, ...]] = ("lora_dropout",)
     lacks: ClassVar[dict[str, str]] = {
         **dict.fromkeys(
-            ("velora_config", "monteclora_config", "arrow_config", "kasa_config", "use_bdlora"), _NONE
+            ("velora_config", "monteclora_config", "kasa_config", "use_bdlora"), _NONE
         ),
         "use_qalora": _NONE,
         "megatron_config": "Layers of Megatron are not known here.",
@@ -113,7 +117,9 @@ class LoraConfig(Excluding, Layered, Transposed):
     )
     lora_bias: bool = option("Not in Trimtab.", default=False)
     use_bdlora: Any = option("Not in Trimtab.", default=None)
-    arrow_config: Any = option("Not in Trimtab.", default=None)
+    arrow_config: ArrowConfig | dict[str, Any] | None = option(
+        "Route each token among attached LoRAs; `create_arrow_model` makes one.", default=None
+    )
     kasa_config: Any = option("Not in Trimtab.", default=None)
     ensure_weight_tying: bool = option(
         "Whether an embedding and a head that share their weight share what is trained of them, too.",
@@ -186,6 +192,26 @@ class LoraConfig(Excluding, Layered, Transposed):
         if text == "loftq":
             return again({"init_lora_weights": "loftq", "loftq_config": self.loftq_config})
         return text
+
+    def made(self, adapters: Mapping[str, Adapter], name: str) -> Adapter | None:
+        given = self.arrow_config
+        if not isinstance(given, ArrowConfig):
+            return None
+        lacking = [n for n in given.task_adapter_names or [] if n not in adapters]
+        if lacking or not given.task_adapter_names:
+            raise ConfigError(
+                f"arrow_config: task_adapter_names={given.task_adapter_names!r} are to be attached LoRAs; there are "
+                f"{list(adapters)}. create_arrow_model(model, folders, arrow_config) loads and names them."
+            )
+        general = given.gks_adapter_names or [] if given.use_gks else []
+        return routed(
+            [adapters[n] for n in given.task_adapter_names],
+            general=[adapters[n] for n in general],
+            top_k=given.top_k,
+            temperature=given.router_temperature,
+            seed=given.rng_seed or 0,
+            name=name,
+        )
 
     def begun(self, method: Method, model: nn.Module) -> Method:
         init = self._init

@@ -68,6 +68,33 @@ class LoraGAConfig:
 
 
 @config()
+class ArrowConfig:
+    """Of an Arrow router, at which each token chooses among LoRAs (`trimtab.methods.arrow`)."""
+
+    top_k: int = option("How many LoRAs act on a token.", default=3)
+    router_temperature: float = option("The higher, the more alike their shares.", default=1.0)
+    use_gks: bool = option(
+        "Whether what general LoRAs share is taken out of each (GenKnowSub).", default=False
+    )
+    task_adapter_names: list[str] | None = option(
+        "The LoRAs; `create_arrow_model` says it.", default=None
+    )
+    gks_adapter_names: list[str] | None = option(
+        "The general LoRAs; `create_arrow_model` says it.", default=None
+    )
+    rng_seed: int | None = option(
+        "Of the vector that prototypes are found from; None is 0, and not by chance.", default=None
+    )
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1 or not self.router_temperature > 0:
+            raise ConfigError(
+                f"ArrowConfig: top_k and router_temperature must be above 0, not {self.top_k!r} and "
+                f"{self.router_temperature!r}."
+            )
+
+
+@config()
 class CordaConfig:
     """Of ``init_lora_weights="corda"``: the factors begin as parts of the weight, seen by each layer's inputs."""
 

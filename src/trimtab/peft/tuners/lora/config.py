@@ -2,6 +2,7 @@
 
 from trimtab.peft.configs.lora import LoraConfig
 from trimtab.peft.configs.lora_parts import (
+    ArrowConfig,
     CordaConfig,
     EvaConfig,
     LoftQConfig,
@@ -10,6 +11,7 @@ from trimtab.peft.configs.lora_parts import (
 )
 
 __all__ = [
+    "ArrowConfig",
     "CordaConfig",
     "EvaConfig",
     "LoftQConfig",
