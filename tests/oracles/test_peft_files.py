@@ -204,7 +204,6 @@ def change(folder: Path, **options: Any) -> None:
     [
         ("lora_beta", 3, "unknown option 'lora_beta'"),
         ("use_qalora", True, "use_qalora=True"),
-        ("layer_replication", [[0, 2]], "layer_replication"),
         ("lora_bias", True, "lora_bias"),
         ("trainable_token_indices", [3], "trainable_token_indices"),
         ("init_lora_weights", "corda", "changed its base"),

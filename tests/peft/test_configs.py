@@ -152,7 +152,7 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("LoraConfig", {"init_lora_weights": "pisa"}, UnknownNameError, "'pissa'"),
     ("LoraConfig", {"init_lora_weights": "mica"}, UnsupportedError, "There are: True, False, gaussian"),
     ("LoraConfig", {"use_qalora": True}, UnsupportedError, "use_qalora=True is not in Trimtab"),
-    ("LoraConfig", {"layer_replication": [(0, 2), (1, 3)]}, UnsupportedError, "never changed"),
+    ("AdaLoraConfig", {"layer_replication": [(0, 2), (1, 3)]}, UnsupportedError, "LoraConfig has it"),
     ("LoraConfig", {"lora_bias": True}, UnsupportedError, "lora_only"),
     ("AdaLoraConfig", {"alora_invocation_tokens": [3]}, UnsupportedError, "LoraConfig has it"),
     ("LoraConfig", {"megatron_config": {"a": 1}}, UnsupportedError, "Megatron"),

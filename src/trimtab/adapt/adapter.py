@@ -59,6 +59,8 @@ class Origin:
     in_peft: bool = True
     copies: Mapping[str, str] = field(default_factory=dict)
     """Path -> checksum, in bf16, of the copy of the base's weight that PEFT's file held."""
+    repeats: tuple[tuple[int, int], ...] = ()
+    """The ranges of its base's blocks that are repeated (`trimtab.models.repeat`), as PEFT's file says."""
     rebuilt: frozenset[str] = frozenset()
     """Slots that the file left out, because its base makes them again when the adapter is attached."""
     provenance: dict[str, Any] = field(default_factory=dict)

@@ -127,6 +127,7 @@ def _parsed(
         task_type=config.get("task_type"),
         transposed=bool(config.get("fan_in_fan_out")),
         rebuilt=method.rebuilt,
+        repeats=tuple((a, b) for a, b in config.get("layer_replication") or ()),
         copies={path.removeprefix(method.peft_root): found for path, found in copies.items()},
     )
     adapter = Adapter(own_name, method, sites, named, origin=origin)

@@ -23,6 +23,7 @@ from trimtab.errors import (
 from trimtab.frozen import Layer
 from trimtab.models.anatomy import Anatomy
 from trimtab.models.families import ROLES
+from trimtab.models.repeat import repeated
 
 
 def planned(model: nn.Module, method: Method, name: str, anatomy: Anatomy) -> Adapter:
@@ -142,8 +143,19 @@ def placed(adapter: Adapter, anatomy: Anatomy) -> Adapter:
         found = [SiteSpec(p.path, p.role, 0) for p in adapter.method.place(anatomy)]
         adapter.sites = (*found, *adapter.sites)
     if adapter.base is None:
+        _same_repeats(adapter, anatomy)
         _tie(adapter, anatomy)
     return adapter
+
+
+def _same_repeats(adapter: Adapter, anatomy: Anatomy) -> None:
+    """An adapter of a model whose blocks are repeated needs one whose blocks are repeated so."""
+    found = repeated(anatomy.root)
+    if adapter.origin.repeats and (found is None or found.ranges != adapter.origin.repeats):
+        raise AttachError(
+            f"adapter {adapter.name!r} was made for a model whose blocks are repeated as {adapter.origin.repeats} "
+            "(layer_replication), and this one's are not. Repeat them first: trimtab.repeat_blocks(model, ranges)."
+        )
 
 
 def _tie(adapter: Adapter, anatomy: Anatomy) -> None:

@@ -196,7 +196,7 @@ class LoRA(LowRank):
                 "this is the router of an Arrow model: it has no tensors of its own, and routes among LoRAs in other "
                 "folders. Make it anew from these: trimtab.peft.create_arrow_model(base, folders, config)."
             )
-        own = ("alora_invocation_tokens", "ensure_weight_tying")
+        own = ("alora_invocation_tokens", "ensure_weight_tying", "layer_replication")
         rest = {name: value for name, value in config.items() if name not in own}
         invocation = tuple(config.get(own[0]) or ())
         fields = cls.fields_from_peft(rest)

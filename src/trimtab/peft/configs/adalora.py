@@ -31,6 +31,7 @@ class AdaLoraConfig(LoraConfig):
         "eva_config": _NO,
         "lora_ga_config": _NO,
         "corda_config": _NO,
+        "layer_replication": "LoraConfig has it.",
         "arrow_config": "Its adapters are no plain LoRAs.",
         "ensure_weight_tying": "Name both ends of tied weights, and each is trained apart.",
         "loftq_config": _NO,

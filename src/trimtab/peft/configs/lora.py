@@ -14,10 +14,12 @@ from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.contract import Init, Method, kaiming_uniform, normal
 from trimtab.adapt.initial import again
 from trimtab.adapt.parse import methods
+from trimtab.adapt.repeat import repeat_blocks
 from trimtab.adapt.routed import routed
 from trimtab.adapt.tied import group
 from trimtab.adapt.tree import anatomy_of
 from trimtab.errors import ConfigError, UnknownNameError, UnsupportedError, suggest
+from trimtab.models.repeat import repeated
 from trimtab.peft.config import PeftConfig, config, option
 from trimtab.peft.configs.common import Excluding, Layered, Transposed, listed
 from trimtab.peft.configs.lora_parts import (
@@ -58,7 +60,6 @@ class LoraConfig(Excluding, Layered, Transposed):
         ),
         "use_qalora": _NONE,
         "megatron_config": "Layers of Megatron are not known here.",
-        "layer_replication": "The base is never changed, nor are its layers repeated.",
         "lora_bias": "Use bias='lora_only', which trains the layers' own biases.",
     }  # fmt: skip
 
@@ -110,7 +111,10 @@ class LoraConfig(Excluding, Layered, Transposed):
     use_qalora: bool = option("Not in Trimtab.", default=False)
     qalora_group_size: int = option("Not in Trimtab; no effect.", default=16)
     monteclora_config: Any = option("Not in Trimtab.", default=None)
-    layer_replication: list[tuple[int, int]] | None = option("Not in Trimtab.", default=None)
+    layer_replication: list[tuple[int, int]] | None = option(
+        "Ranges of the model's layers that stand in a row, repeated with the same frozen weights.",
+        default=None,
+    )
     runtime_config: LoraRuntimeConfig = field(
         default_factory=LoraRuntimeConfig,
         metadata={"help": "Settings of the process; not in a file."},
@@ -192,6 +196,18 @@ class LoraConfig(Excluding, Layered, Transposed):
         if text == "loftq":
             return again({"init_lora_weights": "loftq", "loftq_config": self.loftq_config})
         return text
+
+    def prepare(self, model: nn.Module) -> None:
+        if not self.layer_replication:
+            return
+        wanted = tuple((start, stop) for start, stop in self.layer_replication)
+        found = repeated(model)
+        if found is None:
+            repeat_blocks(model, wanted)
+        elif found.ranges != wanted:
+            raise ConfigError(
+                f"layer_replication={list(wanted)}: this model's layers are repeated already, as {list(found.ranges)}."
+            )
 
     def made(self, adapters: Mapping[str, Adapter], name: str) -> Adapter | None:
         given = self.arrow_config
