@@ -50,7 +50,7 @@ class KaSA(Variant):
     """γ, the weight of how far the factors are from orthogonal."""
 
     @model_validator(mode="after")
-    def _begins(self) -> Self:
+    def _scales(self) -> Self:
         if not all([self.alpha, *self.alpha_pattern.values()]):
             raise ValueError(
                 "kasa: an alpha of 0 leaves no scale for what is taken out of the base"
