@@ -70,7 +70,9 @@ def test_it_begins_at_the_base_and_is_shared_as_a_plain_lora(init: str, model: s
         shared = tt.exported(adapter)
         again = case.model(torch.float32)
         tt.attach(again, shared)
-        assert (output(again, inputs) - trained).abs().max() < 1e-5
+        # an inverse makes factors of CorDA large, and what they take from one another loses digits
+        near = 1e-4 if init == "corda" else 1e-5
+        assert (output(again, inputs) - trained).abs().max() < near
         assert (trained - expected).abs().max() > 1e-4
     away = init not in ("gaussian", "orthogonal", "eva", "mica")
     assert bool(adapter.fixed) == (away or init == "mica")

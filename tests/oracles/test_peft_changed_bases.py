@@ -297,8 +297,11 @@ def test_corda_of_the_face_is_that_of_peft(mode: Any, make: kit.Make, tmp_path: 
 
 
 def test_files_of_covariances_are_pickles_and_refused() -> None:
+    config = ours.LoraConfig(
+        init_lora_weights="corda", corda_config=OurCordaConfig(covariance_file="covariances.pt")
+    )
     with pytest.raises(UnsupportedError, match="nothing is unpickled"):
-        OurCordaConfig(covariance_file="covariances.pt")
+        our_preprocess_corda(kit.llama(), config, lambda: None)
 
 
 # -- PiSSA by chance ----------------------------------------------------------------------------------

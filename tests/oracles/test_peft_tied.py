@@ -157,6 +157,25 @@ def test_both_ends_learn_one_tensor_and_rows_keep_their_own() -> None:
             assert torch.equal(copied(**batch).logits, together)
 
 
+@pytest.mark.parametrize("make", [tiny.bart, tiny.t5, tiny.gpt2])
+def test_every_end_of_a_tied_weight_is_edited(make: kit.Make) -> None:
+    """Encoder, decoder and head of an encoder-decoder share one embedding."""
+    model = kit.loud(make)()
+    adapter = tt.attach(model, tt.LoRA(rank=2, targets="input_embedding", tie=True), "a")
+    kit.stir(adapter)
+    assert len(adapter.sites) == (2 if make is tiny.gpt2 else 4) and len(adapter.tensors) == 2
+    batch = {"input_ids": torch.arange(3, 12).view(3, 3)}
+    if make is not tiny.gpt2:
+        batch["decoder_input_ids"] = torch.arange(4, 10).view(3, 2)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        torch.testing.assert_close(
+            tt.merge(model, "a")(**batch).logits, expected, atol=1e-4, rtol=1e-4
+        )
+        with tt.using(model, None):
+            assert (model(**batch).logits - expected).abs().max() > 1e-2
+
+
 def test_what_is_not_tied_is_said(tmp_path: Path) -> None:
     untied = kit.llama()
     with pytest.warns(UserWarning, match="nothing that is trained shares its weight"):

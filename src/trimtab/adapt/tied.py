@@ -25,7 +25,9 @@ TIED = "tied"
 
 def group(anatomy: Anatomy, path: str) -> list[str]:
     """The modules that share the weight at a path with an embedding, that embedding first; empty if none does."""
-    paths = [path, *anatomy.tied(path)]
+    paths = [p for p in (path, *anatomy.tied(path)) if p not in anatomy.uncalled]
+    if path not in paths:
+        return []
     homes = [p for p in paths if isinstance(anatomy.modules.get(p), nn.Embedding)]
     return [homes[0], *(p for p in paths if p != homes[0])] if homes and len(paths) > 1 else []
 

@@ -152,7 +152,7 @@ class LoRA(LowRank):
 
     def delta(self, p: Params, x: Tensor, at: At) -> Tensor | None:
         if at.role == TIED:
-            p = turned(p)
+            p = turned(p, at.layer)
         if self.bits:
             p = {short: tensor.to(at.dtype) for short, tensor in self._rounded(p).items()}
         change = super().delta(p, x, at)
@@ -167,7 +167,7 @@ class LoRA(LowRank):
         return super().product(self._rounded(p), layer)
 
     def merged(self, p: Params, layer: Layer, role: str) -> tuple[Tensor, Tensor | None] | None:
-        return super().merged(turned(p) if role == TIED else p, layer, role)
+        return super().merged(turned(p, layer) if role == TIED else p, layer, role)
 
     def before_step(self, sites: Sites) -> None:
         if not self.frozen_a:
@@ -240,8 +240,10 @@ class LoRA(LowRank):
             )
 
 
-def turned(p: Params) -> Params:
-    """The factors of an embedding's weight, as those of a head that is tied to it: its transpose."""
+def turned(p: Params, layer: Layer) -> Params:
+    """The factors of an embedding's weight, as those of a layer that is tied to it: a head's is the transpose."""
+    if layer.kind == "embedding":
+        return p
     other = {"A": "B", "B": "A", "A0": "B0", "B0": "A0", "D": "D"}
     return {other[short]: tensor.T for short, tensor in p.items() if short in other}
 

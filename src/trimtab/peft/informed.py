@@ -27,8 +27,9 @@ from trimtab.adapt.contract import Method
 from trimtab.adapt.disk import read_tensors
 from trimtab.adapt.lowrank import LowRank
 from trimtab.adapt.tree import anatomy_of
-from trimtab.errors import ConfigError, FileFormatError, suggest
+from trimtab.errors import ConfigError, FileFormatError, UnsupportedError, suggest
 from trimtab.peft.configs.lora import LoraConfig
+from trimtab.peft.configs.lora_parts import CordaConfig
 from trimtab.peft.find import tuner_of
 from trimtab.peft.model import PeftModel
 
@@ -193,9 +194,16 @@ def preprocess_corda(
 
     Raises:
         ConfigError: the configuration is not of ``init_lora_weights="corda"``, or the model was not called.
+        UnsupportedError: files of covariances are named.
     """
     if str(lora_config.init_lora_weights).lower() != "corda":
         raise ConfigError("preprocess_corda is for init_lora_weights='corda'.")
+    given = lora_config.corda_config
+    if isinstance(given, CordaConfig) and (given.cache_file or given.covariance_file):
+        raise UnsupportedError(
+            "preprocess_corda: cache_file and covariance_file are pickles in PEFT, and nothing is unpickled here; "
+            "leave them out of CordaConfig, and let run_model run the model."
+        )
     if run_model is None:
         raise ConfigError("preprocess_corda needs run_model: covariances are not read from files.")
     watched = model if hooked_model is None else hooked_model

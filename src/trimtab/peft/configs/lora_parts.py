@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from trimtab.errors import ConfigError, UnsupportedError, suggest
+from trimtab.errors import ConfigError, suggest
 from trimtab.peft.config import config, option
 
 
@@ -167,8 +167,10 @@ class ArrowConfig:
 class CordaConfig:
     """Of ``init_lora_weights="corda"``: the factors begin as parts of the weight, seen by each layer's inputs."""
 
-    cache_file: str | None = option("Not in Trimtab: it would be a pickle.", default=None)
-    covariance_file: str | None = option("Not in Trimtab: it would be a pickle.", default=None)
+    cache_file: str | None = option("Refused by preprocess_corda: it is a pickle.", default=None)
+    covariance_file: str | None = option(
+        "Refused by preprocess_corda: it is a pickle.", default=None
+    )
     corda_method: Literal["ipm", "kpm"] = option(
         "Whether what the data use most is trained (ipm), or what they use least (kpm).",
         default="ipm",
@@ -181,11 +183,6 @@ class CordaConfig:
         if self.corda_method not in ("ipm", "kpm"):
             raise ConfigError(
                 f"CordaConfig: corda_method is ipm or kpm, not {self.corda_method!r}."
-            )
-        if self.cache_file or self.covariance_file:
-            raise UnsupportedError(
-                "CordaConfig: cache_file and covariance_file are pickles in PEFT, and nothing is unpickled here; leave "
-                "them out, and let preprocess_corda run the model."
             )
 
     @property
