@@ -123,7 +123,10 @@ class LoRA(LowRank):
         # PEFT has one rank and one alpha for both projections of an nn.MultiheadAttention
         pairs = self.projections(place.path for place in places)
         alike = all(self.at(one) == self.at(other) for one, other in pairs)
-        return alike and super().in_peft(anatomy, places)
+        # and refuses these together
+        own = self._keeps_b and (self.lora_bias or bool(self.invocation))
+        refused = own or (self.rebased and self.lora_bias)
+        return alike and not refused and super().in_peft(anatomy, places)
 
     def peft_differs(self, layer: Layer) -> str:
         if self.invocation and layer.kind != "linear":
