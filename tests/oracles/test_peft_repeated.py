@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import trimtab as tt
 import trimtab.peft as ours
 from tests import tiny
 from tests.oracles import kit
+from trimtab.adapt.files import CONFIG
 from trimtab.errors import AttachError, ConfigError, TargetError, UnsupportedError
 
 RANGES = [(0, 2), (1, 3)]
@@ -89,6 +91,49 @@ def test_files_go_both_ways(tmp_path: Path) -> None:
         kit.assert_close(kit.outputs(plain, batch), expected, "the core")
     with pytest.raises(AttachError, match="detach them first"):
         tt.restore_blocks(plain)
+
+
+@pytest.mark.parametrize(
+    ("options", "known"),
+    [
+        ({"use_dora": True}, True),
+        ({"kasa_config": {"beta": 0.1}}, True),
+        ({"lora_bias": True}, True),
+        ({"velora_config": {"num_groups": 4}}, True),
+        ({"init_lora_weights": "mica"}, True),
+        ({"init_lora_weights": "pissa"}, False),
+        (
+            {
+                "init_lora_weights": "loftq",
+                "loftq_config": {"loftq_bits": 4, "loftq_iter": 2},
+                "lora_alpha": 3,
+            },
+            False,
+        ),
+    ],
+)
+def test_variants_are_repeated_too(options: dict[str, Any], known: bool, tmp_path: Path) -> None:
+    given = {**OPTIONS, **options}
+    model = ours.get_peft_model(make(), ours.LoraConfig(**copy.deepcopy(given))).eval()
+    kit.stir(model.base_model.adapters["default"])
+    batch = kit.batch_of(make())
+    model.save_pretrained(tmp_path / "ours")
+    with torch.no_grad(), kit.quiet():
+        expected = kit.outputs(model, batch)
+        again = ours.PeftModel.from_pretrained(make(), tmp_path / "ours").eval()
+        kit.assert_close(kit.outputs(again, batch), expected, "read again")
+        if known:
+            other = PeftModel.from_pretrained(make(), tmp_path / "ours").eval()
+            kit.assert_close(kit.outputs(other, batch), expected, "ours, read by theirs")
+            return
+        assert "TRIMTAB_LORA" in (tmp_path / "ours" / CONFIG).read_text()
+        get_peft_model(make(), LoraConfig(**copy.deepcopy(OPTIONS))).save_pretrained(tmp_path)  # type: ignore[arg-type]
+    said = json.loads(
+        (tmp_path / CONFIG).read_text()
+    )  # as PEFT writes it: LoftQ needs bitsandbytes there
+    (tmp_path / CONFIG).write_text(json.dumps({**said, **options}))
+    with pytest.raises(UnsupportedError, match="weight that repeated layers share"):
+        tt.Adapter.load(tmp_path)
 
 
 def test_merging_is_right_and_the_base_is_not_written(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ from trimtab.errors import TargetError, UnsupportedError
 from trimtab.frozen import Layer
 from trimtab.frozen.multihead import OUTPUT, PARAMETER
 from trimtab.models.anatomy import Anatomy
+from trimtab.models.repeat import repeated
 
 PEFT_DEFAULTS: Mapping[str, Any] = {
     "r": 8, "target_modules": None, "exclude_modules": None, "lora_alpha": 8, "lora_dropout": 0.0,
@@ -407,6 +408,11 @@ class LowRank(Method):
         }
         return {**more, **left}
 
+    def in_peft(self, anatomy: Anatomy, places: Sequence[Place]) -> bool:
+        # PEFT would change the weight that repeated blocks share once for each of them
+        alone = not self.rebased or repeated(anatomy.root) is None
+        return alone and super().in_peft(anatomy, places)
+
     def peft_differs(self, layer: Layer) -> str:
         if self.rebased and (layer.kind != "linear" or layer.transposed):
             return "it begins LoftQ otherwise here than at a linear layer"
@@ -440,7 +446,14 @@ class LowRank(Method):
             "lora_bias", cls.variant, *cls.peft_own,
         }  # fmt: skip
         refuse_unknown(config, PEFT_DEFAULTS, read, "LoRA")
-        layers = config.get("layers_to_transform")
+        layers, init = config.get("layers_to_transform"), again(config)
+        start = initialisation(init)
+        if config.get("layer_replication") and start and (start.away or start.beside):
+            raise UnsupportedError(
+                f"init_lora_weights={init!r} with layer_replication: PEFT changed the one weight that repeated layers "
+                "share once for each of them, so that none has the base that its factors were made for. Save it from "
+                "PEFT in converted form (path_initial_model_for_weight_conversion)."
+            )
         return {
             "targets": selectors(config.get("target_modules")),
             "exclude": selectors(config.get("exclude_modules")),
@@ -453,7 +466,7 @@ class LowRank(Method):
             "lora_bias": bool(config.get("lora_bias", False)),
             "rank_pattern": config.get("rank_pattern") or {},
             "alpha_pattern": config.get("alpha_pattern") or {},
-            "init": again(config),
+            "init": init,
         }  # fmt: skip
 
     def roles_in_file(self, path: str, slots: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
