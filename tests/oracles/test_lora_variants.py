@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +16,10 @@ from torch import Tensor, nn
 import trimtab as tt
 from tests.oracles import kit
 from trimtab.adapt.bank import bank_of
+from trimtab.adapt.variational import Draws
+from trimtab.adapt.variational import drawn as drawn_here
 from trimtab.errors import ConfigError
-from trimtab.methods.monteclora import Draws, MonteCLoRA
+from trimtab.methods import monteclora
 
 QV = ("q_proj", "v_proj")
 
@@ -66,6 +70,28 @@ def test_qalora_is_that_of_peft_s_quantised_layers(group: int) -> None:
     assert method.to_peft(adapter.places())["qalora_group_size"] == group
 
 
+class Packed(nn.Module):
+    """A layer that shows its sizes and, as GPTQ's do, no weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 16, 12
+        self.register_buffer("qweight", torch.randn(12, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.get_buffer("qweight"))
+
+
+def test_qalora_is_for_peft_where_peft_has_it(tmp_path: Path) -> None:
+    for layer, known in ((Packed(), True), (nn.Linear(16, 12), False)):
+        adapter = tt.attach(nn.Sequential(layer), tt.QALoRA(rank=4, group=4, targets="0"), "a")
+        assert adapter.origin.in_peft == known
+        adapter.save(tmp_path / str(known))
+        said = json.loads((tmp_path / str(known) / "adapter_config.json").read_text())
+        assert said["peft_type"] == ("LORA" if known else "TRIMTAB_QALORA")
+        assert (said["use_qalora"], said["qalora_group_size"]) == (True, 4)
+
+
 def test_qalora_on_a_layer_that_has_no_whole_number_of_groups() -> None:
     with pytest.raises(ConfigError, match="16 inputs has no whole number of groups of 5"):
         tt.attach(nn.Sequential(nn.Linear(16, 12)), tt.QALoRA(group=5, targets="0"))
@@ -111,7 +137,9 @@ def test_what_kasa_takes_out_of_the_base_is_kept() -> None:
 
 
 def test_kasa_needs_a_rank_below_that_of_the_weight() -> None:
-    with pytest.raises(ConfigError, match="kasa gives a weight of 4 × 8 a rank of at most 3"):
+    with pytest.raises(
+        ConfigError, match="least components gives a weight of 4 × 8 a rank of at most 3"
+    ):
         tt.attach(nn.Sequential(nn.Linear(8, 4)), tt.KaSA(rank=4, targets="0"))
 
 
@@ -195,7 +223,7 @@ def test_monteclora_with_the_same_draws_is_that_of_peft(entropy: bool, monkeypat
             if sampler.sampler.index >= sampler.sampler.buffer_size:
                 sampler.sampler._refill_buffer()
         draws = iter([drawn(sampler) for sampler in samplers])
-        monkeypatch.setattr(MonteCLoRA, "_draws", lambda self, a, draws=draws: next(draws))
+        monkeypatch.setattr(monteclora, "drawn", lambda a, n, draws=draws: next(draws))
         batch = kit.batch_of(model)
         left, right = kit.outputs(model.train(), batch), kit.outputs(other.train(), batch)
         own = torch.stack([value for _, _, value in bank_of(model).take_losses()]).sum()
@@ -222,8 +250,7 @@ def test_monteclora_with_the_same_draws_is_that_of_peft(entropy: bool, monkeypat
 def test_draws_of_monteclora_are_distributed_as_peft_s() -> None:
     torch.manual_seed(0)
     sampler = MontecloraSampler(6, 4, 3, buffer_size=4000, device="cpu")
-    method = MonteCLoRA(rank=4, samples=3)
-    ours = [method._draws(torch.zeros(4, 6)) for _ in range(4000)]
+    ours = [drawn_here(torch.zeros(4, 6), 3) for _ in range(4000)]
     theirs = [
         Draws(s["z_mvn"], s["z_wishart"].diag(), s["z_dirichlet"]) for s in sampler.sampler.buffer
     ]

@@ -25,6 +25,7 @@ from trimtab.peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from trimtab.peft.utils.hotswap import hotswap_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFTS = {"peft_version", "auto_mapping", "runtime_config"}
@@ -230,6 +231,12 @@ def test_a_file_of_another_function_is_refused_and_ours_is_kept_to_ourselves(
     with pytest.raises(UnsupportedError, match="'square' PEFT's .* is another function"):
         PeftModel.from_pretrained(case.make(), tmp_path / "theirs")
     mine = ours_of(case)
+    before = logits(mine, case)
+    with pytest.raises(UnsupportedError, match="'square' PEFT's .* is another function"):
+        mine.load_adapter(tmp_path / "theirs", "default")
+    with pytest.raises(UnsupportedError, match="'square' PEFT's .* is another function"):
+        hotswap_adapter(mine, tmp_path / "theirs", "default")
+    assert torch.equal(logits(mine, case), before)
     mine.save_pretrained(tmp_path / "ours")
     assert json.loads((tmp_path / "ours" / CONFIG).read_text())["peft_type"].startswith("TRIMTAB_")
     again = PeftModel.from_pretrained(case.make(), tmp_path / "ours").eval()
@@ -302,18 +309,17 @@ def test_what_the_core_lacks_is_refused_in_a_file_and_in_a_configuration(
 def test_an_encoder_in_training_is_for_us_and_its_table_for_peft(
     case: Case, tmp_path: Path
 ) -> None:
-    """PEFT saves the table alone, and cannot go on training."""
+    """PEFT's file holds the table alone; the encoder lies beside it, in a file of ours."""
     mine = ours_of(case)
     mine.save_pretrained(tmp_path / "training")
     again = PeftModel.from_pretrained(case.make(), tmp_path / "training", is_trainable=True).eval()
     assert again.get_nb_trainable_parameters() == mine.get_nb_trainable_parameters()
     assert torch.equal(logits(again, case), logits(mine, case))
-    with pytest.raises((ValueError, KeyError), match="TRIMTAB_"), kit.quiet():
-        peft.PeftModel.from_pretrained(case.make(), str(tmp_path / "training"))  # type: ignore[arg-type]
-    tt.exported(mine.base_model.adapters["default"]).save(tmp_path / "shared")
-    with kit.quiet():
-        theirs = peft.PeftModel.from_pretrained(case.make(), str(tmp_path / "shared")).eval()  # type: ignore[arg-type]
-    kit.assert_close(logits(theirs, case), logits(mine, case), "outputs")
+    tt.exported(mine.tuner.adapters["default"]).save(tmp_path / "shared")
+    for folder in ("training", "shared"):
+        with kit.quiet():
+            theirs = peft.PeftModel.from_pretrained(case.make(), str(tmp_path / folder)).eval()  # type: ignore[arg-type]
+        kit.assert_close(logits(theirs, case), logits(mine, case), folder)
 
 
 def test_sums_of_adapters_of_experts_are_nested_too_or_kept_to_ourselves(tmp_path: Path) -> None:

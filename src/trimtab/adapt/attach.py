@@ -22,10 +22,11 @@ from trimtab.adapt.observe import Batches, observe
 from trimtab.adapt.observed import Observation, Observed, Original
 from trimtab.adapt.parse import method_from
 from trimtab.adapt.plan import check_whole, checked, layer_at, placed, planned
-from trimtab.adapt.site import ExpertsSite, Site, SiteBase, WholeSite
+from trimtab.adapt.site import ExpertsSite, Site, SiteBase
 from trimtab.adapt.tensors import initial_tensors, specs_of
 from trimtab.adapt.tied import TIED, home_of
 from trimtab.adapt.tree import Children, anatomy_of, sites_of, uncover
+from trimtab.adapt.whole import WholeSite
 from trimtab.errors import (
     AttachError,
     DuplicateNameError,

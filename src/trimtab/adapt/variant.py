@@ -26,6 +26,10 @@ class Variant(LowRank):
     """What they share: PEFT reads them as they are, their plain form is a LoRA, and so is a sum of them."""
 
     peft_kinds: ClassVar[tuple[str, ...]] = ("linear",)
+    parts: ClassVar[Mapping[str, str]] = {}
+    """PEFT's options below that of the variant -> our fields."""
+    unused: ClassVar[tuple[str, ...]] = ()
+    """Those of them that change nothing here."""
     linear_only: ClassVar[str] = ""
     """Why it acts on linear layers alone, where it does."""
     starts: ClassVar[Literal["anywhere", "at zero", "in its own way"]] = "anywhere"
@@ -84,22 +88,20 @@ class Variant(LowRank):
     def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
         return {**super().to_peft(places), **self.variant_to_peft()}
 
+    def variant_to_peft(self) -> dict[str, Any]:
+        """PEFT's options of the variant."""
+        own = dict(self)
+        return {self.variant: {theirs: own[ours] for theirs, ours in self.parts.items()}}
+
     @classmethod
-    def read(
-        cls, config: Mapping[str, Any], names: Mapping[str, str], unused: Sequence[str] = ()
-    ) -> dict[str, Any]:
-        """Our fields of the options below ``variant``, PEFT's name -> ours; ``unused`` are those of no effect here."""
+    def fields_of_variant(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         given = dict(config[cls.variant])
         for name in given:
-            if name not in names and name not in unused:
+            if name not in cls.parts and name not in cls.unused:
                 raise FileFormatError(
                     f"{CONFIG}: unknown option {name!r} of {cls.variant}; a newer PEFT wrote it."
                 )
-        return {names[name]: value for name, value in given.items() if name in names}
-
-    def variant_to_peft(self) -> dict[str, Any]:
-        """PEFT's options of the variant."""
-        return {self.variant: True}
+        return {cls.parts[name]: value for name, value in given.items() if name in cls.parts}
 
 
 _BIASES = ("lora_bias.inner", "lora_bias.own")

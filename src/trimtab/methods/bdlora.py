@@ -25,13 +25,6 @@ from trimtab.models.anatomy import Anatomy
 
 ALL = ("",)
 """What every name contains."""
-_OPTIONS = {
-    "target_modules_bd_a": "block_a",
-    "target_modules_bd_b": "block_b",
-    "nblocks": "blocks",
-    "match_strict": "strict",
-}
-"""PEFT's option -> our field."""
 
 
 @final
@@ -42,6 +35,10 @@ class BDLoRA(Variant):
     variant: ClassVar[str] = "use_bdlora"
     offsets: ClassVar[bool] = False
     starts: ClassVar[Any] = "in its own way"
+    parts: ClassVar[Mapping[str, str]] = {
+        "target_modules_bd_a": "block_a", "target_modules_bd_b": "block_b", "nblocks": "blocks",
+        "match_strict": "strict",
+    }  # fmt: skip
     linear_only: ClassVar[str] = "splits the inputs or outputs among blocks"
 
     blocks: int = Field(default=2, ge=1)
@@ -117,13 +114,13 @@ class BDLoRA(Variant):
 
     def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
         a, b = self._said(places)
-        said = {**dict(self), "block_a": a or None, "block_b": b or None}
-        options = {theirs: said[ours] for theirs, ours in _OPTIONS.items()}
-        return {**super().to_peft(places), "use_bdlora": options}
+        found = super().to_peft(places)
+        named = {"target_modules_bd_a": a or None, "target_modules_bd_b": b or None}
+        return {**found, self.variant: {**found[self.variant], **named}}
 
     @classmethod
     def fields_of_variant(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        return {"blocks": 1, "block_b": (), **cls.read(config, _OPTIONS)}
+        return {"blocks": 1, "block_b": (), **super().fields_of_variant(config)}
 
     def _sides(self, path: str) -> tuple[bool, bool]:
         """Whether A, or B, is block-diagonal at a site."""

@@ -12,18 +12,16 @@ The base is never written: what is taken out of it is kept in the adapter, as tw
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self, final
+from typing import ClassVar, final
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from trimtab.adapt.contract import At, Layer, Params, Place, Spec, normal
-from trimtab.adapt.factors import KEPT, factor_specs, paired
-from trimtab.adapt.initial import Initialisation, check_rank
-from trimtab.adapt.lowrank import BIASES, LowRank
-from trimtab.adapt.observed import Observed
-from trimtab.adapt.variant import Variant
+from trimtab.adapt.factors import paired
+from trimtab.adapt.least import Cut
+from trimtab.adapt.lowrank import BIASES
 from trimtab.models.anatomy import Anatomy
 
 LOSS = "kasa"
@@ -31,51 +29,24 @@ LOSS = "kasa"
 
 
 @final
-class KaSA(Variant):
+class KaSA(Cut):
     """``KaSA(rank=16)``; other fields as LoRA's."""
 
     kind: ClassVar[str] = "kasa"
     variant: ClassVar[str] = "kasa_config"
-    starts: ClassVar[Any] = "at zero"
-    disk: ClassVar[Mapping[str, str]] = {
-        **LowRank.disk,
-        "lora_diag": "lora_diag",
-        **{slot: slot for slot in KEPT},
-    }
-    short_names: ClassVar[Mapping[str, str]] = {**LowRank.short_names, "lora_diag": "d"}
+    parts: ClassVar[Mapping[str, str]] = {"beta": "beta", "gamma": "gamma"}
+    disk: ClassVar[Mapping[str, str]] = {**Cut.disk, "lora_diag": "lora_diag"}
+    short_names: ClassVar[Mapping[str, str]] = {**Cut.short_names, "lora_diag": "d"}
 
     beta: float = Field(default=1e-4, ge=0)
     """β, the weight of ‖d‖² in the loss."""
     gamma: float = Field(default=1e-3, ge=0)
     """γ, the weight of how far the factors are from orthogonal."""
 
-    @model_validator(mode="after")
-    def _scales(self) -> Self:
-        if not all([self.alpha, *self.alpha_pattern.values()]):
-            raise ValueError(
-                "kasa: an alpha of 0 leaves no scale for what is taken out of the base"
-            )
-        return self
-
-    @property
-    def fixed(self) -> frozenset[str]:
-        return frozenset(KEPT)
-
-    @property
-    def rebuilt(self) -> frozenset[str]:
-        return frozenset(KEPT)
-
-    @property
-    def plain_rank(self) -> int:
-        return 2 * self.rank
-
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         specs = super().tensors(layer, role)
-        if role in BIASES:
-            return specs
-        taken = factor_specs(layer, self.rank, self.scaling, _Least())
-        kept = {short: taken[short] for short in ("A0", "B0")}
-        return {**specs, "d": Spec("lora_diag", (self.rank,), normal(1.0)), **kept}
+        own = {} if role in BIASES else {"d": Spec("lora_diag", (self.rank,), normal(1.0))}
+        return specs | own
 
     def factors(self, p: Params) -> tuple[Tensor, Tensor]:
         d = p["d"]
@@ -100,28 +71,3 @@ class KaSA(Variant):
         """PEFT has no weights that are stored (in, out)."""
         layers = [anatomy.layer(path) for path in self.wrapped(places)]
         return super().in_peft(anatomy, places) and not any(layer.transposed for layer in layers)
-
-    def variant_to_peft(self) -> dict[str, Any]:
-        return {"kasa_config": {"beta": self.beta, "gamma": self.gamma}}
-
-    @classmethod
-    def fields_of_variant(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        return cls.read(config, {"beta": "beta", "gamma": "gamma"})
-
-
-class _Least(Initialisation):
-    """The smallest singular components of a weight: s · B A is their sum."""
-
-    away: ClassVar[bool] = True
-
-    def factors(
-        self,
-        weight: Tensor,
-        rank: int,
-        scaling: float,
-        observed: Observed,
-        generator: torch.Generator,
-    ) -> tuple[Tensor, Tensor]:
-        check_rank(weight, rank, min(weight.shape) - 1, "kasa")
-        u, s, v = torch.linalg.svd(weight, full_matrices=False)
-        return v[-rank:], u[:, -rank:] * (s[-rank:] / scaling)

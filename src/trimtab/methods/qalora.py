@@ -60,9 +60,10 @@ class QALoRA(Variant):
         return F.linear(F.linear(pooled, p["A"]), p["B"] * self.scaling)
 
     def in_peft(self, anatomy: Anatomy, places: Sequence[Place]) -> bool:
-        """PEFT has it on layers of GPTQ, which have no ``weight``; elsewhere it passes over the option."""
-        layers = [anatomy.layer(path) for path in self.wrapped(places)]
-        return super().in_peft(anatomy, places) and not any("weight" in e.stored() for e in layers)
+        """PEFT has it on layers of GPTQ, which hold a ``qweight``; elsewhere it passes over the option."""
+        modules = [anatomy.layer(path).module for path in self.wrapped(places)]
+        held = [{name for name, _ in (*m.named_parameters(), *m.named_buffers())} for m in modules]
+        return super().in_peft(anatomy, places) and all("qweight" in names for names in held)
 
     def variant_to_peft(self) -> dict[str, Any]:
         return {"use_qalora": True, "qalora_group_size": self.group}

@@ -2,15 +2,14 @@
 
     y = W x + s · B A x;   in backward   ∂A = gᵀ x̂,   x̂ = scale · Σ over groups g of (x_g · v) v
 
-The features of x lie in groups, and each group is kept as one number, its part in a direction v of length 1. v is the
-direction of the mean group of each batch, or of the first one, or drawn. What is computed is LoRA's; the gradient of A
-is an estimate, as in PEFT.
+Each group of features is kept as one number, its part in a direction v of length 1: that of the mean group of each
+batch, or of the first one, or drawn. What is computed is LoRA's; the gradient of A is an estimate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +22,6 @@ from trimtab.adapt.variant import Variant
 from trimtab.kernels.compressed import compressed_linear, group_width, mean_direction
 
 SLOT = "lora_velora_embed"
-_OPTIONS = {"num_groups": "groups", "scale": "backward_scale", "init_type": "direction"}
-"""PEFT's option -> our field."""
 
 
 @final
@@ -33,6 +30,9 @@ class VeLoRA(Variant):
 
     kind: ClassVar[str] = "velora"
     variant: ClassVar[str] = "velora_config"
+    parts: ClassVar[Mapping[str, str]] = {
+        "num_groups": "groups", "scale": "backward_scale", "init_type": "direction",
+    }  # fmt: skip
     linear_only: ClassVar[str] = "keeps groups of the features of linear layers"
     disk: ClassVar[Mapping[str, str]] = {**LowRank.disk, SLOT: SLOT}
     short_names: ClassVar[Mapping[str, str]] = {**LowRank.short_names, SLOT: "v"}
@@ -49,12 +49,10 @@ class VeLoRA(Variant):
         return super().fixed | {SLOT}
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
-        specs = super().tensors(layer, role)
-        if role in BIASES:
-            return specs
-        width = group_width(layer.in_features, self.groups)
+        shape = (group_width(layer.in_features, self.groups),)
         first = _drawn if self.direction == "random" else zeros
-        return {**specs, "v": Spec(SLOT, (width,), first, cast=False)}
+        own = {} if role in BIASES else {"v": Spec(SLOT, shape, first, cast=False)}
+        return super().tensors(layer, role) | own
 
     def change(self, p: Params, x: Tensor, at: At) -> Tensor:
         a, b = self.factors(p)
@@ -73,13 +71,6 @@ class VeLoRA(Variant):
             new = torch.where(kept.any(), kept, new)
         kept.copy_(new)
         return new
-
-    def variant_to_peft(self) -> dict[str, Any]:
-        return {"velora_config": {theirs: dict(self)[ours] for theirs, ours in _OPTIONS.items()}}
-
-    @classmethod
-    def fields_of_variant(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        return cls.read(config, _OPTIONS)
 
 
 def _drawn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

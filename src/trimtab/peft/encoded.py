@@ -7,7 +7,7 @@ Their encoder is for training alone. It lies beside the prompt in a file of our 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trimtab.adapt.adapter import Adapter, TensorName
 from trimtab.adapt.disk import placing
+from trimtab.adapt.encoder import TABLE
 from trimtab.adapt.export import exported
 from trimtab.adapt.files import disk_key
 from trimtab.adapt.parse import method_from
@@ -24,6 +25,8 @@ from trimtab.errors import FileFormatError
 
 PROMPTS = "base_model."
 """What `Method.peft_root` is for prompts and prefixes, which PEFT keeps beside the model."""
+PEFTS = "prompt_embeddings"
+"""What PEFT's files call a prompt."""
 ENCODER = "trimtab_encoder.safetensors"
 
 
@@ -48,10 +51,7 @@ def shared_form(adapter: Adapter, values: Mapping[TensorName, Tensor]) -> Adapte
 
 
 def write_encoder(adapter: Adapter, folder: Path) -> None:
-    """Write what the encoder is made of; where there is none, take an older one away."""
-    if not has_encoder(adapter):
-        (folder / ENCODER).unlink(missing_ok=True)
-        return
+    """Write what the encoder is made of."""
     tensors = {
         name.slot: tensor.detach().cpu().contiguous()
         for name, tensor in adapter.named().items()
@@ -92,7 +92,35 @@ def with_encoder(folder: Path, shared: Adapter) -> Adapter:
     return adapter
 
 
-def prompt_keys(adapter: Adapter) -> set[str]:
-    """The keys of the file of an adapter with an encoder."""
+def without_encoder(
+    adapter: Adapter, given: Mapping[str, Tensor], bare: Callable[[str], str]
+) -> Adapter | None:
+    """The prompt that is given instead of what makes it; None where ``given``, by ``bare`` keys, is something else."""
     shared = shared_form(adapter, adapter.named())
-    return {disk_key(shared, name) for name in shared.named()}
+    keys = {name: bare(disk_key(shared, name)) for name in shared.named()}
+    if set(keys.values()) != given.keys():
+        return None
+    values = {name: given[key].detach().clone() for name, key in keys.items()}
+    return Adapter(
+        shared.name, shared.method, shared.sites, values, base=shared.base, origin=shared.origin
+    )
+
+
+def prefix_of_peft(adapter: Adapter, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """PEFT's prefix of an encoder-decoder in our layout, where each layer of the decoder has values of its own.
+
+    Raises:
+        FileFormatError: the adapter reaches the encoder too.
+    """
+    method = adapter.method
+    if PEFTS not in given or method.kind != "prefix" or adapter.origin.in_peft:
+        return given
+    paths = [site.path for site in adapter.sites if site.method == 0]
+    if any("encoder" in path.split(".") for path in paths):
+        raise FileFormatError(
+            f"adapter {adapter.name!r} reaches the encoder too, and PEFT's prefix is of the decoder alone; make it "
+            "with PrefixTuningConfig."
+        )
+    config = {"num_transformer_submodules": 2, "num_layers": len(paths)}
+    left = {key: value for key, value in given.items() if key != PEFTS}
+    return {**left, TABLE: method.tensor_from_peft(config, TABLE, given[PEFTS])}

@@ -112,8 +112,10 @@ def write_folder(
         own = {**shared.method.to_peft(shared.places()), "modules_to_save": None}
         told = {name: value for name, value in config.options().items() if name not in own}
         said = {**said, **told, "peft_type": on_disk(config.peft_type)}
-    write_encoder(written, folder)
+        write_encoder(written, folder)
     save(shared, folder, beside=True, said=said)
+    if not has_encoder(written):
+        (folder / ENCODER).unlink(missing_ok=True)  # of an adapter that was here before
 
 
 def _said(config: PeftConfig, origin: Origin, model: nn.Module) -> dict[str, Any]:

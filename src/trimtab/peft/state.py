@@ -28,7 +28,7 @@ from trimtab.adapt.site import BASE, WRAPPED, SiteBase
 from trimtab.adapt.slots import memory_name
 from trimtab.adapt.tree import anatomy_of, canonical
 from trimtab.errors import AttachError, ConfigError, FileFormatError, StorageError, suggest
-from trimtab.peft.encoded import has_encoder, prompt_keys, shared_form
+from trimtab.peft.encoded import has_encoder, prefix_of_peft, shared_form, without_encoder
 from trimtab.peft.errors import PeftWarning
 from trimtab.peft.find import tuner_of
 from trimtab.peft.hub import local_file
@@ -103,9 +103,9 @@ def set_peft_model_state_dict(
     present = adapter.named()
     names = {_bare(disk_key(adapter, name)): name for name in present}
     given = _own_keys(adapter, peft_model_state_dict)
-    if has_encoder(adapter) and given.keys() == {_bare(key) for key in prompt_keys(adapter)}:
-        return _without_encoder(model, adapter, given)
-    given = _prefix_of_peft(adapter, given)
+    if has_encoder(adapter) and (shared := without_encoder(adapter, given, _bare)) is not None:
+        return _become(model, adapter.name, shared)
+    given = prefix_of_peft(adapter, given)
     if (experts := experts_of(adapter)) and in_peft_form(adapter):
         options = {"target_parameters": experts, "r": dict(adapter.method)["rank"]}
         given = unfolded(options, given, f"the state dict for {adapter_name!r}")
@@ -371,48 +371,23 @@ def _fitted(model: nn.Module, adapter: Adapter, slot: str, value: Tensor, mine: 
     return adapter.method.tensor_from_peft(tuner.peft_config[adapter.name].to_dict(), slot, value)
 
 
-def _without_encoder(model: nn.Module, adapter: Adapter, given: Mapping[str, Tensor]) -> LoadResult:
-    """Let an adapter become the prompt that its encoder would make: what PEFT's files hold of it."""
+def _become(model: nn.Module, name: str, shared: Adapter) -> LoadResult:
+    """Put a prompt in the place of an adapter that makes one by an encoder."""
     tuner = tuner_of(model)
     if tuner is None:
         raise FileFormatError(
-            f"adapter {adapter.name!r} has an encoder, and these are the values of a prompt without one."
+            f"adapter {name!r} has an encoder, and these are the values of a prompt without one."
         )
-    shared = shared_form(adapter, adapter.named())
-    values = {
-        name: given[_bare(disk_key(shared, name))].detach().clone() for name in shared.named()
-    }
-    shared = Adapter(
-        shared.name, shared.method, shared.sites, values, base=shared.base, origin=shared.origin
-    )
-    active, config = list(tuner.active_adapters), tuner.peft_config[adapter.name]
-    tuner.replace(adapter.name, config, shared)
+    active = list(tuner.active_adapters)
+    tuner.replace(name, tuner.peft_config[name], shared)
     tuner.set_adapter(active)
     warnings.warn(
-        f"adapter {adapter.name!r} is the given prompt from now on, without the encoder that made it; an optimizer "
-        "made before does not know its parameters.",
+        f"adapter {name!r} is the given prompt from now on, without the encoder that made it; an optimizer made before "
+        "does not know its parameters.",
         category=PeftWarning,
         stacklevel=3,
     )
     return LoadResult([], [])
-
-
-def _prefix_of_peft(adapter: Adapter, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """PEFT's prefix of an encoder-decoder in our layout: each layer of the decoder has values of its own here."""
-    table = "prompt_encoder.embedding.weight"
-    method = adapter.method
-    if "prompt_embeddings" not in given or method.kind != "prefix" or adapter.origin.in_peft:
-        return given
-    paths = [site.path for site in adapter.sites if site.method == 0]
-    if any("encoder" in path.split(".") for path in paths):
-        raise FileFormatError(
-            f"adapter {adapter.name!r} reaches the encoder too, and PEFT's prefix is of the decoder alone; make it "
-            "with PrefixTuningConfig."
-        )
-    config = {"num_transformer_submodules": 2, "num_layers": len(paths)}
-    turned = method.tensor_from_peft(config, table, given["prompt_embeddings"])
-    return {table if key == "prompt_embeddings" else key: turned if key == "prompt_embeddings" else value
-            for key, value in given.items()}  # fmt: skip
 
 
 def _put(adapter: Adapter, name: TensorName, present: Tensor, value: Tensor) -> None:

@@ -1,7 +1,7 @@
 """What stands between a `PeftModel` and its model: adapters by name, which of them act, and which are trained.
 
-It is the ``base_model`` of a `PeftModel`, and by itself what PEFT calls a tuner: ``base_model.model`` is the user's
-model, changed in place. Parameters have PEFT's names, in state dicts too.
+It is the ``base_model`` of a `PeftModel` (or beside it, where that began with a prompt), and by itself what PEFT calls
+a tuner: ``base_model.model`` is the user's model, changed in place. Parameters have PEFT's names, in state dicts too.
 """
 
 from __future__ import annotations
