@@ -35,7 +35,9 @@ _PLACES = {
     "merge_with_report": "trimtab.adapt.merge_report",
     "parameter_groups": "trimtab.optim.adam",
     "probe": "trimtab.adapt.probe",
+    "repeat_blocks": "trimtab.adapt.repeat",
     "resolve": "trimtab.adapt.describe",
+    "restore_blocks": "trimtab.adapt.repeat",
     "rows": "trimtab.adapt.acting",
     "scale": "trimtab.adapt.acting",
     "scaled": "trimtab.adapt.arithmetic",
@@ -50,6 +52,7 @@ _PLACES = {
     "KaSA": "trimtab.methods.kasa",
     "BDLoRA": "trimtab.methods.bdlora",
     "AdaLoRA": "trimtab.methods.adalora",
+    "Arrow": "trimtab.methods.arrow",
     "IA3": "trimtab.methods.ia3",
     "BitFit": "trimtab.methods.bitfit",
     "Bottleneck": "trimtab.methods.bottleneck",
@@ -143,10 +146,13 @@ if TYPE_CHECKING:
     from trimtab.adapt.merge import merge as merge
     from trimtab.adapt.merge_report import merge_with_report as merge_with_report
     from trimtab.adapt.probe import probe as probe
+    from trimtab.adapt.repeat import repeat_blocks as repeat_blocks
+    from trimtab.adapt.repeat import restore_blocks as restore_blocks
     from trimtab.adapt.stepper import Stepper as Stepper
     from trimtab.methods.adafit import AdaFit as AdaFit
     from trimtab.methods.adalora import AdaLoRA as AdaLoRA
     from trimtab.methods.adapterplus import AdapterPlus as AdapterPlus
+    from trimtab.methods.arrow import Arrow as Arrow
     from trimtab.methods.bdlora import BDLoRA as BDLoRA
     from trimtab.methods.bitfit import BitFit as BitFit
     from trimtab.methods.boft import BOFT as BOFT

@@ -35,6 +35,7 @@ from tests.tiny import output, pick
 from trimtab.adapt.files import WEIGHTS
 from trimtab.adapt.probe import bare_state
 from trimtab.errors import (
+    AttachError,
     BaseMismatchError,
     ConfigError,
     DuplicateNameError,
@@ -331,7 +332,7 @@ def q_proj(model: PeftModel) -> nn.Linear:
 def test_s13_layers_that_occur_twice(replicas: bool, tmp_path: Path) -> None:
     """PEFT merges a model with replicated layers into a wrong one. Trimtab: a layer that is called twice is one
     site, one that shares its weight with another is a site of its own, and merge ≡ forward for both; a file with
-    layer_replication is refused."""
+    layer_replication asks for a model whose layers are repeated so."""
     model = models.llama(use_cache=False).double()
     first, second = model.model.layers[0], model.model.layers[1]
     again = copy.deepcopy(first) if replicas else first
@@ -351,8 +352,8 @@ def test_s13_layers_that_occur_twice(replicas: bool, tmp_path: Path) -> None:
     replicated.save_pretrained(tmp_path)
     bare = logits_of(replicated)
     assert not torch.allclose(logits_of(replicated.merge_and_unload()), bare, atol=1e-2)
-    with pytest.raises(UnsupportedError, match="layer_replication"):
-        tt.Adapter.load(tmp_path)
+    with pytest.raises(AttachError, match="layer_replication"):
+        tt.attach(models.llama(), tt.Adapter.load(tmp_path))
 
 
 def test_s14_merging_into_a_tied_head(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from trimtab.adapt.parse import method_from
 from trimtab.errors import ConfigError, DataError, UnsupportedError
 
 MIXED = ("embed", "re:conv[12]", "grouped", "head")
-DATA = ("eva", "lora-ga")
+DATA = ("eva", "lora-ga", "corda")
 FREE = ("gaussian", "orthogonal", "pissa", "pissa(niter=2)", "olora", "mica")
 
 
@@ -70,7 +70,9 @@ def test_it_begins_at_the_base_and_is_shared_as_a_plain_lora(init: str, model: s
         shared = tt.exported(adapter)
         again = case.model(torch.float32)
         tt.attach(again, shared)
-        assert (output(again, inputs) - trained).abs().max() < 1e-5
+        # an inverse makes factors of CorDA large, and what they take from one another loses digits
+        near = 1e-4 if init == "corda" else 1e-5
+        assert (output(again, inputs) - trained).abs().max() < near
         assert (trained - expected).abs().max() > 1e-4
     away = init not in ("gaussian", "orthogonal", "eva", "mica")
     assert bool(adapter.fixed) == (away or init == "mica")
@@ -236,9 +238,8 @@ def test_strings_and_files_give_the_same_value() -> None:
     text = tt.method("lora(rank=4, init=pissa(niter=4))")
     assert text == tt.LoRA(rank=4, init="pissa(niter=4)")
     assert method_from(text.to_dict()) == text
-    assert inits.names() == sorted(
-        ["eva", "gaussian", "lora-ga", "olora", "orthogonal", "pissa", "mica"]
-    )
+    names = ["corda", "eva", "gaussian", "loftq", "lora-ga", "mica", "olora", "orthogonal", "pissa"]
+    assert inits.names() == names
 
 
 def test_leading_vectors_are_the_exact_ones_where_they_stand_out() -> None:

@@ -30,6 +30,7 @@ from trimtab.adapt.parse import method_from
 SMALL = {
     "lora": "lora(rank=4)",
     "dora": "dora(rank=4)",
+    "arrow": "arrow(experts=3, rank=4)",
     "adalora": "adalora(rank=4, target_rank=2)",
     "bdlora": "bdlora(rank=4, blocks=2, block_a=['o_proj', 'down_proj'])",
     "kasa": "kasa(rank=4, alpha=8)",
@@ -90,6 +91,7 @@ ON_MODEL = {
     ("monteclora", "mixed"): "monteclora(rank=4, samples=3, targets='head')",
     ("qalora", "mixed"): "qalora(rank=4, group=2, targets='head')",
     ("velora", "mixed"): "velora(rank=4, groups=4, targets='head')",
+    ("arrow", "mixed"): "arrow(experts=3, rank=4, targets='head')",
     ("shira", "mixed"): f"shira(rank=2, targets={MATRICES})",
     ("piggyback", "mixed"): f"piggyback(targets={MATRICES})",
     ("oft", "mixed"): "oft(block=2, epsilon=1.0, terms=4, targets=['embed', 'conv1', 'conv2', 'grouped', 'head'])",
@@ -199,10 +201,11 @@ NOT_MERGEABLE = {
     "spottune": "each example chooses",
     "gated": "each example scales",
     "adafit": "each example opens",
+    "arrow": "each token chooses",
     "union": "in its part prefix, it adds keys and values to the softmax of attention",
 }
 IDENTITY_AT_FIRST = {
-    "adafit", "adalora", "bdlora", "bitfit", "boft", "diff", "dora", "full", "gated", "hira", "hra", "ia3",
+    "adafit", "adalora", "arrow", "bdlora", "bitfit", "boft", "diff", "dora", "full", "gated", "hira", "hra", "ia3",
     "llama-adapter", "loha", "lokr", "lora", "miss", "monteclora", "mora", "norms", "oft", "parallel", "piggyback",
     "qalora", "randlora", "shira", "spottune", "tokens", "velora", "vera",
 }  # fmt: skip

@@ -23,7 +23,6 @@ from trimtab.errors import (
     DuplicateNameError,
     TargetError,
     UnknownNameError,
-    UnsupportedError,
 )
 
 PAGE = Path(__file__).parents[2] / "docs" / "from-peft.md"
@@ -145,8 +144,11 @@ def test_s10_to_s12_one_adapter_of_weight_one_is_itself(options: dict[str, Any])
 
 
 def test_s13_repeated_layers() -> None:
-    with pytest.raises(UnsupportedError, match="layer_replication"):
-        made(layer_replication=[[0, 2], [1, 3]])
+    model = made(layer_replication=[[0, 2], [1, 2]])
+    kit.filled(model)
+    expected = logits(model.eval())
+    merged = model.merge_and_unload()
+    assert len(merged.model.layers) == 3 and close(logits(merged), expected)
 
 
 def test_s14_merging_into_a_tied_head() -> None:

@@ -118,6 +118,8 @@ def first_values_of(model: nn.Module, method: Method) -> dict[str, str]:
 
 def described(init: Init) -> str:
     """An initial value in words: the docstring of its function, and the numbers that were given to it."""
+    if inspect.ismethod(init):
+        return _words(inspect.getdoc(init) or init.__name__, {})
     if not inspect.isfunction(init):  # an object that is called
         return _words(inspect.getdoc(type(init)) or type(init).__name__, vars(init))
     maker = init.__globals__.get(init.__qualname__.partition(".")[0])

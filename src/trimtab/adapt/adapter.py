@@ -61,6 +61,8 @@ class Origin:
     """Whether PEFT can read its form to share, where it cannot read the adapter itself."""
     copies: Mapping[str, str] = field(default_factory=dict)
     """Path -> checksum, in bf16, of the copy of the base's weight that PEFT's file held."""
+    repeats: tuple[tuple[int, int], ...] = ()
+    """The ranges of its base's blocks that are repeated (`trimtab.models.repeat`), as PEFT's file says."""
     rebuilt: frozenset[str] = frozenset()
     """Slots that the file left out, because its base makes them again when the adapter is attached."""
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -69,7 +71,9 @@ class Origin:
 def whole(method: Method) -> tuple[Method, ...]:
     """The parts of a method (itself, if it is no union), and the one that trains modules in full, if any are."""
     train = tuple(dict.fromkeys(path for part in (method, *method.members) for path in part.train))
-    return (*method.members, *([methods.get("full").parse({"targets": train})] if train else []))
+    tie = any(dict(part).get("tie", False) for part in method.members)
+    options = {"targets": train, "tie": True} if tie else {"targets": train}
+    return (*method.members, *([methods.get("full").parse(options)] if train else []))
 
 
 class Adapter:

@@ -19,6 +19,7 @@ from torch import Tensor
 from trimtab.adapt.adapter import Adapter, Origin, SiteSpec, TensorName
 from trimtab.adapt.contract import Method, Params, Place, exactly
 from trimtab.adapt.parse import method_from
+from trimtab.adapt.tied import TIED
 from trimtab.errors import BaseMismatchError, ConfigError, UnsupportedError
 
 
@@ -38,6 +39,8 @@ def scaled(adapter: Adapter, weight: float, *, name: str | None = None) -> Adapt
     _no_shared(adapter)
     tensors: dict[TensorName, Tensor] = {}
     for site in result.sites:
+        if site.role == TIED:
+            continue
         method = result.methods[site.method].at(site.path)
         params, slots = _params(result, site)
         new = method.scaled(params, weight, site.role)
@@ -77,6 +80,8 @@ def add(
     tensors: dict[TensorName, Tensor] = {}
     methods_at: list[dict[str, Method]] = [{} for _ in first.methods]
     for site, holders in sites.items():
+        if site.role == TIED:
+            continue
         given = [(a.methods[site.method].at(site.path), _params(a, site)[0]) for a in holders]
         slots = {short: slot for a in holders for short, slot in _params(a, site)[1].items()}
         method, params = given[0][0].sum(given, site.role)

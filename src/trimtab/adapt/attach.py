@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -18,11 +19,12 @@ from trimtab.adapt.edit import Edit
 from trimtab.adapt.fingerprint import fingerprint
 from trimtab.adapt.multihead import MultiheadSite
 from trimtab.adapt.observe import Batches, observe
-from trimtab.adapt.observed import Observation, Observed
+from trimtab.adapt.observed import Observation, Observed, Original
 from trimtab.adapt.parse import method_from
 from trimtab.adapt.plan import check_whole, checked, layer_at, placed, planned
 from trimtab.adapt.site import ExpertsSite, Site, SiteBase
 from trimtab.adapt.tensors import initial_tensors, specs_of
+from trimtab.adapt.tied import TIED, home_of
 from trimtab.adapt.tree import Children, anatomy_of, sites_of, uncover
 from trimtab.adapt.whole import WholeSite
 from trimtab.errors import (
@@ -32,6 +34,7 @@ from trimtab.errors import (
 )
 from trimtab.frozen import Layer
 from trimtab.models.anatomy import Anatomy
+from trimtab.models.originals import Originals, WeightOnDisk
 
 
 def attach(
@@ -43,6 +46,7 @@ def attach(
     trainable: bool = True,
     any_base: bool = False,
     batches: Batches | None = None,
+    weights: str | Path | None = None,
 ) -> Adapter:
     """Attach a new adapter of a method, or a saved adapter, to a model, in place.
 
@@ -58,6 +62,8 @@ def attach(
         any_base: attach an adapter that was made for other weights of the same architecture.
         batches: for a method that begins from data (``LoRA(init="eva")``): each is one call of the model, such as
             a dict with input_ids, attention_mask and labels.
+        weights: for ``LoRA(init="loftq")`` on a base in few bits: the folder (or file) of its dense weights; by default
+            the one that it was loaded from.
 
     Raises:
         DuplicateNameError, BaseMismatchError, TargetError, AttachError, DataError: nothing was changed.
@@ -79,7 +85,7 @@ def attach(
     new = not isinstance(method, Adapter)
     observed: Mapping[str, Sequence[Observed]] = {}
     if new:
-        observed = _observed(model, adapter, anatomy, batches)
+        observed = _observed(model, adapter, anatomy, batches, weights)
         if observed:
             informed = adapter.method.informed(observed)
             adapter = planned(model, informed, adapter.name, anatomy)
@@ -114,18 +120,31 @@ def detach(model: nn.Module, name: str) -> Adapter:
 
 
 def _observed(
-    model: nn.Module, adapter: Adapter, anatomy: Anatomy, batches: Batches | None
+    model: nn.Module,
+    adapter: Adapter,
+    anatomy: Anatomy,
+    batches: Batches | None,
+    weights: str | Path | None,
 ) -> dict[str, list[Observed]]:
-    """What data show of the sites of which the method wants to know."""
+    """What data show of the sites of which the method wants to know; or the weights that the base was made of."""
     wants: dict[str, tuple[list[Layer], Observation]] = {}
+    originals: list[str] = []
     for site in adapter.sites:
         asked = adapter.methods[site.method].at(site.path).observes(site.role)
         if asked is not None:
             stacked = site.path in anatomy.experts
             one = None if stacked else layer_at(anatomy, site.path)
             layers = anatomy.expert_layers(site.path) if one is None else [one]
-            wants[site.path] = layers, asked
-    return observe(model, anatomy, wants, batches)
+            if not isinstance(asked, Original):
+                wants[site.path] = layers, asked
+            elif any(layer.rounded for layer in layers):
+                originals.append(site.path)
+    found = observe(model, anatomy, wants, batches)
+    if not originals:
+        return found
+    name = weights or getattr(anatomy.config, "_name_or_path", "") or "this base"
+    read = Originals(name, getattr(model, "base_model_prefix", ""))
+    return {**found, **{path: [WeightOnDisk(read, path)] for path in originals}}
 
 
 # -- changing the model -------------------------------------------------------------------------------
@@ -149,6 +168,8 @@ def _insert(
         for spec in specs[-1 - number, ""].values():
             holders[TensorName("", spec.name)] = bank
     for number, spec_site in enumerate(adapter.sites):
+        tied = spec_site.role == TIED
+        home = home_of(adapter, spec_site, anatomy) if tied else number
         edit = Edit(
             adapter=adapter.name,
             method=adapter.methods[spec_site.method].at(spec_site.path),
@@ -159,10 +180,13 @@ def _insert(
             order=orders[number],
             causal=anatomy.causal,
             answers=anatomy.answers(spec_site.path),
-            specs=specs[number, spec_site.path],
+            specs=specs[home, adapter.sites[home].path],
             shared=specs[-1 - spec_site.method, ""],
+            home=tree.site(adapter.sites[home].path) if tied else None,
         )
         holder = _put(model, bank, edit, anatomy, tree)
+        if tied:
+            continue
         holders |= {TensorName(spec_site.path, held.name): holder for held in edit.tensors.values()}
     for path in anatomy.apart:
         if path not in tree.sites and any(s.path.startswith(f"{path}.") for s in adapter.sites):

@@ -273,6 +273,7 @@ class Bank(nn.Module):
             training=module.training,
             memory=self._memory(past, kwargs),
             past=past,
+            ids=_token_ids(batch),
         )
 
     def _decoding(self, past: Any) -> bool:
@@ -347,6 +348,12 @@ def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
             return value
     tensors = [value for value in kwargs.values() if isinstance(value, Tensor)]
     return tensors[0] if tensors else None
+
+
+def _token_ids(batch: Tensor | None) -> Tensor | None:
+    """What a model was called with, if it is (B, T) token ids."""
+    tokens = batch is not None and batch.dim() == 2 and not batch.is_floating_point()
+    return batch if tokens else None
 
 
 def bank_of(model: nn.Module) -> Bank:

@@ -32,6 +32,7 @@ class Context:
         mask: (B, T) attention mask, or None.
         prompt: (B, T) true where a gate may look (before the first trained token), or None.
         memory: where gates keep decisions that outlive this forward (a generation).
+        ids: (B, T) the tokens, or None where the model was given none.
         decoding: whether the prompt lies in the cache already; told only where a method needs the prompt.
 
     ``scratch`` carries tensors from one site to a later one of the same forward; who reads them takes them out.
@@ -53,6 +54,7 @@ class Context:
         training: bool = False,
         memory: dict[Any, Any] | None = None,
         past: Any = None,
+        ids: Tensor | None = None,
     ) -> None:
         self.route = route
         self.rows = rows
@@ -71,6 +73,9 @@ class Context:
         self.caught: KeysValues | None = None
         self.grown: Rows | None = None
         self.past = past
+        self.ids = ids
+        self.acting: dict[Any, Tensor] = {}
+        """Where adapters act that wait to be invoked; kept by `trimtab.adapt.invoked`."""
         self.losses: list[tuple[str, str, Tensor]] = []
         self.recomputing = False
         self.again: dict[Any, Any] = {}
@@ -96,6 +101,7 @@ class Context:
             training=self.training,
             memory=self.memory,
             past=self.past,
+            ids=_rows(self.ids, index),
         )
         own.losses = self.losses
         own._drops = self._drops

@@ -36,6 +36,7 @@ class Edit:
         answers: bool,
         specs: Mapping[str, Spec],
         shared: Mapping[str, Spec],
+        home: nn.Module | None = None,
     ) -> None:
         self.adapter = adapter
         self.method = method
@@ -48,6 +49,8 @@ class Edit:
         self.answers = answers
         self.tensors = {short: Held(spec.name, spec.cast) for short, spec in specs.items()}
         self.shared = {short: Held(spec.name, spec.cast) for short, spec in shared.items()}
+        self.home = home
+        """The site whose tensors it reads, where it has none of its own (`trimtab.adapt.tied`)."""
         self.enters = method.overrides("enter")
         self.adds = method.overrides("delta")
         self.leaves = method.overrides("leave")
@@ -64,7 +67,7 @@ class Edit:
 
     def params(self, holder: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
         """This site's tensors, cast for computation."""
-        return cast_all(self.tensors, holder, self.adapter, dtype)
+        return cast_all(self.tensors, self.home or holder, self.adapter, dtype)
 
 
 def enter(stack: Sequence[Bound], x: Tensor) -> Tensor:

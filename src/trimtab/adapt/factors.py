@@ -30,6 +30,8 @@ KEPT = {
     for slot, short in zip(slots[2:], ("A0", "B0"), strict=True)
 }
 """Slots of first factors that are kept -> short names."""
+CHANGE = "lora_base_change"
+"""Slot of what the base's weight is changed by, where an initialisation is meant beside another one."""
 
 
 def factor_specs(
@@ -44,6 +46,8 @@ def factor_specs(
         return {"A": Spec(a, shape_a, kaiming_uniform), "B": Spec(b, shape_b, zeros)}
     start = Start(init, layer, rank, scaling)
     specs = {"A": Spec(a, shape_a, start.a), "B": Spec(b, shape_b, start.b)}
+    if init.beside:
+        return {**specs, "D": Spec(CHANGE, layer.shape, start.change, stored=False)}
     if not init.away:
         return specs
     kept = {"A0": Spec(a_first, shape_a, start.a), "B0": Spec(b_first, shape_b, start.b)}

@@ -29,9 +29,10 @@ from trimtab.adapt.multihead import named_by_peft, opened, peft_module
 from trimtab.adapt.nested import experts_of, folded, unfolded
 from trimtab.adapt.parse import method_from, methods
 from trimtab.adapt.peft_config import CONFIG as CONFIG
+from trimtab.adapt.peft_files import EMBEDDINGS, from_peft, peft_type
 from trimtab.adapt.peft_files import WEIGHTS as WEIGHTS
-from trimtab.adapt.peft_files import from_peft, peft_type
 from trimtab.adapt.slots import check_name
+from trimtab.adapt.tied import TIED
 from trimtab.config import Config
 from trimtab.errors import AttachError, ConfigError, FileFormatError
 
@@ -146,6 +147,8 @@ def save(
         packing=packing,
         drawn=adapter.drawn,
     )
+    if in_peft_form(adapter) and bits is None:
+        tensors |= {key: tensors[own].clone() for key, own in _copied(adapter).items()}
     options = {**_peft_config(adapter, bits), **said}
     if (paths := experts_of(adapter)) and not options["peft_type"].startswith(OWN_TYPE):
         tensors, options["target_parameters"] = folded(tensors, adapter.method.peft_root, paths)
@@ -220,6 +223,12 @@ def _from_ours(
     tensors = unpack(tensors, ours.packing, str(folder / WEIGHTS))
     if config.get("target_parameters"):
         tensors = unfolded(config, tensors, str(folder / WEIGHTS))
+    sites = [SiteSpec(*site) for site in ours.sites]
+    method = method_from(ours.methods[0])
+    for site in sites:
+        copied = f"{method.peft_root}{site.path}.weight"
+        if site.role == TIED and copied not in ours.tensors:
+            tensors.pop(copied, None)  # only PEFT wants it
     _same_keys(folder / WEIGHTS, set(ours.tensors), set(tensors))
     named = {}
     for key, entry in ours.tensors.items():
@@ -239,14 +248,25 @@ def _from_ours(
         plain_in_peft=ours.plain_in_peft,
         provenance=ours.provenance,
     )
-    sites = [SiteSpec(*site) for site in ours.sites]
-    method = method_from(ours.methods[0])
     adapter = Adapter(name or ours.name, method, sites, named, base=ours.base, origin=origin)
     if any(not 0 <= site.method < len(adapter.methods) for site in sites):
         raise FileFormatError(f"{folder / OURS}: a site is of a method that is not there.")
     adapter.drawn = dict(ours.drawn)
     _same_options(folder, adapter, config)
     return adapter
+
+
+def _copied(adapter: Adapter) -> dict[str, str]:
+    """Keys that PEFT wants at the other end of a tied embedding that is trained in full -> those of the embedding."""
+    root, own, found = adapter.method.peft_root, "", {}
+    full = [s for s in adapter.sites if s.method >= len(adapter.method.members)]
+    for site in full:
+        if site.role != TIED and site.path.rpartition(".")[2] in EMBEDDINGS:
+            own = f"{root}{site.path}.weight"
+    for site in full:
+        if site.role == TIED and own:
+            found[f"{root}{site.path}.weight"] = own
+    return found
 
 
 def _same_options(folder: Path, adapter: Adapter, config: Mapping[str, Any]) -> None:
@@ -313,5 +333,6 @@ def _rows(adapter: Adapter) -> dict[str, Any]:
         place.path: list(dict(adapter.methods[number])["ids"])
         for number in parts
         for place in adapter.places(number)
+        if place.role != TIED
     }
     return {"trainable_token_indices": rows} if rows else {}

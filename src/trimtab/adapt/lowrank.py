@@ -36,6 +36,7 @@ from trimtab.adapt.contract import (
     zeros,
 )
 from trimtab.adapt.factors import (
+    CHANGE,
     EMBEDDED,
     FACTORS,
     KEPT,
@@ -44,13 +45,14 @@ from trimtab.adapt.factors import (
     joined,
     plain_factors,
 )
-from trimtab.adapt.initial import DEFAULT, Initialisation, initialisation
+from trimtab.adapt.initial import DEFAULT, Initialisation, again, initialisation
 from trimtab.adapt.multihead import opened
 from trimtab.adapt.peft_config import refuse_unknown, selectors
 from trimtab.errors import TargetError, UnsupportedError
 from trimtab.frozen import Layer
 from trimtab.frozen.multihead import OUTPUT, PARAMETER
 from trimtab.models.anatomy import Anatomy
+from trimtab.models.repeat import repeated
 
 PEFT_DEFAULTS: Mapping[str, Any] = {
     "r": 8, "target_modules": None, "exclude_modules": None, "lora_alpha": 8, "lora_dropout": 0.0,
@@ -82,11 +84,12 @@ BIASES = (INNER, OWN)
 class LowRank(Method):
     """Fields and edits of LoRA; its variants add to it. Patterns map the end of a path to a rank or an alpha.
 
-    ``variant`` is the option of PEFT's that makes its LoRA this method, ``offsets`` whether B may have a bias,
-    ``halves`` whether one factor may stay as it begins.
+    ``variant`` is the option of PEFT's that makes its LoRA this method, ``peft_own`` others that it alone has;
+    ``offsets`` whether B may have a bias, ``halves`` whether one factor may stay as it begins.
     """
 
     variant: ClassVar[str] = ""
+    peft_own: ClassVar[tuple[str, ...]] = ()
     offsets: ClassVar[bool] = True
     halves: ClassVar[bool] = False
     peft_type: ClassVar[str | None] = "LORA"
@@ -101,7 +104,7 @@ class LowRank(Method):
     }
     short_names: ClassVar[Mapping[str, str]] = {
         "lora_A.weight": "A", "lora_B.weight": "B", "lora_embedding_A": "A", "lora_embedding_B": "B",
-        OFFSET: "c", "lora_bias.inner": "bias", "lora_bias.own": "bias", **KEPT,
+        OFFSET: "c", "lora_bias.inner": "bias", "lora_bias.own": "bias", CHANGE: "D", **KEPT,
     }  # fmt: skip
 
     targets: str | tuple[str, ...] = "all-linear"
@@ -118,7 +121,7 @@ class LowRank(Method):
     lora_bias: bool = False
     """Train a bias of B, which is scaled as the product is."""
     init: str = DEFAULT
-    """Where the factors begin: default, gaussian, orthogonal, pissa, olora, mica, lora-ga or eva."""
+    """Where the factors begin: default, gaussian, orthogonal, pissa, olora, mica, corda, lora-ga, eva or loftq."""
     rank_pattern: Mapping[str, int] = Field(default_factory=dict)
     """End of a path -> its rank."""
     alpha_pattern: Mapping[str, float] = Field(default_factory=dict)
@@ -162,6 +165,11 @@ class LowRank(Method):
         return self._start is not None and self._start.away
 
     @property
+    def rebased(self) -> bool:
+        """Whether the factors are meant beside another weight than the base's."""
+        return self._start is not None and self._start.beside
+
+    @property
     def fixed(self) -> frozenset[str]:
         own = (
             {FACTORS[1], EMBEDDED[1]} if self._start is not None and self._start.keeps_b else set()
@@ -178,6 +186,8 @@ class LowRank(Method):
 
     def informed(self, observed: Mapping[str, Sequence[Observed]]) -> Self:
         """Ranks where data want them, at the same scale everywhere; ranks that are given stay."""
+        if self._start is not None and (told := self._start.told()) is not None:
+            return self.replace(init=told)
         if self._start is None or self.rank_pattern:
             return self
         ranks = {path: self.at(path).rank for path in observed}
@@ -260,6 +270,8 @@ class LowRank(Method):
         change = self.change(p, x, at)
         if "c" in p:
             change = change + at.layer.over_out(p["c"] * self.scaling)
+        if "D" in p:
+            change = change + at.layer.apply(given, p["D"])
         if "A0" not in p:
             return change
         # twice the same operation, and no longer product, so that it is exactly zero at first
@@ -282,6 +294,11 @@ class LowRank(Method):
 
     def whole(self, p: Params) -> tuple[Tensor, Tensor]:
         """The factors of the whole change, the first ones that are kept among them."""
+        if self.rebased:
+            raise UnsupportedError(
+                f"{self.kind}: with init {self.init!r} the adapter computes beside a base in few bits, and what that "
+                "is away from this base is of full rank: no low-rank factors are the whole change."
+            )
         a, b = self.factors(p)
         if "A0" not in p:
             return a, b
@@ -295,6 +312,8 @@ class LowRank(Method):
     def product(self, p: Params, layer: Layer) -> Tensor:
         """ΔW in canonical orientation."""
         change = layer.product(*self.factors(p))
+        if "D" in p:
+            change = change + p["D"]
         return change - layer.product(p["A0"], p["B0"] * self.scaling) if "A0" in p else change
 
     def merged(self, p: Params, layer: Layer, role: str) -> tuple[Tensor, Tensor | None] | None:
@@ -314,6 +333,8 @@ class LowRank(Method):
     def scaled(self, p: Params, weight: float, role: str) -> dict[str, Tensor]:
         if role in BIASES:
             return super().scaled(p, weight, role)
+        if self.rebased:
+            self.whole(p)  # raises: what it adds to the base is made anew, and would not be scaled
         return {short: t * weight if short in ("B", "B0", "c") else t for short, t in p.items()}
 
     def sum(
@@ -335,10 +356,15 @@ class LowRank(Method):
         """The method of a sum, from that of one of its parts."""
         return self.replace(**changes)
 
+    @property
+    def peft_reads(self) -> bool:
+        return self.plain() in (self, self.replace(init=DEFAULT))
+
     def plain(self) -> Method:
         """Twice the rank, where the first factors are kept. The scale stays."""
         if not self._away:
-            return self
+            done = self._start is not None and self._start.done
+            return self.replace(init=DEFAULT) if done else self
         factor = 2**0.5 if self.rslora else 2
         return self.replace(
             init=DEFAULT,
@@ -363,6 +389,7 @@ class LowRank(Method):
             "bias": self.bias,
             "rank_pattern": self._peft_pattern(self.rank_pattern, places),
             "alpha_pattern": self._peft_pattern(self.alpha_pattern, places),
+            **({} if self._start is None else self._start.to_peft()),
         }
 
     @staticmethod
@@ -381,6 +408,16 @@ class LowRank(Method):
         }
         return {**more, **left}
 
+    def in_peft(self, anatomy: Anatomy, places: Sequence[Place]) -> bool:
+        # PEFT would change the weight that repeated blocks share once for each of them
+        alone = not self.rebased or repeated(anatomy.root) is None
+        return alone and super().in_peft(anatomy, places)
+
+    def peft_differs(self, layer: Layer) -> str:
+        if self.rebased and (layer.kind != "linear" or layer.transposed):
+            return "it begins LoftQ otherwise here than at a linear layer"
+        return super().peft_differs(layer)
+
     @classmethod
     def from_peft(
         cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]
@@ -396,7 +433,7 @@ class LowRank(Method):
 
     @classmethod
     def fields_of_variant(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Our fields of the option that makes it this method."""
+        """Our fields of the options that are of this method alone."""
         return {}
 
     @classmethod
@@ -405,16 +442,18 @@ class LowRank(Method):
         read = {
             "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "rank_pattern", "alpha_pattern",
             "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
-            "init_lora_weights", "lora_ga_config", "eva_config", "lora_bias", cls.variant,
+            "layer_replication", "init_lora_weights", "lora_ga_config", "eva_config", "corda_config", "loftq_config",
+            "lora_bias", cls.variant, *cls.peft_own,
         }  # fmt: skip
         refuse_unknown(config, PEFT_DEFAULTS, read, "LoRA")
-        init = str(config.get("init_lora_weights", True)).lower()
-        if init.startswith(("pissa_niter", "corda", "lora_ga")):
+        layers, init = config.get("layers_to_transform"), again(config)
+        start = initialisation(init)
+        if config.get("layer_replication") and start and (start.away or start.beside):
             raise UnsupportedError(
-                f"this adapter was initialised by {init!r}, which changed its base as only chance, or data, can tell; "
-                "save it from PEFT in converted form (path_initial_model_for_weight_conversion), and load that."
+                f"init_lora_weights={init!r} with layer_replication: PEFT changed the one weight that repeated layers "
+                "share once for each of them, so that none has the base that its factors were made for. Save it from "
+                "PEFT in converted form (path_initial_model_for_weight_conversion)."
             )
-        layers = config.get("layers_to_transform")
         return {
             "targets": selectors(config.get("target_modules")),
             "exclude": selectors(config.get("exclude_modules")),
@@ -427,7 +466,7 @@ class LowRank(Method):
             "lora_bias": bool(config.get("lora_bias", False)),
             "rank_pattern": config.get("rank_pattern") or {},
             "alpha_pattern": config.get("alpha_pattern") or {},
-            "init": init if init in ("pissa", "olora", "mica") else DEFAULT,
+            "init": init,
         }  # fmt: skip
 
     def roles_in_file(self, path: str, slots: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from trimtab.adapt.acting import using
 from trimtab.adapt.bank import find_bank
-from trimtab.adapt.observed import Gradients, Inputs, Observation, Observed
+from trimtab.adapt.observed import Covariance, Gradients, Inputs, Observation, Observed
 from trimtab.adapt.watch_gradients import GradientSums
 from trimtab.adapt.watch_inputs import InputWatch
 from trimtab.errors import AttachError
@@ -50,7 +50,11 @@ def observe(
             "this method begins from data: pass batches to attach, each of them one call of the model "
             "(a dict with input_ids, attention_mask and labels)."
         )
-    inputs = {path: (layers, w) for path, (layers, w) in wants.items() if isinstance(w, Inputs)}
+    inputs = {
+        path: (layers, w)
+        for path, (layers, w) in wants.items()
+        if isinstance(w, Inputs | Covariance)
+    }
     gradients = {
         path: (layers, w) for path, (layers, w) in wants.items() if isinstance(w, Gradients)
     }

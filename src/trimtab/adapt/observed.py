@@ -14,7 +14,8 @@ from trimtab.errors import DataError
 
 Observed = Mapping[str, Tensor]
 """What was seen of one layer: ``directions_KI`` and ``shares_K``, or ``gradient`` in the weight's canonical
-orientation; and ``count``, of the positions or of the batches that reached it."""
+orientation; and ``count``, of the positions or of the batches that reached it. Or ``covariance_II``, or the
+``original`` weight in canonical orientation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,18 @@ class Gradients:
     squared: bool = False
 
 
-Observation = Inputs | Gradients
+@dataclass(frozen=True, slots=True)
+class Covariance:
+    """The mean over batches of Xᵀ X, X being a layer's inputs in a batch over the largest of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Original:
+    """The weight as it was before it was stored in few bits; nothing, where it is stored densely. It is no batch that
+    shows it, but the checkpoint that the base was loaded from."""
+
+
+Observation = Inputs | Gradients | Covariance | Original
 
 
 def unseen(path: str, experts: int, expert: int) -> DataError:

@@ -20,6 +20,7 @@ METHODS = {
     "adapterplus": "trimtab.methods.adapterplus:AdapterPlus",
     "adafit": "trimtab.methods.adafit:AdaFit",
     "bdlora": "trimtab.methods.bdlora:BDLoRA",
+    "arrow": "trimtab.methods.arrow:Arrow",
     "bitfit": "trimtab.methods.bitfit:BitFit",
     "bottleneck": "trimtab.methods.bottleneck:Bottleneck",
     "compacter": "trimtab.methods.compacter:Compacter",

@@ -27,6 +27,11 @@ class Components:
         self._squares = torch.empty(0)
         self._generator = torch.Generator().manual_seed(0)
 
+    def found(self) -> dict[str, Tensor]:
+        """What `trimtab.adapt.observed` calls its values."""
+        count = torch.tensor(self.count)
+        return {"directions": self.directions, "shares": self.shares, "count": count}
+
     @property
     def shares(self) -> Tensor:
         """The share of the whole variance that each direction explains."""
@@ -56,3 +61,26 @@ class Components:
 
     def _width(self, rows: Tensor) -> int:
         return min(2 * self.size, *rows.shape)
+
+
+class Covariances:
+    """The mean over batches of Xᵀ X, each X being divided by its largest value: I² values for each distinct input."""
+
+    settled = False
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sum = torch.empty(0)
+
+    def see(self, x_NI: Tensor) -> None:
+        """Take in the rows of a batch."""
+        if not x_NI.shape[0]:
+            return
+        x = x_NI.detach().to(torch.promote_types(x_NI.dtype, torch.float32))
+        x = x / x.max().abs()
+        new = x.T @ x
+        self._sum, self.count = new if not self.count else self._sum + new, self.count + 1
+
+    def found(self) -> dict[str, Tensor]:
+        """What `trimtab.adapt.observed` calls its values."""
+        return {"covariance": self._sum / self.count, "count": torch.tensor(self.count)}

@@ -19,6 +19,7 @@ from trimtab.adapt.multihead import own_path, peft_attentions
 from trimtab.adapt.nested import unfolded
 from trimtab.adapt.parse import methods, of_peft_type
 from trimtab.adapt.peft_config import CONFIG
+from trimtab.adapt.tied import without_copies
 from trimtab.errors import FileFormatError, suggest
 from trimtab.frozen.multihead import OUTPUT
 
@@ -58,6 +59,8 @@ def from_peft(
     if config.get("target_parameters"):
         tensors = unfolded(config, tensors, str(folder / WEIGHTS))
         config = {**config, "target_parameters": None}
+    if config.get("ensure_weight_tying"):
+        tensors = without_copies(tensors, tuple(config.get("modules_to_save") or ()))
     tokens = config.get("trainable_token_indices")
     if tokens:
         config = {**config, "trainable_token_indices": None}
@@ -109,7 +112,8 @@ def _with_tokens(
             raise FileFormatError(
                 f"{folder / CONFIG}: trainable_token_indices does not tell the tokens of {path!r}."
             )
-        method = method | methods.get("tokens").parse({"targets": (path,), "ids": tuple(ids[0])})
+        rows = {"targets": (path,), "ids": tuple(ids[0]), "tie": True}
+        method = method | methods.get("tokens").parse(rows)
     if not found:
         raise FileFormatError(
             f"{folder / WEIGHTS} has no rows for the trainable_token_indices of {CONFIG}."
@@ -156,6 +160,7 @@ def _parsed(
         task_type=config.get("task_type"),
         transposed=bool(config.get("fan_in_fan_out")),
         rebuilt=method.rebuilt,
+        repeats=tuple((a, b) for a, b in config.get("layer_replication") or ()),
         copies={path.removeprefix(method.peft_root): found for path, found in copies.items()},
     )
     adapter = Adapter(own_name, method, sites, named, origin=origin)

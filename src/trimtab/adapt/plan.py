@@ -14,6 +14,7 @@ from trimtab.adapt.contract import Method, Place
 from trimtab.adapt.disk import checksum
 from trimtab.adapt.fingerprint import Fingerprint
 from trimtab.adapt.multihead import check_opened, named_by_peft
+from trimtab.adapt.tied import TIED
 from trimtab.errors import (
     AttachError,
     BaseMismatchError,
@@ -24,6 +25,7 @@ from trimtab.errors import (
 from trimtab.frozen import Layer
 from trimtab.models.anatomy import Anatomy
 from trimtab.models.families import ROLES
+from trimtab.models.repeat import repeated
 
 
 def planned(model: nn.Module, method: Method, name: str, anatomy: Anatomy) -> Adapter:
@@ -160,18 +162,33 @@ def placed(adapter: Adapter, anatomy: Anatomy) -> Adapter:
         adapter.sites = (*found, *adapter.sites)
     check_opened([site.path for site in adapter.sites], anatomy.uncalled)
     if adapter.base is None:
+        _same_repeats(adapter, anatomy)
         _tie(adapter, anatomy)
     return adapter
 
 
+def _same_repeats(adapter: Adapter, anatomy: Anatomy) -> None:
+    """An adapter of a model whose blocks are repeated needs one whose blocks are repeated so."""
+    found = repeated(anatomy.root)
+    if adapter.origin.repeats and (found is None or found.ranges != adapter.origin.repeats):
+        raise AttachError(
+            f"adapter {adapter.name!r} was made for a model whose blocks are repeated as {adapter.origin.repeats} "
+            "(layer_replication), and this one's are not. Repeat them first: trimtab.repeat_blocks(model, ranges)."
+        )
+
+
 def _tie(adapter: Adapter, anatomy: Anatomy) -> None:
-    """Rows of an embedding in PEFT's file are those of a head that is tied to it, too; here each has its own."""
+    """What PEFT's file says of an embedding holds for a head that is tied to it, too, where it says so; for the rows of
+    an embedding it always does.
+    """
     for site in adapter.sites:
-        if adapter.methods[site.method].kind != "tokens" or site.path not in anatomy.modules:
+        if site.path not in anatomy.modules or site.role:
             continue
-        for path in anatomy.tied(site.path):
-            if all(other.path != path for other in adapter.sites):
-                adapter.share(site, path)
+        method = adapter.methods[site.method]
+        present = {other.path for other in adapter.sites if other.method == site.method}
+        for path in [p for p in anatomy.tied(site.path) if p not in present]:
+            if dict(method).get("tie", False):
+                adapter.sites = (*adapter.sites, SiteSpec(path, TIED, site.method))
 
 
 def check_whole(adapter: Adapter, anatomy: Anatomy) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from trimtab.adapt.contract import At, Layer, Method, Params, Spec, copy_of
+from trimtab.adapt.tied import TIED
 from trimtab.errors import UnsupportedError
 
 
@@ -23,6 +24,8 @@ class Replaced(Method):
     instead_of: ClassVar[tuple[str, ...]] = ("weight", "bias")
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
+        if role == TIED:
+            return {}
         stored = layer.stored()
         dense = all(value.is_floating_point() for value in stored.values())
         if layer.kind == "sublayer" or "weight" not in stored or not dense:
@@ -37,7 +40,8 @@ class Replaced(Method):
             own: Tensor = functional_call(at.layer.module, dict(p), (at.x,))
             return own
         own = at.layer.apply(at.x, at.layer.orient(p["weight"]))
-        return own if "bias" not in p else own + at.layer.over_out(p["bias"])
+        bias = at.layer.bias() if at.role == TIED else p.get("bias")
+        return own if bias is None else own + at.layer.over_out(bias.to(own.dtype))
 
     def merged(self, p: Params, layer: Layer, role: str) -> tuple[Tensor, Tensor | None] | None:
-        return layer.orient(p["weight"]), p.get("bias")
+        return layer.orient(p["weight"]), layer.bias() if role == TIED else p.get("bias")

@@ -100,7 +100,7 @@ class SiteBase(Looks, nn.Module):
                 params = {short: tensor[expert] for short, tensor in params.items()}
             home = bank.home(edit.adapter)
             call = At(edit, layer, context, part, home, dtype, self.training)
-            call.holder = holder or self if expert is None else None
+            call.holder = edit.home or holder or self if expert is None else None
             scale = bank.scales.get(edit.adapter, 1.0) * edit.scale
             bound.append(Bound(edit, params, scale, call))
         return bound

@@ -123,8 +123,8 @@ def _same_draw(adapter: Adapter, key: str, value: Tensor) -> None:
     found = checksum(value.contiguous())
     if adapter.drawn.setdefault(key, found) != found:
         raise AttachError(
-            f"adapter {adapter.name!r}: {key!r} is drawn from a seed, and this version of torch draws other numbers "
-            "than the one that made the adapter. Use that version of torch to export it."
+            f"adapter {adapter.name!r}: {key!r} is made again, from a seed or from the base, and this version of torch "
+            "makes other numbers than the one that made the adapter. Use that version of torch to export it."
         )
 
 

@@ -1,6 +1,8 @@
 """Variants of LoRA whose change is a product of two factors, and so a plain LoRA once training is over.
 
 ΔW = B' A',   `whole` says which;   shared as the LoRA of these, with a scaling of 1
+
+Where the initialisation is meant beside another weight W', that LoRA begins so too, and B' A' are meant beside it.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class Variant(LowRank):
     @model_validator(mode="after")
     def _begins(self) -> Self:
         own = self.starts == "in its own way" and self.init != DEFAULT
-        if own or (self.starts == "at zero" and self._away):
+        moved = self._start is not None and (self._away or self.rebased or self._start.done)
+        if own or (self.starts == "at zero" and moved):
             raise ValueError(f"{self.kind} begins {self.starts}, and so not as {self.init}")
         return self
 
@@ -57,7 +60,7 @@ class Variant(LowRank):
         times = self.plain_rank // self.rank
         ranks = {path: times * rank for path, rank in self.rank_pattern.items()}
         changes: dict[str, Any] = {
-            "init": DEFAULT,
+            "init": self.init if self.rebased else DEFAULT,
             "rank": times * self.rank,
             "alpha": float(times * self.rank),
             "rslora": False,
@@ -79,7 +82,8 @@ class Variant(LowRank):
         offset = self.offset(p)
         rest = {slot: t for slot, t in tensors.items() if slot in _BIASES}
         own = {} if offset is None else {OFFSET: offset}
-        return {**rest, **own, **dict(zip(slots[:2], self.whole(p), strict=True))}
+        factors = self.factors(p) if self.rebased else self.whole(p)
+        return {**rest, **own, **dict(zip(slots[:2], factors, strict=True))}
 
     def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
         return {**super().to_peft(places), **self.variant_to_peft()}

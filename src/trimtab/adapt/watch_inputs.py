@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.adapt.context import IGNORED
-from trimtab.adapt.observed import Inputs, Observed, unseen
-from trimtab.adapt.pca import Components
+from trimtab.adapt.observed import Covariance, Inputs, Observed, unseen
+from trimtab.adapt.pca import Components, Covariances
 from trimtab.errors import UnsupportedError
 from trimtab.frozen import Layer
 from trimtab.frozen.experts import run
@@ -23,13 +23,13 @@ from trimtab.models.anatomy import Anatomy
 
 
 class InputWatch:
-    """Principal components of what goes into layers. Layers that are given one and the same tensor share them."""
+    """Principal components, or covariances, of what goes into layers. Layers that are given one tensor share them."""
 
     def __init__(self, anatomy: Anatomy, wants: Mapping[str, Any]) -> None:
         self.anatomy = anatomy
         self.batch: Any = None
-        self.wants: Mapping[str, tuple[Sequence[Layer], Inputs]] = wants
-        self._components: dict[tuple[str, int], Components] = {}
+        self.wants: Mapping[str, tuple[Sequence[Layer], Inputs | Covariance]] = wants
+        self._components: dict[tuple[str, int], Components | Covariances] = {}
         self._leader: dict[str, str] = {}
         self._given_tokens: set[str] = set()
         self._newest: tuple[str, Tensor] | None = None
@@ -65,15 +65,7 @@ class InputWatch:
             ]
             if None in ones:
                 raise unseen(path, len(ones), ones.index(None))
-            found[path] = [
-                {
-                    "directions": one.directions,
-                    "shares": one.shares,
-                    "count": torch.tensor(one.count),
-                }
-                for one in ones
-                if one is not None
-            ]
+            found[path] = [one.found() for one in ones if one is not None]
         return found
 
     def _layer(self, path: str, layer: Layer) -> Callable[..., None]:
@@ -114,7 +106,11 @@ class InputWatch:
     def _see(self, path: str, expert: int, x_NI: Tensor) -> None:
         if (path, expert) not in self._components:
             want = self.wants[path][1]
-            self._components[path, expert] = Components(want.directions, want.alike)
+            self._components[path, expert] = (
+                Components(want.directions, want.alike)
+                if isinstance(want, Inputs)
+                else Covariances()
+            )
         one = self._components[path, expert]
         if not one.settled:
             one.see(x_NI)
@@ -183,10 +179,10 @@ def _check_kind(layer: Layer) -> None:
     if layer.kind == "embedding":
         raise UnsupportedError(
             "the inputs of an embedding are token ids: their principal directions are single tokens, the most "
-            "frequent first. Leave embeddings out of the targets of init eva."
+            "frequent first. Leave embeddings out of the targets of init eva and init corda."
         )
     if layer.kind == "conv" and layer.shape[1] != layer.in_features:
         raise UnsupportedError(
-            "each group of a grouped convolution sees inputs of its own, and init eva finds one set of directions "
-            "for a layer. Leave grouped convolutions out of its targets."
+            "each group of a grouped convolution sees inputs of its own, and init eva and init corda find one set of "
+            "directions for a layer. Leave grouped convolutions out of its targets."
         )

@@ -43,6 +43,8 @@ class Layer(ABC):
     """Whether a linear layer stores its weight as (in, out), which PEFT calls ``fan_in_fan_out``."""
     other_in_peft: str = ""
     """Why PEFT has no such layer, or another function for it; empty if it has the same."""
+    rounded: bool = False
+    """Whether its weight is stored in few bits, so that it is no longer what the checkpoint held."""
     even: bool = True
     """Whether kernel, stride and padding, if there are any, are the same along every axis."""
     zero_padded: bool = True

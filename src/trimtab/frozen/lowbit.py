@@ -138,6 +138,7 @@ class LowBitLayer(LinearMap):
     """The view of such a layer."""
 
     module: LowBitLinear
+    rounded = True
 
     def __init__(self, module: LowBitLinear) -> None:
         self.module = module

@@ -18,6 +18,8 @@ from trimtab.frozen.lowbit import untrained
 class OpaqueLinear(LinearMap):
     """A linear layer of unknown storage, used through its forward alone."""
 
+    rounded = True
+
     def __init__(self, module: nn.Module, in_features: int, out_features: int) -> None:
         self.module = module
         self.in_features = in_features

@@ -13,9 +13,10 @@ with ‖W‖² computed once; without gradients, the whole factor m / ‖·‖ i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Self, final
 
 import torch
+from pydantic import model_validator
 from torch import Tensor
 
 from trimtab.adapt.contract import At, Layer, Method, Params, Place, Spec, copy_of
@@ -35,6 +36,15 @@ class DoRA(LowRank):
         **LowRank.disk,
         "lora_magnitude_vector.weight": "lora_magnitude_vector",
     }
+
+    @model_validator(mode="after")
+    def _own_base(self) -> Self:
+        if self.rebased:
+            raise ValueError(
+                f"init {self.init} computes beside another weight than the base's, whose norm DoRA would need densely "
+                "at each step; use LoRA"
+            )
+        return self
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         specs = super().tensors(layer, role)

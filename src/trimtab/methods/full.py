@@ -5,7 +5,7 @@
 It is how a classification head belongs to an adapter (``LoRA(train=("score",))``), per adapter and under the
 same routes; the frozen module stays as it is. With ``targets="all"`` it is full fine-tuning of the model, kept
 beside the base instead of in it. Copies are their own: a head that is tied to the embedding is trained apart
-from it; and what is no layer, such as the router of a mixture of experts, stays as it is.
+from it, but for ``tie``; and what is no layer, such as the router of a mixture of experts, stays as it is.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import ClassVar, final
 
 from trimtab.adapt.contract import Place
 from trimtab.adapt.replaced import Replaced
+from trimtab.adapt.tied import with_tied
 from trimtab.errors import TargetError
 from trimtab.models.anatomy import Anatomy
 
@@ -31,6 +32,9 @@ class Full(Replaced):
         "modules_to_save.bias": "bias",
     }
 
+    tie: bool = False
+    """Where an embedding or a head is a target and they are tied, they keep sharing one weight."""
+
     def place(self, anatomy: Anatomy) -> Sequence[Place]:
         chosen: list[str] = []
         for path in anatomy.select(self.targets, self.exclude, self.layers):
@@ -44,4 +48,5 @@ class Full(Replaced):
                 [path] if path in anatomy.experts else [p for p in inside if anatomy.weighted(p)]
             )
             chosen += [p for p in layers if p not in chosen]
-        return [Place(path) for path in chosen]
+        places = [Place(path) for path in chosen]
+        return with_tied(anatomy, places) if self.tie else places

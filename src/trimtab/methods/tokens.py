@@ -3,12 +3,12 @@
     E'[t] = row_t  for t in ``ids``,   else E[t];   rows start as copies
 
 On an output head it is the same rows of its weight: ``targets=("embed_tokens", "lm_head")`` trains both, apart from
-each other.
+each other; ``tie`` lets them be one, where the weights are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, final
 
 import torch
@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from trimtab.adapt.contract import At, Layer, Method, Params, Spec
+from trimtab.adapt.contract import At, Layer, Method, Params, Place, Spec
+from trimtab.adapt.tied import TIED, with_tied
 from trimtab.errors import ConfigError, UnsupportedError
 from trimtab.models.anatomy import Anatomy
 
@@ -38,7 +39,16 @@ class Tokens(Method):
     ids: tuple[int, ...] = Field(default=(0,), min_length=1)
     """The tokens whose rows are trained."""
 
+    tie: bool = False
+    """Let a head that is tied to the embedding have the same rows."""
+
+    def place(self, anatomy: Anatomy) -> Sequence[Place]:
+        places = super().place(anatomy)
+        return with_tied(anatomy, places) if self.tie else places
+
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
+        if role == TIED:
+            return {}
         if layer.kind not in ("embedding", "linear"):
             raise UnsupportedError(
                 "tokens: only an embedding or an output head has a row for each token."
@@ -66,7 +76,6 @@ class Tokens(Method):
         return at.layer.rescaled(chosen @ change)
 
     def in_peft(self, anatomy: Anatomy, places: Any) -> bool:
-        """PEFT changes a tied head with the embedding; here each is trained apart."""
-        return not any(anatomy.tied(place.path) for place in places) and super().in_peft(
-            anatomy, places
-        )
+        """PEFT changes a tied head with the embedding; here each is trained apart, but for ``tie``."""
+        apart = not self.tie and any(anatomy.tied(place.path) for place in places)
+        return not apart and super().in_peft(anatomy, places)

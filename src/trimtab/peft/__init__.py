@@ -15,6 +15,8 @@ _PLACES = {
     "LoraConfig": "configs.lora",
     **dict.fromkeys(("NoMatchingPeftModuleError", "PeftError", "PeftWarning"), "errors"),
     **dict.fromkeys(("get_eva_state_dict", "initialize_lora_eva_weights", "preprocess_loraga"), "informed"),
+    "create_arrow_model": "arrow",
+    "replace_lora_weights_loftq": "loftq",
     **dict.fromkeys(
         (
             "AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction",
@@ -25,8 +27,8 @@ _PLACES = {
     ),
     **dict.fromkeys(
         (
-            "BdLoraConfig", "EvaConfig", "KasaConfig", "LoftQConfig", "LoraGAConfig", "LoraRuntimeConfig",
-            "MontecloraConfig", "VeloraConfig",
+            "ArrowConfig", "BdLoraConfig", "EvaConfig", "KasaConfig", "LoftQConfig", "LoraGAConfig",
+            "LoraRuntimeConfig", "MontecloraConfig", "VeloraConfig",
         ),
         "configs.lora_parts",
     ),

@@ -190,6 +190,13 @@ class PeftConfig:
         """The method with what only a new adapter needs: how its tensors begin, and how they are trained."""
         return method
 
+    def prepare(self, model: nn.Module) -> None:
+        """Change what has to be changed of the model's structure before anything is attached; no weight ever is."""
+
+    def made(self, adapters: Mapping[str, Adapter], name: str) -> Adapter | None:
+        """The adapter, where it is made of others that are attached; None where it begins by itself."""
+        return None
+
     def first_values(self) -> Mapping[str, Init]:
         """Slots that begin elsewhere than the method lets them."""
         return {}

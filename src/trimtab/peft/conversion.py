@@ -151,7 +151,7 @@ def _plain_lora(adapter: Adapter, path: str) -> LoRA | None:
     method = adapter.methods[here[0].method].at(path)
     if len(here) != 1 or here[0].role or not isinstance(method, LoRA):
         return None
-    return None if method.bits or method.lora_bias else method
+    return None if method.bits or method.lora_bias or method.rebased else method
 
 
 def _padded(

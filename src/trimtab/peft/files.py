@@ -127,4 +127,6 @@ def _said(config: PeftConfig, origin: Origin, model: nn.Module) -> dict[str, Any
         "revision": config.revision,
     }
     options = config.options()
+    if options.get("layer_replication"):
+        said["layer_replication"] = options["layer_replication"]
     return said | {name: options[name] for name in TRAINING if options.get(name) is not None}

@@ -1,9 +1,10 @@
-"""Initialisations of LoRA that begin from data: EVA and LoRA-GA, called as PEFT's users call them.
+"""Initialisations of LoRA that begin from data: EVA, LoRA-GA and CorDA, called as PEFT's users call them.
 
 model = get_peft_model(model, LoraConfig(init_lora_weights="eva"))
 initialize_lora_eva_weights(model, dataloader)
 
 preprocess_loraga(model, config, train_step)          # config.init_lora_weights is "lora_ga"
+preprocess_corda(model, config, run_model)            # or "corda"
 model = get_peft_model(model, config)
 """
 
@@ -26,8 +27,9 @@ from trimtab.adapt.contract import Method
 from trimtab.adapt.disk import read_tensors
 from trimtab.adapt.lowrank import LowRank
 from trimtab.adapt.tree import anatomy_of
-from trimtab.errors import ConfigError, FileFormatError, suggest
+from trimtab.errors import ConfigError, FileFormatError, UnsupportedError, suggest
 from trimtab.peft.configs.lora import LoraConfig
+from trimtab.peft.configs.lora_parts import CordaConfig
 from trimtab.peft.find import tuner_of
 from trimtab.peft.model import PeftModel
 
@@ -175,43 +177,73 @@ def preprocess_loraga(
     if cache_file is not None and Path(cache_file).is_file():
         lora_config.batches = _read_calls(Path(cache_file), next(model.parameters()).device)
         return
-    calls: list[dict[str, Any]] = []
-
-    def keep(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if args:
-            raise ConfigError(
-                "preprocess_loraga: train_step calls the model with arguments that have no names."
-            )
-        calls.append({k: v.detach() if isinstance(v, Tensor) else v for k, v in kwargs.items()})
-
-    before = {parameter: parameter.grad for parameter in model.parameters()}
-    handle = model.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        train_step()
-    finally:
-        handle.remove()
-        for parameter, gradient in before.items():
-            parameter.grad = gradient
-    if not calls:
-        raise ConfigError("preprocess_loraga: train_step did not call the model.")
+    calls = _calls(model, train_step, "preprocess_loraga: train_step")
     lora_config.batches = calls
     if cache_file is not None:
         _write_calls(calls, Path(cache_file))
 
 
-def _write_calls(calls: Sequence[Mapping[str, Any]], file: Path) -> None:
-    tensors = {
-        f"{number}.{name}": value.contiguous().clone()
-        for number, call in enumerate(calls)
-        for name, value in call.items()
-        if isinstance(value, Tensor)
-    }
-    others = {
+def preprocess_corda(
+    model: nn.Module,
+    lora_config: LoraConfig,
+    run_model: Callable[[], object] | None = None,
+    hooked_model: nn.Module | None = None,
+) -> None:
+    """Keep what ``run_model`` calls the model (or ``hooked_model``) with; `get_peft_model` then takes the covariances
+    of its layers' inputs from it. The base stays as it is.
+
+    Raises:
+        ConfigError: the configuration is not of ``init_lora_weights="corda"``, or the model was not called.
+        UnsupportedError: files of covariances are named.
+    """
+    if str(lora_config.init_lora_weights).lower() != "corda":
+        raise ConfigError("preprocess_corda is for init_lora_weights='corda'.")
+    given = lora_config.corda_config
+    if isinstance(given, CordaConfig) and (given.cache_file or given.covariance_file):
+        raise UnsupportedError(
+            "preprocess_corda: cache_file and covariance_file are pickles in PEFT, and nothing is unpickled here; "
+            "leave them out of CordaConfig, and let run_model run the model."
+        )
+    if run_model is None:
+        raise ConfigError("preprocess_corda needs run_model: covariances are not read from files.")
+    watched = model if hooked_model is None else hooked_model
+    lora_config.batches = _calls(watched, run_model, "preprocess_corda: run_model")
+
+
+def _calls(model: nn.Module, run: Callable[[], object], who: str) -> list[Any]:
+    """What a function calls a model with; the gradients of its weights are what they were before."""
+    calls: list[Any] = []
+
+    def keep(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if args and (kwargs or len(args) > 1):
+            raise ConfigError(f"{who} calls the model with several arguments that have no names.")
+        if args:
+            calls.append(args[0].detach() if isinstance(args[0], Tensor) else args[0])
+            return
+        calls.append({k: v.detach() if isinstance(v, Tensor) else v for k, v in kwargs.items()})
+
+    before = {parameter: parameter.grad for parameter in model.parameters()}
+    handle = model.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        run()
+    finally:
+        handle.remove()
+        for parameter, gradient in before.items():
+            parameter.grad = gradient
+    if not calls:
+        raise ConfigError(f"{who} did not call the model.")
+    return calls
+
+
+def _write_calls(calls: Sequence[Any], file: Path) -> None:
+    """An argument without a name has the empty one."""
+    named = {
         f"{number}.{name}": value
         for number, call in enumerate(calls)
-        for name, value in call.items()
-        if not isinstance(value, Tensor)
+        for name, value in (call if isinstance(call, Mapping) else {"": call}).items()
     }
+    tensors = {k: v.contiguous().clone() for k, v in named.items() if isinstance(v, Tensor)}
+    others = {k: v for k, v in named.items() if not isinstance(v, Tensor)}
     try:
         metadata = {"format": "pt", "others": json.dumps(others)}
     except TypeError as error:
@@ -224,7 +256,7 @@ def _write_calls(calls: Sequence[Mapping[str, Any]], file: Path) -> None:
     os.replace(temporary, file)
 
 
-def _read_calls(file: Path, device: torch.device) -> list[dict[str, Any]]:
+def _read_calls(file: Path, device: torch.device) -> list[Any]:
     calls: dict[int, dict[str, Any]] = {}
     tensors = read_tensors(file)
     with safe_open(file, framework="pt") as opened:
@@ -236,7 +268,7 @@ def _read_calls(file: Path, device: torch.device) -> list[dict[str, Any]]:
         calls.setdefault(int(number), {})[name] = (
             value.to(device) if isinstance(value, Tensor) else value
         )
-    return [calls[number] for number in sorted(calls)]
+    return [calls[number].get("", calls[number]) for number in sorted(calls)]
 
 
 class _Called(Exception):

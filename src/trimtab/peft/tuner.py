@@ -22,6 +22,7 @@ from trimtab.adapt.multihead import MultiheadSite
 from trimtab.adapt.site import WRAPPED, ExpertsSite, Site, SiteBase
 from trimtab.adapt.tree import sites_of
 from trimtab.errors import AttachError, ConfigError, DuplicateNameError, UnknownNameError, suggest
+from trimtab.models.repeat import own_blocks, repeated, restore_blocks
 from trimtab.peft.adapters import cast_adapter_dtype
 from trimtab.peft.combination import Combination, Signs
 from trimtab.peft.config import PeftConfig
@@ -93,6 +94,26 @@ class Tuner(nn.Module):
     def add(self, name: str, config: PeftConfig, adapter: Adapter | None = None) -> Adapter:
         """Attach an adapter of a configuration, or a loaded one. The first becomes the active one."""
         trainable = not config.inference_mode
+        repeats = repeated(self.model)
+        config.prepare(self.model)
+        try:
+            adapter = self._attached(name, config, adapter)
+        except BaseException:
+            if repeated(self.model) is not repeats:
+                restore_blocks(self.model)
+            raise
+        self.peft_config[name] = config
+        if not trainable:
+            self._inference.add(name)
+        self.active_adapters = self.active_adapters or [name]
+        self._refresh()
+        if name not in self.active_adapters:
+            self._train(adapter, False)
+        return adapter
+
+    def _attached(self, name: str, config: PeftConfig, adapter: Adapter | None) -> Adapter:
+        trainable = not config.inference_mode
+        adapter = adapter or config.made(self.adapters, name)
         if adapter is None:
             # PEFT draws from torch's own generator, so that a script's seed decides
             seed = int(torch.randint(2**31, ()))
@@ -105,13 +126,6 @@ class Tuner(nn.Module):
             adapter = attach(self.model, adapter, name, trainable=trainable)
         if self._home and adapter.method.peft_root == PROMPTS:
             bank_of(self.model).lodge(name, self._home[0])
-        self.peft_config[name] = config
-        if not trainable:
-            self._inference.add(name)
-        self.active_adapters = self.active_adapters or [name]
-        self._refresh()
-        if name not in self.active_adapters:
-            self._train(adapter, False)
         return adapter
 
     def replace(self, name: str, config: PeftConfig, adapter: Adapter) -> None:
@@ -289,6 +303,8 @@ class Tuner(nn.Module):
         for name in names:
             self.require(name)
         fold(self.model, names, finite=safe_merge)
+        if self._repeats():
+            own_blocks(self.model)
         self._forget()
         return self.model
 
@@ -297,8 +313,16 @@ class Tuner(nn.Module):
         self.unmerge_adapter()
         for name in list(self.adapters):
             detach(self.model, name)
+        if self._repeats():
+            restore_blocks(self.model)
         self._forget()
         return self.model
+
+    def _repeats(self) -> bool:
+        """Whether an adapter had the model's layers repeated."""
+        return any(
+            config.options().get("layer_replication") for config in self.peft_config.values()
+        )
 
     def _forget(self) -> None:
         self.peft_config.clear()

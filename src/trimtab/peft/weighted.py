@@ -191,7 +191,7 @@ def _factors(model: nn.Module, adapters: Sequence[str]) -> bool:
     return bool(edits) and all(
         isinstance(edit.method, LoRA)
         and not edit.role
-        and not edit.method.bits
+        and not (edit.method.bits or edit.method.rebased or edit.method.invocation)
         and not edit.tensors.keys() & {"A0", "c"}
         for edit in edits
     )

@@ -33,6 +33,12 @@ class AdaLoraConfig(LoraConfig):
         "lora_bias": "Use bias='lora_only', which trains the layers' own biases.",
         "eva_config": _NO,
         "lora_ga_config": _NO,
+        "corda_config": _NO,
+        "layer_replication": "LoraConfig has it.",
+        "arrow_config": "Its adapters are no plain LoRAs.",
+        "ensure_weight_tying": "Name both ends of tied weights, and each is trained apart.",
+        "loftq_config": _NO,
+        "alora_invocation_tokens": "LoraConfig has it.",
         "target_parameters": "AdaLoRA acts on layers.",
     }
 

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
-from dataclasses import field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, field
 from typing import Any, ClassVar, Literal
 
 from torch import nn
 
+from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.contract import Init, Method, kaiming_uniform, normal, uniform
 from trimtab.adapt.factors import OFFSET
+from trimtab.adapt.initial import again
 from trimtab.adapt.lowrank import VARIANTS
 from trimtab.adapt.parse import methods
+from trimtab.adapt.repeat import repeat_blocks
+from trimtab.adapt.routed import routed
+from trimtab.adapt.tied import group
 from trimtab.adapt.tree import anatomy_of
 from trimtab.errors import ConfigError, UnknownNameError, UnsupportedError, suggest
+from trimtab.models.repeat import repeated
 from trimtab.peft.config import PeftConfig, config, option
 from trimtab.peft.configs.common import Excluding, Layered, Transposed, listed
 from trimtab.peft.configs.lora_parts import (
+    ArrowConfig,
     BdLoraConfig,
+    CordaConfig,
     EvaConfig,
     KasaConfig,
     LoftQConfig,
@@ -31,22 +39,20 @@ from trimtab.peft.configs.lora_parts import (
 from trimtab.peft.errors import PeftWarning
 from trimtab.peft.types import PeftType
 
-_INITS = ("gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga", "mica")
+_INITS = ("gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga", "corda", "loftq", "mica")
 _NITER = re.compile(r"pissa_niter_\d+")
-_ELSEWHERE = {
-    "loftq": "LoftQ quantises the base anew, and a base is never changed here; 'pissa' begins near, too",
-    "corda": "'eva' begins from data, too",
-}
-"""Initialisations that PEFT has and we lack -> what there is instead."""
 _CONFIGS: dict[str, Any] = {
     "eva_config": EvaConfig,
     "lora_ga_config": LoraGAConfig,
+    "corda_config": CordaConfig,
     "kasa_config": KasaConfig,
     "use_bdlora": BdLoraConfig,
     "velora_config": VeloraConfig,
     "monteclora_config": MontecloraConfig,
+    "arrow_config": ArrowConfig,
 }
-_NONE = "It is another method than LoRA."
+_OTHERS = (*VARIANTS, "alora_invocation_tokens", "arrow_config")
+"""Options of which one alone can be set."""
 
 
 @config(PeftType.LORA)
@@ -57,15 +63,8 @@ class LoraConfig(Excluding, Layered, Transposed):
     sizes: ClassVar[tuple[str, ...]] = ("r",)
     shares: ClassVar[tuple[str, ...]] = ("lora_dropout",)
     lacks: ClassVar[dict[str, str]] = {
-        **dict.fromkeys(
-            ("corda_config", "arrow_config"), _NONE
-        ),
-        "alora_invocation_tokens": _NONE,
-        "loftq_config": "The base is never changed; quantise it when it is loaded.",
         "megatron_config": "Layers of Megatron are not known here.",
-        "layer_replication": "The base is never changed, nor are its layers repeated.",
-        "ensure_weight_tying": "Name both ends of tied weights, and each is trained apart.",
-    }  # fmt: skip
+    }
 
     r: int = option("Rank: rows of A and columns of B.", default=8)
     lora_alpha: int = option("The product is scaled by lora_alpha / r.", default=8)
@@ -76,7 +75,8 @@ class LoraConfig(Excluding, Layered, Transposed):
     )
     use_rslora: bool = option("Scale by lora_alpha / √r instead.", default=False)
     init_lora_weights: bool | str = option(
-        "How factors begin: True, False (at random), gaussian, orthogonal, pissa, pissa_niter_N, olora, eva, lora_ga.",
+        "How factors begin: True, False (at random), gaussian, orthogonal, pissa, pissa_niter_N, olora, eva, lora_ga, "
+        "corda, loftq, mica.",
         default=True,
     )
     rank_pattern: dict[str, int] | None = option("End of a module's name -> its rank.", default={})
@@ -101,12 +101,18 @@ class LoraConfig(Excluding, Layered, Transposed):
     )
     megatron_config: dict[str, Any] | None = option("Not in Trimtab.", default=None)
     megatron_core: str | None = option("Not in Trimtab; no effect.", default="megatron.core")
-    loftq_config: LoftQConfig | dict[str, Any] = option("Not in Trimtab.", default={})
-    corda_config: Any = option("Not in Trimtab.", default=None)
+    loftq_config: LoftQConfig | dict[str, Any] = option(
+        "Options of init_lora_weights='loftq'; kept as a mapping.", default={}
+    )
+    corda_config: CordaConfig | dict[str, Any] | None = option(
+        "Options of init_lora_weights='corda'.", default=None
+    )
     velora_config: VeloraConfig | dict[str, Any] | None = option(
         "VeLoRA: keep little of the inputs for backward.", default=None
     )
-    alora_invocation_tokens: list[int] | None = option("Not in Trimtab.", default=None)
+    alora_invocation_tokens: list[int] | None = option(
+        "aLoRA: act only from the last occurrence of these tokens in a row on.", default=None
+    )
     use_qalora: bool = option(
         "QA-LoRA: A sees means of groups of inputs. Here on any linear layer, in PEFT on GPTQ's alone.",
         default=False,
@@ -115,7 +121,10 @@ class LoraConfig(Excluding, Layered, Transposed):
     monteclora_config: MontecloraConfig | dict[str, Any] | None = option(
         "MonteCLoRA: draw around A in training.", default=None
     )
-    layer_replication: list[tuple[int, int]] | None = option("Not in Trimtab.", default=None)
+    layer_replication: list[tuple[int, int]] | None = option(
+        "Ranges of the model's layers that stand in a row, repeated with the same frozen weights.",
+        default=None,
+    )
     runtime_config: LoraRuntimeConfig = field(
         default_factory=LoraRuntimeConfig,
         metadata={"help": "Settings of the process; not in a file."},
@@ -124,11 +133,16 @@ class LoraConfig(Excluding, Layered, Transposed):
     use_bdlora: BdLoraConfig | dict[str, Any] | None = option(
         "BD-LoRA: one factor is block-diagonal.", default=None
     )
-    arrow_config: Any = option("Not in Trimtab.", default=None)
+    arrow_config: ArrowConfig | dict[str, Any] | None = option(
+        "Route each token among attached LoRAs; `create_arrow_model` makes one.", default=None
+    )
     kasa_config: KasaConfig | dict[str, Any] | None = option(
         "KaSA: learnt singular values in the place of the base's least ones.", default=None
     )
-    ensure_weight_tying: bool = option("Not in Trimtab.", default=False)
+    ensure_weight_tying: bool = option(
+        "Whether an embedding and a head that share their weight share what is trained of them, too.",
+        default=False,
+    )
 
     def check(self) -> None:
         super().check()
@@ -136,6 +150,10 @@ class LoraConfig(Excluding, Layered, Transposed):
         for name, made in _CONFIGS.items():
             if isinstance(value := getattr(self, name), dict):
                 setattr(self, name, made(**value))
+        given = self.loftq_config
+        if given:
+            made = given if isinstance(given, LoftQConfig) else LoftQConfig(**given)
+            self.loftq_config = asdict(made)
         if self.bias not in ("none", "all", "lora_only"):
             hint = suggest(str(self.bias), ("none", "all", "lora_only"))
             raise ConfigError(
@@ -153,11 +171,6 @@ class LoraConfig(Excluding, Layered, Transposed):
         if isinstance(init, bool):
             return
         text = str(init).lower()
-        if text in _ELSEWHERE:
-            raise UnsupportedError(
-                f"{kind}: init_lora_weights={init!r} is not in Trimtab ({_ELSEWHERE[text]}). There are: True, False, "
-                f"{', '.join(_INITS)}, pissa_niter_N."
-            )
         if text not in _INITS and not _NITER.fullmatch(text):
             hint = (
                 suggest(text, _INITS)
@@ -166,7 +179,7 @@ class LoraConfig(Excluding, Layered, Transposed):
             raise UnknownNameError(f"{kind}: init_lora_weights={init!r} is not known.{hint}")
 
     def _check_variant(self, kind: str) -> None:
-        chosen = [name for name in VARIANTS if getattr(self, name)]
+        chosen = [name for name in _OTHERS if getattr(self, name)]
         if str(self.init_lora_weights).lower() == "mica":
             chosen.append("init_lora_weights='mica'")
         if len(chosen) > 1:
@@ -196,7 +209,44 @@ class LoraConfig(Excluding, Layered, Transposed):
         if text == "lora_ga":
             given = self.lora_ga_config
             return (given if isinstance(given, LoraGAConfig) else LoraGAConfig()).init
+        if text == "corda":
+            of_corda = self.corda_config
+            return (of_corda if isinstance(of_corda, CordaConfig) else CordaConfig()).init
+        if text == "loftq":
+            return again({"init_lora_weights": "loftq", "loftq_config": self.loftq_config})
         return text
+
+    def prepare(self, model: nn.Module) -> None:
+        if not self.layer_replication:
+            return
+        wanted = tuple((start, stop) for start, stop in self.layer_replication)
+        found = repeated(model)
+        if found is None:
+            repeat_blocks(model, wanted)
+        elif found.ranges != wanted:
+            raise ConfigError(
+                f"layer_replication={list(wanted)}: this model's layers are repeated already, as {list(found.ranges)}."
+            )
+
+    def made(self, adapters: Mapping[str, Adapter], name: str) -> Adapter | None:
+        given = self.arrow_config
+        if not isinstance(given, ArrowConfig):
+            return None
+        lacking = [n for n in given.task_adapter_names or [] if n not in adapters]
+        if lacking or not given.task_adapter_names:
+            raise ConfigError(
+                f"arrow_config: task_adapter_names={given.task_adapter_names!r} are to be attached LoRAs; there are "
+                f"{list(adapters)}. create_arrow_model(model, folders, arrow_config) loads and names them."
+            )
+        general = given.gks_adapter_names or [] if given.use_gks else []
+        return routed(
+            [adapters[n] for n in given.task_adapter_names],
+            general=[adapters[n] for n in general],
+            top_k=given.top_k,
+            temperature=given.router_temperature,
+            seed=given.rng_seed or 0,
+            name=name,
+        )
 
     def begun(self, method: Method, model: nn.Module) -> Method:
         init = self._init
@@ -212,7 +262,41 @@ class LoraConfig(Excluding, Layered, Transposed):
             raise ConfigError(
                 "init_lora_weights='lora_ga' begins from data: call preprocess_loraga(model, config, train_step) first."
             )
+        if self.batches is None and init.startswith("corda"):
+            raise ConfigError(
+                "init_lora_weights='corda' begins from data: call preprocess_corda(model, config, run_model) first."
+            )
+        self._warn_of_ends(method, model)
+        if init.startswith("loftq"):
+            self._warn_of_scale()
         return self._with_tokens(method.replace(init=init), model)
+
+    def _warn_of_ends(self, method: Method, model: nn.Module) -> None:
+        """Say so where nothing that is trained is tied."""
+        if not self.ensure_weight_tying or self.trainable_token_indices:
+            return
+        anatomy = anatomy_of(model)
+        full = anatomy.select(tuple(self.modules_to_save)) if self.modules_to_save else []
+        if not any(
+            group(anatomy, path) for path in [*(p.path for p in method.place(anatomy)), *full]
+        ):
+            warnings.warn(
+                "ensure_weight_tying: nothing that is trained shares its weight with an embedding, so it does nothing.",
+                category=PeftWarning,
+                stacklevel=2,
+            )
+
+    def _warn_of_scale(self) -> None:
+        """PEFT's LoftQ does not divide by the scale."""
+        scale = self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+        if scale != 1 or self.rank_pattern or self.alpha_pattern:
+            warnings.warn(
+                "init_lora_weights='loftq' begins with B A = what rounding lost, and the adapter adds "
+                f"{scale:g} · B A: as in PEFT, it does not begin at the base. Set lora_alpha to r, or take "
+                "trimtab.LoRA(init='loftq').",
+                category=PeftWarning,
+                stacklevel=2,
+            )
 
     def first_values(self) -> Mapping[str, Init]:
         if self.init_lora_weights is not False:
@@ -226,18 +310,30 @@ class LoraConfig(Excluding, Layered, Transposed):
         given = self.trainable_token_indices
         if not given:
             return method
-        anatomy, embedding = anatomy_of(model), self._embedding(model)
-        if embedding in anatomy.modules and anatomy.tied(embedding):
-            warnings.warn(
-                "trainable_token_indices: this model's head is tied to its embedding. PEFT changes both; here rows of "
-                "the embedding are trained, and the head stays as it is, unless its name has tokens of its own.",
-                category=PeftWarning,
-                stacklevel=2,
-            )
         named = given if isinstance(given, dict) else {self._embedding(model): given}
+        tied = self._tied(named, model)
         for name, ids in named.items():
-            method = method | methods.get("tokens").parse({"targets": (name,), "ids": ids})
+            if not tied or name not in tied[1:]:
+                rows = {"targets": (name,), "ids": ids, "tie": name in tied}
+                method = method | methods.get("tokens").parse(rows)
         return method
+
+    def _tied(self, named: Mapping[str, Sequence[int]], model: nn.Module) -> list[str]:
+        """Of the layers whose rows are trained, those that are one: an embedding, then what is tied to it."""
+        path, modules = self._embedding(model), anatomy_of(model).modules
+        ends = anatomy_of(model).tied(path) if path in modules else []
+        homes = [name for name in named if f".{path}".endswith(f".{name}")]
+        heads = [name for name in named if any(f".{end}".endswith(f".{name}") for end in ends)]
+        if not homes or not ends:
+            return []
+        if all(list(named[name]) == list(named[homes[0]]) for name in heads):
+            return [*homes, *heads]
+        if self.ensure_weight_tying:
+            raise ConfigError(
+                f"ensure_weight_tying: {homes[0]!r} and {heads} share their weight, and trainable_token_indices names "
+                "different tokens for them; name the same, or leave one out."
+            )
+        return []
 
     @staticmethod
     def _embedding(model: nn.Module) -> str:
@@ -258,6 +354,8 @@ class LoraConfig(Excluding, Layered, Transposed):
         init = str(dict(lora).get("init", "default"))
         if isinstance(made, LoraConfig) and init != "default":
             name, _, rest = init.replace("lora-ga", "lora_ga").partition("(")
+            if "stored=true" in rest:
+                return made
             made.init_lora_weights = (
                 f"pissa_niter_{rest[6:-1]}" if rest.startswith("niter=") else name
             )

@@ -136,6 +136,83 @@ class MontecloraConfig:
         _above_zero(self, "num_samples", "dirichlet_prior", "buffer_size")
 
 
+@config()
+class ArrowConfig:
+    """Of an Arrow router, at which each token chooses among LoRAs (`trimtab.methods.arrow`)."""
+
+    top_k: int = option("How many LoRAs act on a token.", default=3)
+    router_temperature: float = option("The higher, the more alike their shares.", default=1.0)
+    use_gks: bool = option(
+        "Whether what general LoRAs share is taken out of each (GenKnowSub).", default=False
+    )
+    task_adapter_names: list[str] | None = option(
+        "The LoRAs; `create_arrow_model` says it.", default=None
+    )
+    gks_adapter_names: list[str] | None = option(
+        "The general LoRAs; `create_arrow_model` says it.", default=None
+    )
+    rng_seed: int | None = option(
+        "Of the vector that prototypes are found from; None is 0, and not by chance.", default=None
+    )
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1 or not self.router_temperature > 0:
+            raise ConfigError(
+                f"ArrowConfig: top_k and router_temperature must be above 0, not {self.top_k!r} and "
+                f"{self.router_temperature!r}."
+            )
+
+
+@config()
+class CordaConfig:
+    """Of ``init_lora_weights="corda"``: the factors begin as parts of the weight, seen by each layer's inputs."""
+
+    cache_file: str | None = option("Refused by preprocess_corda: it is a pickle.", default=None)
+    covariance_file: str | None = option(
+        "Refused by preprocess_corda: it is a pickle.", default=None
+    )
+    corda_method: Literal["ipm", "kpm"] = option(
+        "Whether what the data use most is trained (ipm), or what they use least (kpm).",
+        default="ipm",
+    )
+    verbose: bool = option("No effect.", default=False)
+    use_float16_for_covariance: bool = option("No effect: it is fp32.", default=False)
+    prune_temporary_fields: bool = option("No effect: nothing is put into layers.", default=True)
+
+    def __post_init__(self) -> None:
+        if self.corda_method not in ("ipm", "kpm"):
+            raise ConfigError(
+                f"CordaConfig: corda_method is ipm or kpm, not {self.corda_method!r}."
+            )
+
+    @property
+    def init(self) -> str:
+        """Our initialisation."""
+        return f"corda(mode='{self.corda_method}')"
+
+
+@config()
+class LoftQConfig:
+    """Of ``init_lora_weights="loftq"``: the factors begin as what rounding the base lost."""
+
+    loftq_bits: int = option("Bits of the base's weights: 4 (NF4) or 8.", default=4)
+    loftq_iter: int = option("How often base and factors are fitted in turn.", default=1)
+
+    def __post_init__(self) -> None:
+        if self.loftq_bits not in (4, 8) or self.loftq_iter < 1:
+            raise ConfigError(
+                f"LoftQConfig: loftq_bits is 4 or 8, and loftq_iter 1 or more, not {self.loftq_bits!r} and "
+                f"{self.loftq_iter!r}."
+            )
+
+
+@config()
+class LoraRuntimeConfig:
+    """Settings of the process, which no file holds."""
+
+    ephemeral_gpu_offload: bool = option("Not needed here, and refused.", default=False)
+
+
 def _above_zero(part: Any, *names: str) -> None:
     for name in names:
         if not getattr(part, name) > 0:
@@ -150,18 +227,3 @@ def _at_least_zero(part: Any, *names: str) -> None:
             raise ConfigError(
                 f"{type(part).__name__}: {name} must not be below 0, as {getattr(part, name)!r} is."
             )
-
-
-@config()
-class LoftQConfig:
-    """Of LoftQ, which builds a quantised base; Trimtab has none, so that only its defaults can be read."""
-
-    loftq_bits: int = option("Bits of the base's weights.", default=4)
-    loftq_iter: int = option("How often base and factors are fitted in turn.", default=1)
-
-
-@config()
-class LoraRuntimeConfig:
-    """Settings of the process, which no file holds."""
-
-    ephemeral_gpu_offload: bool = option("Not needed here, and refused.", default=False)

@@ -23,6 +23,7 @@ _PLACES = {
     ),
     **dict.fromkeys(("PeftType", "TaskType"), "trimtab.peft.types"),
     **dict.fromkeys(("NoMatchingPeftModuleError", "PeftError", "PeftWarning"), "trimtab.peft.errors"),
+    "replace_lora_weights_loftq": "trimtab.peft.loftq",
 }  # fmt: skip
 
 __all__ = sorted(_PLACES)
