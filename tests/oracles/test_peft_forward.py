@@ -211,6 +211,28 @@ def test_dora_with_dropout_differs() -> None:
         assert (kit.outputs(theirs.train(), batch) - calm).abs().max() > 1e-3
 
 
+IDLE = [
+    ("oft", {"module_dropout": 0.6}),
+    ("miss-bat", {"miss_dropout": 0.6}),
+]
+
+
+@pytest.mark.parametrize(("name", "option"), IDLE, ids=lambda value: "-".join(value))
+def test_dropouts_that_peft_forgets(name: str, option: dict[str, Any]) -> None:
+    """It takes the option and never drops anything; ours does what the option says."""
+    case = next(case for case in CASES if case.name == name)
+    theirs = kit.peft_model(case.make, dataclasses.replace(case.theirs, **option))
+    model = case.make()
+    adapter = tt.attach(model, case.ours.replace(dropout=0.6), "default")
+    kit.stir(adapter)
+    kit.give(kit.paired(adapter, theirs))
+    batch = kit.batch_of(model)
+    calm = kit.outputs(model, batch)
+    kit.assert_close(calm, kit.outputs(theirs, batch), "evaluated")
+    assert torch.equal(kit.outputs(theirs.train(), batch), kit.outputs(theirs.eval(), batch))
+    assert (kit.outputs(model.train(), batch) - calm).abs().max() > 1e-3
+
+
 def test_ia3_defaults_differ() -> None:
     """The paper rescales keys, values and the MLP's inner activations; PEFT's defaults stray from it."""
     theirs, ours = _ia3_sizes(kit.gpt2, IA3Config(fan_in_fan_out=True))

@@ -25,6 +25,7 @@ from trimtab.peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from trimtab.peft.utils.hotswap import hotswap_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFTS = {"peft_version", "auto_mapping", "runtime_config"}
@@ -230,6 +231,12 @@ def test_a_file_of_another_function_is_refused_and_ours_is_kept_to_ourselves(
     with pytest.raises(UnsupportedError, match="'square' PEFT's .* is another function"):
         PeftModel.from_pretrained(case.make(), tmp_path / "theirs")
     mine = ours_of(case)
+    before = logits(mine, case)
+    with pytest.raises(UnsupportedError, match="'square' PEFT's .* is another function"):
+        mine.load_adapter(tmp_path / "theirs", "default")
+    with pytest.raises(UnsupportedError, match="'square' PEFT's .* is another function"):
+        hotswap_adapter(mine, tmp_path / "theirs", "default")
+    assert torch.equal(logits(mine, case), before)
     mine.save_pretrained(tmp_path / "ours")
     assert json.loads((tmp_path / "ours" / CONFIG).read_text())["peft_type"].startswith("TRIMTAB_")
     again = PeftModel.from_pretrained(case.make(), tmp_path / "ours").eval()

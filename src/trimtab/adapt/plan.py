@@ -172,7 +172,7 @@ def check_whole(adapter: Adapter, anatomy: Anatomy) -> None:
     A name that nothing here has is passed over: published configs list those of several architectures.
     """
     _same_copies(adapter, anatomy)
-    _same_function(adapter, anatomy)
+    check_function(adapter, anatomy)
     method = adapter.method
     wanted: set[str] = set()
     for selectors, change in (
@@ -192,11 +192,12 @@ def check_whole(adapter: Adapter, anatomy: Anatomy) -> None:
         )
 
 
-def _same_function(adapter: Adapter, anatomy: Anatomy) -> None:
-    """A foreign file must mean here what it meant where it was trained."""
-    for site in adapter.sites if adapter.origin.in_peft else ():
+def check_function(adapter: Adapter, anatomy: Anatomy) -> None:
+    """Refuse a file of PEFT's that means another function there than it would here."""
+    foreign = adapter.base is None and adapter.origin.in_peft
+    for site in adapter.sites if foreign else ():
         if site.path in anatomy.modules and site.method < len(adapter.method.members):
-            method = adapter.methods[site.method].at(site.path)
+            method = adapter.methods[site.method]
             if why := method.peft_differs(layer_at(anatomy, site.path)):
                 raise UnsupportedError(
                     f"adapter {adapter.name!r} is of PEFT's, and at {site.path!r} PEFT's {method.kind} is another "

@@ -14,6 +14,8 @@ from transformers.utils.hub import PushToHubMixin
 
 from trimtab.adapt.acting import using
 from trimtab.adapt.adapter import Adapter
+from trimtab.adapt.plan import check_function
+from trimtab.adapt.tree import anatomy_of
 from trimtab.errors import ConfigError, DuplicateNameError, UnknownNameError
 from trimtab.peft.card import write_card
 from trimtab.peft.config import PeftConfig
@@ -161,6 +163,8 @@ class PeftModel(Delegates, PushToHubMixin, nn.Module):  # type: ignore[misc]
         trained = present is not None and has_encoder(present)
         config, adapter = read_folder(model_id, adapter_name, is_trainable, trained=trained, **hub)
         compare_names(adapter, self.get_base_model())
+        if present is not None:
+            check_function(adapter, anatomy_of(self.get_base_model()))
         if present is not None and replace_tensors(present, adapter):
             self.peft_config[adapter_name] = config
             return LoadResult([], [])

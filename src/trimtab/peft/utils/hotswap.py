@@ -22,8 +22,8 @@ from trimtab.adapt.contract import exactly
 from trimtab.adapt.export import exported
 from trimtab.adapt.factors import EMBEDDED, FACTORS, OFFSET
 from trimtab.adapt.lowrank import BIASES, LowRank
-from trimtab.adapt.plan import checked
-from trimtab.adapt.tree import sites_of
+from trimtab.adapt.plan import check_function, checked
+from trimtab.adapt.tree import anatomy_of, sites_of
 from trimtab.errors import AttachError, ConfigError, UnsupportedError
 from trimtab.methods.dora import DoRA
 from trimtab.methods.lora import LoRA
@@ -56,6 +56,7 @@ def hotswap_adapter(
     Raises:
         AttachError: the saved one does not fit, or the attached one is merged; nothing was changed.
         BaseMismatchError: it was made for another base.
+        UnsupportedError: it is of PEFT's, and another function there.
     """
     root = root_of(model)
     bank = bank_of(root)
@@ -67,6 +68,7 @@ def hotswap_adapter(
     subfolder = hub.pop("subfolder", None)
     found = Adapter.load(local_adapter(model_name_or_path, subfolder, **hub), name=adapter_name)
     new = checked(found, adapter_name, present.base, any_base=False)
+    check_function(new, anatomy_of(root))
     values = _values(root, present, new)
     live = present.named()
     with torch.no_grad():
