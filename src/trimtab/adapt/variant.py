@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import model_validator
 from torch import Tensor
 
+from trimtab.adapt.biases import SLOTS
 from trimtab.adapt.contract import Layer, Method, Place, Spec
 from trimtab.adapt.factors import EMBEDDED, FACTORS, OFFSET
 from trimtab.adapt.initial import DEFAULT
@@ -73,7 +74,7 @@ class Variant(LowRank):
             return dict(tensors)
         p = {self.short_names[slot]: tensor for slot, tensor in tensors.items()}
         offset = self.offset(p)
-        rest = {slot: t for slot, t in tensors.items() if slot in _BIASES}
+        rest = {slot: t for slot, t in tensors.items() if slot in SLOTS.values()}
         own = {} if offset is None else {OFFSET: offset}
         return {**rest, **own, **dict(zip(slots[:2], self.whole(p), strict=True))}
 
@@ -96,6 +97,3 @@ class Variant(LowRank):
     def variant_to_peft(self) -> dict[str, Any]:
         """PEFT's options of the variant."""
         return {self.variant: True}
-
-
-_BIASES = ("lora_bias.inner", "lora_bias.own")
