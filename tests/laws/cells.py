@@ -94,8 +94,10 @@ ON_MODEL = {
     ("arrow", "mixed"): "arrow(experts=3, rank=4, targets='head')",
     ("shira", "mixed"): f"shira(rank=2, targets={MATRICES})",
     ("piggyback", "mixed"): f"piggyback(targets={MATRICES})",
-    ("oft", "mixed"): "oft(block=2, epsilon=1.0, terms=4, targets=['embed', 'conv1', 'conv2', 'grouped', 'head'])",
-    ("boft", "mixed"): f"boft(blocks=2, targets={MATRICES})",
+    ("oft", "mixed"): (
+        "oft(block=2, epsilon=1.0, terms=4, bias='all', targets=['embed', 'conv1', 'conv2', 'grouped', 'head'])"
+    ),
+    ("boft", "mixed"): f"boft(blocks=2, bias='all', targets={MATRICES})",
     ("ia3", "mixed"): "ia3(targets=['embed', 'conv1', 'conv2', 'norm'], feedforward=['head', 'grouped', 'conv3'])",
     ("full", "mixed"): f"full(targets={EVERY_KIND})",
     ("tokens", "mixed"): "tokens(ids=(5, 17, 40, 3, 60), targets='embed')",
@@ -120,6 +122,11 @@ ON_MODEL = {
     },
     ("lora", "classifier"): "lora(rank=4, train=['score'])",
     ("lora", "gpt2"): "lora(rank=4, lora_bias=True)",
+    ("miss", "gpt2"): "miss(rank=4, bias='targets')",
+    ("hra", "gpt2"): "hra(rank=4, bias='all')",
+    ("fourierft", "bert"): "fourierft(entries=12, bias='all', train=['classifier'])",
+    ("randlora", "bert"): "randlora(rank=8, alpha=32, bias='targets')",
+    ("bitfit", "deberta"): "bitfit(copies='all')",
     ("lora", "bert"): "lora(rank=4, train=['classifier'])",
     # each tower has attention of its own width, and an input of its own
     ("tokens", "clip"): "tokens(ids=(5, 17, 40, 3, 60), targets='token_embedding')",

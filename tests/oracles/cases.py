@@ -512,6 +512,39 @@ ROTATION = [
     Case("hra-orthogonal", kit.llama, HRAConfig(target_modules=QVD, r=3, apply_GS=True),
          tt.HRA(rank=3, orthogonal=True, targets=tuple(QVD)), fp32_only=True),
 ]  # fmt: skip
+QUERY, ON_QUERY = ["query", "output.dense"], {"targets": ("query", "output.dense")}
+BIASED = [
+    Case("oft-bias", kit.bert, OFTConfig(target_modules=QUERY, oft_block_size=8, bias="oft_only"),
+         tt.OFT(block=8, bias="targets", **ON_QUERY)),
+    Case("oft-bias-all", kit.bert,
+         OFTConfig(target_modules=QUERY, oft_block_size=8, coft=True, eps=0.5, bias="all"),
+         tt.OFT(block=8, epsilon=0.5, bias="all", **ON_QUERY), fp32_only=True),
+    Case("boft-bias", kit.pictures,
+         BOFTConfig(target_modules=["square", "head"], boft_block_size=2, bias="boft_only"),
+         tt.BOFT(block=2, bias="targets", targets=("square", "head")), fp32_only=True),
+    Case("boft-bias-all", kit.bert, BOFTConfig(target_modules=QUERY, bias="all"),
+         tt.BOFT(bias="all", **ON_QUERY), fp32_only=True),
+    Case("hra-bias", kit.bert, HRAConfig(target_modules=QUERY, r=4, bias="hra_only"),
+         tt.HRA(rank=4, bias="targets", **ON_QUERY), fp32_only=True),
+    Case("hra-bias-all", kit.bert, HRAConfig(target_modules=["query"], r=4, bias="all"),
+         tt.HRA(rank=4, bias="all", targets=("query",)), fp32_only=True),
+    Case("fourierft-bias", kit.bert, FourierFTConfig(target_modules=QUERY, n_frequency=20, bias="fourier_only"),
+         tt.FourierFT(entries=20, bias="targets", **ON_QUERY), fp32_only=True),
+    Case("fourierft-bias-all", kit.bert, FourierFTConfig(target_modules=QUERY, n_frequency=20, bias="all"),
+         tt.FourierFT(entries=20, bias="all", **ON_QUERY), fp32_only=True),
+    Case("miss-bias", kit.bert, MissConfig(target_modules=QUERY, r=4, bias="MiSS_only"),
+         tt.MiSS(rank=4, bias="targets", **ON_QUERY)),
+    Case("miss-bias-all", kit.bert, MissConfig(target_modules=["query"], r=4, init_weights="bat", bias="all"),
+         tt.MiSS(rank=4, variant="bat", bias="all", targets=("query",))),
+    Case("vera-bias", kit.bert, VeraConfig(target_modules=QUERY, r=8, bias="vera_only"),
+         tt.VeRA(rank=8, bias="targets", **ON_QUERY)),
+    Case("vera-bias-all", kit.bert, VeraConfig(target_modules=QUERY, r=8, bias="all"),
+         tt.VeRA(rank=8, bias="all", **ON_QUERY)),
+    Case("randlora-bias", kit.bert, RandLoraConfig(target_modules=QUERY, r=8, randlora_alpha=80, bias="randlora_only"),
+         tt.RandLoRA(rank=8, alpha=80, bias="targets", **ON_QUERY)),
+    Case("randlora-bias-all", kit.bert, RandLoraConfig(target_modules=QUERY, r=8, randlora_alpha=80, bias="all"),
+         tt.RandLoRA(rank=8, alpha=80, bias="all", **ON_QUERY)),
+]  # fmt: skip
 SELECTION = [
     Case("norms", kit.bert, LNTuningConfig(target_modules=["LayerNorm"]), tt.Norms()),
     Case("norms-rms", kit.llama, LNTuningConfig(target_modules=["input_layernorm", "post_attention_layernorm"]),
@@ -520,5 +553,5 @@ SELECTION = [
          tt.Tokens(ids=(3, 9, 50), targets=("embed_tokens",))),
 ]  # fmt: skip
 CASES = [
-    *LORA, *DORA, *ADALORA, *IA3, *PREFIX, *PROMPT, *LLAMA_ADAPTER, *WEIGHT, *ROTATION, *SELECTION, *SHIRA,
+    *LORA, *DORA, *ADALORA, *IA3, *PREFIX, *PROMPT, *LLAMA_ADAPTER, *WEIGHT, *ROTATION, *BIASED, *SELECTION, *SHIRA,
 ]  # fmt: skip

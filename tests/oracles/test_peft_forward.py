@@ -94,7 +94,7 @@ def test_dropouts_of_other_methods_draw_what_peft_draws(
     kit.assert_close(kit.outputs(model, batch), kit.outputs(theirs.eval(), batch), "evaluated")
 
 
-@pytest.mark.parametrize("name", ["oft-constrained", "oft-constrained-shared"])
+@pytest.mark.parametrize("name", ["oft-constrained", "oft-constrained-shared", "oft-bias-all"])
 def test_constrained_oft_is_trained_as_in_peft(name: str) -> None:
     """PEFT pulls rotations back when they are used next, we after each step (and wherever they are used)."""
     case = next(case for case in CASES if case.name == name)

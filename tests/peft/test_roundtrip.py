@@ -62,7 +62,7 @@ FROM_THE_CORE = [
     Case(case.name, case.make, case.theirs)
     for each in (
         cases.LORA, cases.DORA, cases.ADALORA, cases.IA3, cases.PREFIX, cases.PROMPT, cases.LLAMA_ADAPTER, cases.WEIGHT,
-        cases.ROTATION, cases.SELECTION, cases.SHIRA, variants.VARIANTS,
+        cases.ROTATION, cases.BIASED, cases.SELECTION, cases.SHIRA, variants.VARIANTS,
     )
     for case in each
 ]  # fmt: skip
@@ -132,8 +132,6 @@ with kit.quiet(*QUIET):
             target_modules=["square"], r=3, use_effective_conv2d=True, init_weights=False)),
     ]  # fmt: skip
     REFUSED = [
-        method("oft-bias", kit.bert, peft.OFTConfig(target_modules=["query"], oft_block_size=8, bias="all")),
-        method("boft-bias", kit.bert, peft.BOFTConfig(target_modules=["query"], bias="boft_only")),
         lora("qalora", use_qalora=True, qalora_group_size=8),  # on dense layers PEFT passes over it
     ]  # fmt: skip
 """Options that the core lacks: never read or written as something else."""

@@ -143,7 +143,7 @@ class Adapter:
         }
         for name, number in self.owners.items():
             if number < len(self.method.members):
-                pace = self.methods[number].default_lr / self.method.default_lr
+                pace = self.method.pace(self.methods[number])
                 own[name.key] = own.get(name.key, 1.0) * pace
         return {key: factor for key, factor in own.items() if factor != 1.0}
 
@@ -159,7 +159,7 @@ class Adapter:
 
     def _owner(self, numbers: Sequence[int], slot: str) -> int:
         """Which of these methods a slot is of: one that names it; else one that names none of its slots."""
-        known = {n: {**self.methods[n].disk, **self.methods[n].names} for n in numbers}
+        known = {n: self.methods[n].names or self.methods[n].disk for n in numbers}
         naming = [n for n, slots_of in known.items() if slot in slots_of]
         return next(iter(naming or [n for n in numbers if not known[n]] or numbers))
 

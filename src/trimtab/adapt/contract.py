@@ -178,6 +178,10 @@ class Method(Config, ABC):
         """The learning rate where nobody says one."""
         return self.lr
 
+    def pace(self, part: Method) -> float:
+        """How many times as fast as the method's own rate one of its `members` learns."""
+        return part.default_lr / self.default_lr
+
     @property
     def names(self) -> Mapping[str, str]:
         """Slot -> short name, of all its slots."""

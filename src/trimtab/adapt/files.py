@@ -332,6 +332,7 @@ def _rows(adapter: Adapter) -> dict[str, Any]:
     rows = {
         place.path: list(dict(adapter.methods[number])["ids"])
         for number in parts
+        if adapter.methods[number].kind == "tokens"
         for place in adapter.places(number)
         if place.role != TIED
     }

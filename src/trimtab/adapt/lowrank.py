@@ -21,6 +21,10 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from trimtab.adapt.biases import BIASES as BIASES
+from trimtab.adapt.biases import DISK as BIASES_ON_DISK
+from trimtab.adapt.biases import INNER as INNER
+from trimtab.adapt.biases import SLOTS, bias_roles, bias_spec, biased, with_bias
 from trimtab.adapt.contract import (
     At,
     Method,
@@ -30,7 +34,6 @@ from trimtab.adapt.contract import (
     Place,
     Spec,
     check_patterns,
-    copy_of,
     exactly,
     pattern_value,
     zeros,
@@ -76,9 +79,6 @@ VARIANTS = (
 """Those of them that make it another method; each is a class here."""
 
 ENDS = (PARAMETER, OUTPUT)
-INNER, OWN = "bias-of-target", "bias"
-BIASES = (INNER, OWN)
-"""Roles of a site where a bias is trained: of a layer that has factors too, or of another."""
 
 
 class LowRank(Method):
@@ -99,12 +99,11 @@ class LowRank(Method):
         OFFSET: OFFSET,
         "lora_embedding_A": "lora_embedding_A",
         "lora_embedding_B": "lora_embedding_B",
-        "lora_bias.inner": "base_layer.bias",
-        "lora_bias.own": "bias",
+        **BIASES_ON_DISK,
     }
     short_names: ClassVar[Mapping[str, str]] = {
         "lora_A.weight": "A", "lora_B.weight": "B", "lora_embedding_A": "A", "lora_embedding_B": "B",
-        OFFSET: "c", "lora_bias.inner": "bias", "lora_bias.own": "bias", CHANGE: "D", **KEPT,
+        OFFSET: "c", **dict.fromkeys(SLOTS.values(), "bias"), CHANGE: "D", **KEPT,
     }  # fmt: skip
 
     targets: str | tuple[str, ...] = "all-linear"
@@ -223,8 +222,10 @@ class LowRank(Method):
                 "a pattern names an nn.MultiheadAttention; name its projections, in_proj_weight and out_proj."
             )
         adapted = [Place(path) for path in paths]
-        biased = self._biased(anatomy, set(paths))
-        return [*adapted, *(Place(path, INNER if path in paths else OWN) for path in biased)]
+        if self.bias == "none":
+            return adapted
+        every = self.bias == "all"
+        return [*adapted, *biased(anatomy, every=every, adapted=paths, train=self.train)]
 
     def opening(self, attentions: Iterable[str]) -> Self:
         """The method with what its patterns say of each ``nn.MultiheadAttention`` said of its projections."""
@@ -245,11 +246,7 @@ class LowRank(Method):
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         if role in BIASES:
-            bias = layer.bias()
-            if bias is None:
-                raise TargetError("a bias was asked for on a layer that has none.")
-            slot = "lora_bias.inner" if role == INNER else "lora_bias.own"
-            return {"bias": Spec(slot, tuple(bias.shape), copy_of(bias))}
+            return {"bias": bias_spec(layer, role)}
         specs = factor_specs(layer, self.rank, self.scaling, self._start)
         if not self.lora_bias:
             return specs
@@ -282,11 +279,7 @@ class LowRank(Method):
         return at.layer.lowrank(x, *self.factors(p))
 
     def leave(self, p: Params, y: Tensor, at: At) -> Tensor:
-        if at.role not in BIASES:
-            return y
-        base = at.layer.bias()
-        change = p["bias"] if base is None else p["bias"] - base.to(p["bias"].dtype)
-        return y + at.layer.over_out(change)
+        return with_bias(p["bias"], y, at) if at.role in BIASES else y
 
     def factors(self, p: Params) -> tuple[Tensor, Tensor]:
         """The two factors whose product is ΔW."""
@@ -470,19 +463,8 @@ class LowRank(Method):
         }  # fmt: skip
 
     def roles_in_file(self, path: str, slots: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
-        factors = [""] if any(not slot.startswith("lora_bias") for slot in slots) else []
-        inner = [INNER] if "lora_bias.inner" in slots else []
-        return (*factors, *inner, *([OWN] if "lora_bias.own" in slots else []))
+        factors = [""] if slots.keys() - set(SLOTS.values()) else []
+        return (*factors, *bias_roles(slots))
 
     def wrapped(self, places: Sequence[Place]) -> list[str]:
         return [place.path for place in places if place.role not in BIASES]
-
-    def _biased(self, anatomy: Anatomy, adapted: set[str]) -> list[str]:
-        """Where biases are trained beside the factors: of the targets, or of all layers (as PEFT's)."""
-        if self.bias == "none":
-            return []
-        if self.bias == "lora_only":
-            return [path for path in anatomy.biased if path in adapted]
-        whole = anatomy.select(self.train) if self.train else []
-        inside = tuple(f"{path}." for path in whole)
-        return [p for p in anatomy.biased if p not in whole and not p.startswith(inside)]

@@ -19,7 +19,7 @@ def selectors(names: str | Sequence[str] | None) -> str | tuple[str, ...]:
 
 _COMMON: dict[str, Any] = {
     "target_modules": None, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None,
-    "fan_in_fan_out": False, "bias": "none", "init_weights": True,
+    "fan_in_fan_out": False, "init_weights": True,
 }  # fmt: skip
 
 
@@ -40,6 +40,7 @@ def read_options(
         "layers_to_transform",
         "fan_in_fan_out",
         "init_weights",
+        "bias",
     }
     refuse_unknown(config, _COMMON | dict(lacks), read | set(options), kind)
     layers = config.get("layers_to_transform")
@@ -47,8 +48,19 @@ def read_options(
         "targets": selectors(config.get("target_modules")),
         "exclude": selectors(config.get("exclude_modules")),
         "layers": (layers,) if isinstance(layers, int) else layers,
+        **_biases(config),
         **{ours: _given(config, theirs, default) for theirs, (ours, default) in options.items()},
     }
+
+
+def _biases(config: Mapping[str, Any]) -> dict[str, str]:
+    """Our field of PEFT's ``bias``, where biases are trained; each method has a word for those of its targets."""
+    value = str(config.get("bias") or "none")
+    if value not in ("none", "all") and not value.endswith("_only"):
+        raise FileFormatError(
+            f"{CONFIG}: bias={value!r} is not none, all, or the name of the method with _only."
+        )
+    return {} if value == "none" else {"bias": "all" if value == "all" else "targets"}
 
 
 def _given(config: Mapping[str, Any], name: str, default: Any) -> Any:

@@ -149,10 +149,11 @@ def _parsed(
         named[TensorName(path, slot)] = part.tensor_from_peft(config, slot, tensor)
         if path:
             slots_at.setdefault((path, number), {})[slot] = tuple(tensor.shape)
+    parts = method.members
     sites = [
         SiteSpec(path, role, number)
-        for (path, number), slots in slots_at.items()
-        for role in (method.members[0].roles_in_file(path, slots) if not number else [""])
+        for (path, number), slots in sorted(slots_at.items(), key=lambda item: item[0][1])
+        for role in (parts[number].roles_in_file(path, slots) if number < len(parts) else [""])
     ]
     own_name = name or (folder.name if folder.name.isidentifier() else "default")
     origin = Origin(

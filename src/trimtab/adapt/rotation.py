@@ -17,14 +17,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from trimtab.adapt.contract import At, Method, Params, Place
+from trimtab.adapt.biases import Biased
+from trimtab.adapt.contract import At, Params, Place
 from trimtab.adapt.peft_config import read_options
 from trimtab.adapt.weight import columns
 from trimtab.errors import ConfigError
 from trimtab.frozen import Layer
 
 
-class Rotation(Method):
+class Rotation(Biased):
     """A subclass says `turn` for rows of `width` entries."""
 
     targets: str | tuple[str, ...] = "all-linear"

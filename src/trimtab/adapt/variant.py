@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import model_validator
 from torch import Tensor
 
+from trimtab.adapt.biases import SLOTS
 from trimtab.adapt.contract import Layer, Method, Place, Spec
 from trimtab.adapt.factors import EMBEDDED, FACTORS, OFFSET
 from trimtab.adapt.initial import DEFAULT
@@ -80,7 +81,7 @@ class Variant(LowRank):
             return dict(tensors)
         p = {self.short_names[slot]: tensor for slot, tensor in tensors.items()}
         offset = self.offset(p)
-        rest = {slot: t for slot, t in tensors.items() if slot in _BIASES}
+        rest = {slot: t for slot, t in tensors.items() if slot in SLOTS.values()}
         own = {} if offset is None else {OFFSET: offset}
         factors = self.factors(p) if self.rebased else self.whole(p)
         return {**rest, **own, **dict(zip(slots[:2], factors, strict=True))}
@@ -102,6 +103,3 @@ class Variant(LowRank):
                     f"{CONFIG}: unknown option {name!r} of {cls.variant}; a newer PEFT wrote it."
                 )
         return {cls.parts[name]: value for name, value in given.items() if name in cls.parts}
-
-
-_BIASES = ("lora_bias.inner", "lora_bias.own")

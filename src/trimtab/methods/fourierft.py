@@ -14,16 +14,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from trimtab.adapt.biases import Biased
 from trimtab.adapt.contract import Layer, Params, Spec, normal, zeros
 from trimtab.adapt.weight import WeightDelta, columns
 from trimtab.errors import ConfigError
 
 
 @final
-class FourierFT(WeightDelta):
+class FourierFT(WeightDelta, Biased):
     """``FourierFT(entries=1000, alpha=150)``."""
 
     kind: ClassVar[str] = "fourierft"
+    called: ClassVar[str] = "fourier"
     lr: ClassVar[float] = 1e-2
     peft_type: ClassVar[str | None] = "FOURIERFT"
     peft_kinds: ClassVar[tuple[str, ...]] = ("linear",)

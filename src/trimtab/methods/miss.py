@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, final
 from pydantic import Field
 from torch import Tensor
 
+from trimtab.adapt.biases import Biased
 from trimtab.adapt.contract import Layer, Params, Spec, zeros
 from trimtab.adapt.peft_config import read_options
 from trimtab.adapt.weight import Dropping, columns
@@ -20,10 +21,11 @@ from trimtab.errors import ConfigError
 
 
 @final
-class MiSS(Dropping):
+class MiSS(Dropping, Biased):
     """``MiSS(rank=64)``; ``variant="bat"`` mixes the weight's own blocks in."""
 
     kind: ClassVar[str] = "miss"
+    called: ClassVar[str] = "MiSS"
     lr: ClassVar[float] = 2e-4
     peft_type: ClassVar[str | None] = "MISS"
     peft_kinds: ClassVar[tuple[str, ...]] = ("linear",)

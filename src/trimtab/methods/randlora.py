@@ -16,14 +16,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from trimtab.adapt.contract import At, Layer, Method, Params, Place, Spec, constant, zeros
+from trimtab.adapt.biases import Biased
+from trimtab.adapt.contract import At, Layer, Params, Place, Spec, constant, zeros
 from trimtab.adapt.peft_config import read_options
 from trimtab.adapt.weight import columns, dropped
 from trimtab.models.anatomy import Anatomy
 
 
 @final
-class RandLoRA(Method):
+class RandLoRA(Biased):
     """``RandLoRA(rank=32, alpha=640)``."""
 
     kind: ClassVar[str] = "randlora"

@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from trimtab.adapt.contract import At, Layer, Method, Params, Place, Spec, constant, zeros
+from trimtab.adapt.biases import Biased
+from trimtab.adapt.contract import At, Layer, Params, Place, Spec, constant, zeros
 from trimtab.adapt.weight import columns
 from trimtab.models.anatomy import Anatomy
 
 
 @final
-class VeRA(Method):
+class VeRA(Biased):
     """``VeRA(rank=256)``."""
 
     kind: ClassVar[str] = "vera"

@@ -8,7 +8,7 @@ from torch import nn
 
 from trimtab.adapt.contract import Method
 from trimtab.adapt.peft_config import selectors
-from trimtab.errors import ConfigError
+from trimtab.errors import ConfigError, suggest
 from trimtab.peft.config import PeftConfig, config, option
 from trimtab.peft.defaults import Names, default_targets
 from trimtab.peft.targets import Where, aimed, says
@@ -134,12 +134,21 @@ class Transposed(Targeted):
 
 
 @config()
-class Unbiased(Targeted):
-    """PEFT lets biases be trained beside it; of these methods, Trimtab does not."""
+class Biased(Targeted):
+    """Biases may be trained beside it."""
 
-    lacks: ClassVar[dict[str, str]] = {"bias": "Use LoraConfig's bias, or BitFitConfig."}
+    bias: str = option(
+        "Biases that are trained too: 'none', 'all', or the method's name with '_only' (those of the targets).",
+        default="none",
+    )
 
-    bias: str = option("Biases that are trained too: only 'none'.", default="none")
+    def check(self) -> None:
+        super().check()
+        if self.bias not in ("none", "all") and not str(self.bias).endswith("_only"):
+            kind, hint = type(self).__name__, suggest(str(self.bias), ("none", "all"))
+            raise ConfigError(
+                f"{kind}: bias must be none, all, or the method's name with _only, not {self.bias!r}.{hint}"
+            )
 
 
 def listed(selectors: Any) -> list[Any]:

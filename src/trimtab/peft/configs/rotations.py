@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from trimtab.adapt.contract import Init, kaiming_uniform, normal
 from trimtab.errors import ConfigError
 from trimtab.peft.config import config, option
-from trimtab.peft.configs.common import Excluding, Layered, Transposed, Unbiased
+from trimtab.peft.configs.common import Biased, Excluding, Layered, Transposed
 from trimtab.peft.types import PeftType
 
 SLOTS = ("oft_R.weight", "oft_embedding_R.weight")
@@ -19,7 +19,7 @@ _IDENTITY = "Begin at the identity; False begins at random."
 
 
 @config(PeftType.OFT)
-class OFTConfig(Excluding, Layered, Transposed, Unbiased):
+class OFTConfig(Excluding, Layered, Transposed, Biased):
     """OFT: orthogonal rotation of the input, block by block."""
 
     prefix: ClassVar[str] = "oft_"
@@ -40,9 +40,6 @@ class OFTConfig(Excluding, Layered, Transposed, Unbiased):
     num_cayley_neumann_terms: int = option(
         "Terms of that series, from 2 on; 4 are the same as 3.", default=5
     )
-    bias: Literal["none", "all", "oft_only"] = option(
-        "Biases that are trained too: only 'none'.", default="none"
-    )
 
     def check(self) -> None:
         super().check()
@@ -59,7 +56,7 @@ class OFTConfig(Excluding, Layered, Transposed, Unbiased):
 
 
 @config(PeftType.BOFT)
-class BOFTConfig(Excluding, Layered, Transposed, Unbiased):
+class BOFTConfig(Excluding, Layered, Transposed, Biased):
     """BOFT: sparse rotations in butterfly order, and output scales."""
 
     prefix: ClassVar[str] = "boft_"
@@ -90,7 +87,7 @@ class BOFTConfig(Excluding, Layered, Transposed, Unbiased):
 
 
 @config(PeftType.HRA)
-class HRAConfig(Excluding, Layered, Unbiased):
+class HRAConfig(Excluding, Layered, Biased):
     """HRA: a chain of Householder reflections of the input."""
 
     prefix: ClassVar[str] = "hra_"

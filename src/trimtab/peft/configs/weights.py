@@ -10,7 +10,7 @@ from torch import nn
 from trimtab.adapt.contract import Init, Method, kaiming_uniform, normal, ones, zeros
 from trimtab.errors import ConfigError
 from trimtab.peft.config import config, option
-from trimtab.peft.configs.common import Excluding, Layered, Transposed, Unbiased
+from trimtab.peft.configs.common import Biased, Excluding, Layered, Transposed
 from trimtab.peft.types import PeftType
 
 _IDENTITY = "Begin at the identity; False begins at random."
@@ -116,7 +116,7 @@ class HiraConfig(Excluding, Layered, Transposed):
 
 
 @config(PeftType.FOURIERFT)
-class FourierFTConfig(Excluding, Layered, Transposed, Unbiased):
+class FourierFTConfig(Excluding, Layered, Transposed, Biased):
     """FourierFT: a few entries of the spectrum of the change."""
 
     prefix: ClassVar[str] = "fourierft_"
@@ -137,7 +137,7 @@ class FourierFTConfig(Excluding, Layered, Transposed, Unbiased):
 
 
 @config(PeftType.MISS)
-class MissConfig(Excluding, Layered, Unbiased):
+class MissConfig(Excluding, Layered, Biased):
     """MiSS: one small matrix shared by all blocks of the weight's rows."""
 
     prefix: ClassVar[str] = "miss_"
@@ -189,7 +189,7 @@ class ShiraConfig(Transposed):
 
 
 @config()
-class _Projected(Layered, Transposed, Unbiased):
+class _Projected(Layered, Transposed, Biased):
     """Random matrices that a seed gives, shared by all layers."""
 
     sizes: ClassVar[tuple[str, ...]] = ("r",)
