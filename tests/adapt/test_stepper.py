@@ -128,7 +128,7 @@ def test_another_draw_is_noticed(tmp_path: Path) -> None:
     adapter.save(tmp_path / "a")
     loaded = tt.Adapter.load(tmp_path / "a")
     loaded.drawn = dict.fromkeys(loaded.drawn, "0" * 64)
-    with pytest.raises(AttachError, match="drawn from a seed"):
+    with pytest.raises(AttachError, match="from a seed or from the base"):
         tt.attach(tiny.llama(), loaded)
 
 
