@@ -112,8 +112,7 @@ class Prefix(Method):
         return not anatomy.encoder_decoder  # PEFT's ties the layers of a decoder; see below
 
     def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
-        flat = {"prefix_projection": False, "num_layers": len(places)}
-        return {"num_virtual_tokens": self.length, **flat}
+        return {"num_virtual_tokens": self.length, "num_layers": len(places)}
 
     @classmethod
     def from_peft(
