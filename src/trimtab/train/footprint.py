@@ -169,6 +169,7 @@ class _Run:
         asked = questions(some(data, count), self.base.tokenizer)
         most = self.recipe.eval.max_tokens or max(question.length for question in asked)
         longest = max(len(question.prompt) for question in asked) + most
+        longest = min(longest, self.engine.context(self.adapter.name) or longest)
         rows = max(min(len(asked), self.engine.sample_tokens // longest), 1)
         prompt = [1] * max(longest - 2, 1)
         params = SamplingParams(max_tokens=2, temperature=0)
