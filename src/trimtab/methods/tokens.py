@@ -38,7 +38,6 @@ class Tokens(Method):
     targets: str | tuple[str, ...] = "input_embedding"
     ids: tuple[int, ...] = Field(default=(0,), min_length=1)
     """The tokens whose rows are trained."""
-
     tie: bool = False
     """Let a head that is tied to the embedding have the same rows."""
 

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
 
 from trimtab.adapt.adapter import Adapter
+from trimtab.adapt.initial import DEFAULT, initialisation, inits
+from trimtab.adapt.parse import method_from
 from trimtab.data import Corpus, CorpusFeed, Datum
 from trimtab.engine import Engine, SamplingParams
 from trimtab.engine.micro import Micro
@@ -31,7 +33,7 @@ from trimtab.train.devices import Device
 from trimtab.train.hollow import Hollow
 from trimtab.train.ledger import Ledger, Moment
 from trimtab.train.recipe import Recipe
-from trimtab.train.setup import Rows, opened_base, plan_rows, resolved, total_steps
+from trimtab.train.setup import Rows, opened_base, plan_rows, resolved, shown_method, total_steps
 from trimtab.train.sources import Sources, read_sources
 from trimtab.train.unrelated import Unrelated
 
@@ -89,12 +91,32 @@ def footprint(recipe: Recipe, place: str = "no device") -> Footprint:
         bare.extend([*base.model.parameters(), *base.model.buffers()])
         return base
 
-    recipe, base, adapter = opened_base(recipe, loader)
+    method = method_from(recipe.method).to_dict()
+    plain = recipe.replace(method=_without_data(method))
+    plain, base, adapter = opened_base(plain, loader)
     account = Ledger(int(base.model.config.get_text_config().vocab_size))
     account.hold([*base.model.parameters(), *base.model.buffers()], "adapter")
     account.hold(bare, "weights")
     with Hollow(account):
-        return _Run(recipe, base, adapter, account).go(place)
+        found = _Run(plain, base, adapter, account).go(place)
+    shown = shown_method(method_from(method))
+    rows = [(name, shown if name == "method" else text) for name, text in found.rows]
+    return found if method == plain.method else replace(found, rows=rows)
+
+
+def _without_data(method: Any) -> Any:
+    """A method's fields, begun in its own way where it would begin from data or from weights: here are none of either,
+    and the sizes are the same."""
+    if isinstance(method, list | tuple):
+        return [_without_data(part) for part in method]
+    if not isinstance(method, Mapping):
+        return method
+    fields = {name: _without_data(value) for name, value in method.items()}
+    text = str(fields.get("init", DEFAULT))
+    start = initialisation(text) if text.partition("(")[0] in inits.names() else None
+    if start is not None and start.observes(1) is not None:
+        fields["init"] = DEFAULT
+    return fields
 
 
 class _Run:
