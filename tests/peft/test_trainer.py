@@ -215,11 +215,11 @@ def test_only_the_adapter_is_optimised_and_the_base_is_as_it_was(tmp_path: Path)
     assert len(losses(trainer)) == STEPS
 
 
-def test_mixed_rows_are_evaluated_by_the_adapters_they_name() -> None:
+def test_mixed_rows_are_evaluated_by_the_adapters_they_name(tmp_path: Path) -> None:
     """A batch may carry ``adapter_names`` through a Trainer's own ``prediction_step``."""
     model = model_of(ours)
     ids = torch.stack([Rows()[0]["input_ids"], Rows()[0]["input_ids"]])
-    trainer = Trainer(model=model, args=arguments(Path("unused")))
+    trainer = Trainer(model=model, args=arguments(tmp_path))
     inputs = {"input_ids": ids, "labels": ids, "adapter_names": ["default", "__base__"]}
     _, logits, _ = trainer.prediction_step(model, inputs, prediction_loss_only=False)
     with model.disable_adapter():
