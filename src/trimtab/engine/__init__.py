@@ -9,7 +9,7 @@ save / load                       weights, optimiser, counts and RNG: exact resu
 """
 
 from trimtab.engine.engine import Engine
-from trimtab.engine.memory import keep_memory, release_memory
+from trimtab.engine.memory import keep_memory
 from trimtab.engine.results import LossResult, StepResult
 from trimtab.engine.sampling import Completion, SamplingParams
 from trimtab.engine.streaming import Stream
@@ -22,5 +22,4 @@ __all__ = [
     "StepResult",
     "Stream",
     "keep_memory",
-    "release_memory",
 ]

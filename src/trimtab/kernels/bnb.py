@@ -42,7 +42,7 @@ def operation() -> Any:
 def _without(why: str) -> None:
     """Say, once in a process, that there is no accelerator."""
     warnings.warn(
-        f"{why}: weights in four bits are unpacked by plain torch. The numbers are the same; the package is faster.",
+        f"{why}: weights in four bits are unpacked by plain torch, to the same numbers.",
         stacklevel=3,
     )
 

@@ -24,7 +24,7 @@ import torch
 from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.export import exported
 from trimtab.data import Cursor, Datum, preview
-from trimtab.engine import Engine, LossResult, StepResult, release_memory
+from trimtab.engine import Engine, LossResult, StepResult
 from trimtab.errors import (
     DataError,
     NonFiniteLossError,
@@ -121,7 +121,6 @@ class Run:
         self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, self.recipe.checkpoint.keep)
         self.saves_every = saves_every(self.recipe, self.total)
         self.progress = Progress()
-        self._highest = 0
         check_sites(base, adapter)
         self._open(resume)
 
@@ -278,15 +277,12 @@ class Run:
                 **({"auxiliary": loss.auxiliary} if loss.auxiliary else {}),
             },
         )
-        self.screen.step(progress.step, loss.mean, sum(lengths) / seconds, self._peak())
-
-    def _peak(self) -> int:
-        """The most memory so far; where it has grown, what is kept and free is given back."""
-        peak = facts.peak_memory(self.base.model.device)
-        if peak > 1.01 * self._highest:
-            self._highest = peak
-            release_memory()
-        return peak
+        self.screen.step(
+            progress.step,
+            loss.mean,
+            sum(lengths) / seconds,
+            facts.peak_memory(self.base.model.device),
+        )
 
     def _due(self, every: int | None) -> bool:
         return (
