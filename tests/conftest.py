@@ -42,3 +42,14 @@ def minilm() -> Path:
         return assets.minilm()
     except assets.UnavailableError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which the documentation's names of a model and of a data file exist."""
+    from tests.train import kit
+
+    kit.model_folder(tmp_path / "SmolLM2-135M-Instruct")
+    kit.data_file(tmp_path / "tickets.jsonl", 40)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+from tests.shown import run_commands, run_example, shown
 from trimtab.data import parse_record
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -31,3 +32,13 @@ def test_the_numbers_of_the_jobs_are_those_of_their_reports() -> None:
             for number in numbers:
                 assert number in report, (found[1], number)
             assert not re.search(r"(src|href)=|@import|<script", report)
+
+
+def test_what_is_shown_of_storage_runs(here: Path) -> None:
+    text = (DOCS / "storage.md").read_text(encoding="utf-8")
+    (example,) = shown(text, "python")
+    run_example(example, "storage.md")
+    assert (here / "adapters/support/adapter_model.safetensors").is_file()
+    for block in shown(text, "bash"):
+        run_commands(block)
+    assert (here / "merged-nf4").is_dir()

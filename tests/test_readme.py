@@ -4,60 +4,37 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from tests.train import kit
-from trimtab.cli import app
+from tests.shown import run_commands, run_example, shown
 from trimtab.train import devices
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in which the README's names of a model and of a data file exist."""
-    kit.model_folder(tmp_path / "SmolLM2-135M-Instruct")
-    kit.data_file(tmp_path / "tickets.jsonl", 40)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def test_the_library_example_runs(here: Path) -> None:
-    (example,) = blocks("python")
-    scope: dict[str, object] = {}
-    exec(compile(example, "README.md", "exec"), scope)  # noqa: S102 (the README's own text)
+    (example,) = shown(README, "python")
+    run_example(example, "README.md")
     assert (here / "adapters/support/adapter_model.safetensors").is_file()
     assert sum(bool(line.strip()) for line in example.splitlines()) <= 17
 
 
 def test_the_commands_run(here: Path) -> None:
-    commands = [
-        shlex.split(line, comments=True) for line in blocks("bash")[1].splitlines() if line.strip()
-    ]
-    assert [command[0] for command in commands] == ["trimtab"] * len(commands)
-    for command in commands:
-        result = CliRunner().invoke(app, command[1:], catch_exceptions=False)
-        assert result.exit_code == 0, (command, result.output)
+    run_commands(shown(README, "bash")[1])
 
 
 def test_the_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"^make (\S+)", blocks("bash")[0], re.MULTILINE):
+    for target in re.findall(r"^make (\S+)", shown(README, "bash")[0], re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
 def test_the_tree_is_the_tree() -> None:
-    shown = re.findall(r"^      ([a-z_/ .]+?)(?:   .*)?$", README, re.MULTILINE)
-    for line in shown:
+    tree = re.findall(r"^      ([a-z_/ .]+?)(?:   .*)?$", README, re.MULTILINE)
+    for line in tree:
         for name in line.split():
             assert (ROOT / "src/trimtab" / name).exists(), name
 
