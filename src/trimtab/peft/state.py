@@ -24,7 +24,7 @@ from trimtab.adapt.files import WEIGHTS, disk_key, in_peft_form
 from trimtab.adapt.fingerprint import fingerprint
 from trimtab.adapt.nested import experts_of, folded, unfolded
 from trimtab.adapt.plan import other_base
-from trimtab.adapt.site import BASE, WRAPPED, SiteBase
+from trimtab.adapt.site import BASE
 from trimtab.adapt.slots import memory_name
 from trimtab.adapt.tree import anatomy_of, canonical
 from trimtab.errors import AttachError, ConfigError, FileFormatError, StorageError, suggest
@@ -32,9 +32,9 @@ from trimtab.peft.encoded import has_encoder, prefix_of_peft, shared_form, witho
 from trimtab.peft.errors import PeftWarning
 from trimtab.peft.find import tuner_of
 from trimtab.peft.hub import local_file
+from trimtab.peft.names import adapter_keys, own_names, unwrapped
 
 _ROOTS = ("base_model.model.", "base_model.")
-_WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 class LoadResult(NamedTuple):
@@ -176,7 +176,7 @@ def check_embeddings(given: bool | str) -> None:
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The base's tensors, by the names they have without adapters."""
     base = _owner(model)
-    hidden = _adapter_keys(base)
+    hidden = adapter_keys(base)
     return {key: tensor for key, tensor in base.state_dict().items() if key not in hidden}
 
 
@@ -197,7 +197,7 @@ def set_base_model_state_dict(
         raise AttachError(
             "merged weights stand in the place of the base's; call unmerge_adapter() first."
         )
-    hidden = _adapter_keys(base)
+    hidden = adapter_keys(base)
     foreign = [key for key in state_dict if key in hidden]
     if foreign:
         raise FileFormatError(
@@ -233,16 +233,13 @@ def gathered(
 ) -> dict[TensorName, Tensor]:
     """An adapter's tensors in a state dict of its model ``root``, or of what stands around that."""
     by_key: dict[str, Tensor] = {}
+    own = {unwrapped(there): unwrapped(key) for there, key in own_names(root).items()}
     for key, value in state.items():
-        for wrapper in _WRAPPERS:
-            key = key.replace(wrapper, "")
-        for begin in (
-            "base_model.model.",
-            "base_model.",
-            "",
-        ):  # a prompt has no tuner around the model
+        key = unwrapped(key)
+        for begin in (*_ROOTS, ""):  # a prompt has no tuner around the model
             if key.startswith(begin):
-                by_key.setdefault(canonical(key[len(begin) :]), value)
+                inner = key[len(begin) :]
+                by_key.setdefault(canonical(own.get(inner, inner)), value)
     places = {id(module): path for path, module in root.named_modules()}
     found = {}
     for name, tensor in adapter.named().items():
@@ -415,18 +412,3 @@ def _renamed(tensors: Mapping[str, Tensor], mapping: Mapping[str, str]) -> dict[
             raise FileFormatError(f"key_mapping makes two tensors {root + path!r}.")
         renamed[root + path] = tensor
     return renamed
-
-
-def _adapter_keys(base: nn.Module) -> set[str]:
-    """What a state dict of the base holds beside it. It names wrapped layers without their ``base_layer``."""
-    wrapped = {path for path, module in base.named_modules() if isinstance(module, SiteBase)}
-    keys = set()
-    for name in slots.stored(base):
-        parts = name.split(".")
-        kept = (
-            part
-            for number, part in enumerate(parts)
-            if part not in WRAPPED or ".".join(parts[:number]) not in wrapped
-        )
-        keys.add(".".join(kept))
-    return keys

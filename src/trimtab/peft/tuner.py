@@ -17,9 +17,10 @@ from trimtab.adapt.acting import rows, stack
 from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.attach import attach, detach
 from trimtab.adapt.bank import Bank, bank_of, find_bank
+from trimtab.adapt.inside import InsideSite
 from trimtab.adapt.merge import fold, merge_in_place, unmerge
 from trimtab.adapt.multihead import MultiheadSite
-from trimtab.adapt.site import WRAPPED, ExpertsSite, Site, SiteBase
+from trimtab.adapt.site import ExpertsSite, Site
 from trimtab.adapt.tree import sites_of
 from trimtab.errors import AttachError, ConfigError, DuplicateNameError, UnknownNameError, suggest
 from trimtab.models.repeat import own_blocks, repeated, restore_blocks
@@ -28,6 +29,7 @@ from trimtab.peft.combination import Combination, Signs
 from trimtab.peft.config import PeftConfig
 from trimtab.peft.encoded import PROMPTS
 from trimtab.peft.kin import register
+from trimtab.peft.names import keep_names, link_tied
 from trimtab.peft.schedule import Schedule, kasa_loss, monteclora_loss, with_losses
 from trimtab.peft.weighted import combined, config_of
 
@@ -76,7 +78,7 @@ class Tuner(nn.Module):
         self._home = (
             () if home is None else (home,)
         )  # in a tuple, so that torch does not take it for a child
-        keep_names(self)
+        keep_names(self, "model")
         self.add(adapter_name, config, adapter)
         if injected:  # nothing is around the model: by this name others find the configurations
             model.__dict__["peft_config"] = self.peft_config
@@ -126,6 +128,7 @@ class Tuner(nn.Module):
             adapter = attach(self.model, adapter, name, trainable=trainable)
         if self._home and adapter.method.peft_root == PROMPTS:
             bank_of(self.model).lodge(name, self._home[0])
+        link_tied(self.model, adapter)
         return adapter
 
     def replace(self, name: str, config: PeftConfig, adapter: Adapter) -> None:
@@ -405,53 +408,5 @@ class Tuner(nn.Module):
 
 
 register(Tuner, "BaseTuner")
-for _kind in (
-    Site,
-    MultiheadSite,
-    ExpertsSite,
-):  # but no module that is trained in full: PEFT's is none either
-    register(_kind, "BaseTunerLayer")
-
-
-def keep_names(module: nn.Module) -> None:
-    """Let state dicts of a tuner, or of another module right around the user's model, have PEFT's names."""
-    module.register_state_dict_post_hook(_show_base)
-    module.register_load_state_dict_pre_hook(_take_base)
-
-
-def _inner(module: nn.Module) -> str:
-    """The name of the user's model in a module around it."""
-    return "model" if isinstance(module, Tuner) else "base_model"
-
-
-def _names(module: nn.Module) -> dict[str, str]:
-    """Names in the model's own state dict, which hides ``base_layer`` -> those that PEFT's has."""
-    model = module.get_submodule(_inner(module))
-    wrapped = {path for path, module in model.named_modules() if isinstance(module, SiteBase)}
-    names = {}
-    tensors = (model.named_parameters, model.named_buffers)
-    for name in [n for each in tensors for n, _ in each(remove_duplicate=False)]:
-        parts = name.split(".")
-        kept = [
-            part
-            for number, part in enumerate(parts)
-            if part not in WRAPPED or ".".join(parts[:number]) not in wrapped
-        ]
-        if len(kept) != len(parts):
-            names[".".join(kept)] = name
-    return names
-
-
-def _show_base(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    root = f"{prefix}{_inner(module)}."
-    names = {f"{root}{own}": f"{root}{pefts}" for own, pefts in _names(module).items()}
-    whole = {names.get(key, key): value for key, value in state.items()}
-    state.clear()
-    state.update(whole)
-
-
-def _take_base(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    root = f"{prefix}{_inner(module)}."
-    for own, pefts in _names(module).items():
-        if f"{root}{pefts}" in state:
-            state[f"{root}{own}"] = state.pop(f"{root}{pefts}")
+for _kind in (Site, InsideSite, MultiheadSite, ExpertsSite):
+    register(_kind, "BaseTunerLayer")  # no module that is trained in full: PEFT's is none either
