@@ -284,8 +284,8 @@ def test_what_pefts_files_cannot_hold_is_refused_with_the_way_out() -> None:
     before = [name for name, _ in model.named_modules()]
     prompt = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
     for config, reason in (
-        (ours.BottleneckConfig(size=2), "PEFT lacks this method.* get_peft_model"),
-        (ours.PromptEncoderConfig(**prompt), "no place for the encoder.* get_peft_model"),
+        (ours.BottleneckConfig(size=2), "PEFT lacks this method.*get_peft_model"),
+        (ours.PromptEncoderConfig(**prompt), "no place for the encoder.*get_peft_model"),
         (ours.PrefixTuningConfig(**prompt, prefix_projection=True), "no place for the encoder"),
     ):
         with pytest.raises(UnsupportedError, match=reason):
