@@ -25,6 +25,7 @@ from trimtab.adapt.tree import sites_of
 from trimtab.errors import AttachError, ConfigError, DuplicateNameError, UnknownNameError, suggest
 from trimtab.models.repeat import own_blocks, repeated, restore_blocks
 from trimtab.peft.adapters import cast_adapter_dtype
+from trimtab.peft.asked import Asked
 from trimtab.peft.combination import Combination, Signs
 from trimtab.peft.config import PeftConfig
 from trimtab.peft.encoded import PROMPTS
@@ -34,7 +35,7 @@ from trimtab.peft.schedule import Schedule, kasa_loss, monteclora_loss, with_los
 from trimtab.peft.weighted import combined, config_of
 
 
-class Tuner(nn.Module):
+class Tuner(Asked, nn.Module):
     """Adapters of one model. ``peft_config`` maps names to configurations, as PEFT's tuners take them.
 
     With one configuration instead, the adapter is put into the model, beside any that were put there so, and the tuner
@@ -337,44 +338,6 @@ class Tuner(nn.Module):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Adapters are kept in fp32; without ``autocast_adapter_dtype``, in the dtype of the layer they edit."""
         cast_adapter_dtype(self.model, adapter_name, autocast_adapter_dtype)
-
-    # What ``peft``'s own functions ask of a tuner's class, with a model of ours; accelerate calls them. -----
-
-    @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: PeftConfig,
-        adapter_name: str,
-        state_dict: Mapping[str, Tensor],
-        unwanted_adapter_names: Sequence[str],
-    ) -> dict[str, Tensor]:
-        from trimtab.peft.state import get_peft_model_state_dict
-
-        return get_peft_model_state_dict(model, state_dict, adapter_name)
-
-    @staticmethod
-    def _remove_adapter_name_from_key(key: str, adapter_name: str) -> str:
-        return key
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls,
-        model: nn.Module,
-        config: PeftConfig,
-        adapter_name: str,
-        state_dict: Mapping[str, Tensor],
-    ) -> dict[str, Tensor]:
-        from trimtab.peft.state import set_peft_model_state_dict
-
-        set_peft_model_state_dict(model, state_dict, adapter_name)
-        return {}  # nothing is left to load
-
-    @staticmethod
-    def get_model_config(model: nn.Module) -> dict[str, Any]:
-        """The model's configuration as a mapping; PEFT's models ask for it."""
-        config = getattr(model, "config", {"model_type": "custom"})
-        return dict(config.to_dict() if hasattr(config, "to_dict") else config)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return with_losses(self.bank, self.model(*args, **kwargs))
