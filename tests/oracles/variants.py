@@ -36,6 +36,8 @@ KASA = [
          lora_bias=True, use_rslora=True, rank_pattern={"query": 3}, alpha_pattern={"dense": 3}),
          tt.KaSA(rank=4, alpha=6, beta=0.1, gamma=0.0, rslora=True, lora_bias=True, rank_pattern={"query": 3},
                  alpha_pattern={"dense": 3}, targets=("query", "dense")), fp32=True),
+    Case("kasa-bias-all", kit.bert, lora(["query", "dense"], kasa_config=KasaConfig(), bias="all"),
+         tt.KaSA(rank=4, alpha=6, bias="all", targets=("query", "dense")), fp32=True),
 ]  # fmt: skip
 BLOCKS = [
     Case("bdlora", kit.llama,
@@ -44,6 +46,9 @@ BLOCKS = [
     Case("bdlora-some", kit.llama,
          lora(QVD, use_bdlora=BdLoraConfig(target_modules_bd_a=["v_proj"], nblocks=2, match_strict=False)),
          tt.BDLoRA(rank=4, alpha=6, blocks=2, block_a=("v_proj",), block_b=(), strict=False, targets=tuple(QVD))),
+    Case("bdlora-bias-all", kit.bert,
+         lora(["query"], use_bdlora=BdLoraConfig(target_modules_bd_a=["query"], nblocks=2), bias="all"),
+         tt.BDLoRA(rank=4, alpha=6, blocks=2, block_a=("query",), block_b=(), bias="all", targets=("query",))),
 ]  # fmt: skip
 MICA = [
     Case("mica", kit.llama, lora(QVD, init_lora_weights="mica"),
@@ -54,5 +59,7 @@ MICA = [
 VELORA = [
     Case("velora", kit.llama, lora(QVD, velora_config=VeloraConfig(num_groups=5)),
          tt.VeLoRA(rank=4, alpha=6, groups=5, targets=tuple(QVD))),
+    Case("velora-bias-all", kit.bert, lora(["query"], velora_config=VeloraConfig(num_groups=4), bias="all"),
+         tt.VeLoRA(rank=4, alpha=6, groups=4, bias="all", targets=("query",))),
 ]  # fmt: skip
 VARIANTS = [*OFFSET, *KASA, *BLOCKS, *MICA, *VELORA]

@@ -282,9 +282,15 @@ def test_prompts_are_trained_switched_and_resumed(
 def test_what_pefts_files_cannot_hold_is_refused_with_the_way_out() -> None:
     model = tiny.gpt2()
     before = [name for name, _ in model.named_modules()]
-    with pytest.raises(UnsupportedError, match="get_peft_model"):
-        peft.get_peft_model(model, ours.BottleneckConfig(size=2))
-    assert [name for name, _ in model.named_modules()] == before
+    prompt = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+    for config, reason in (
+        (ours.BottleneckConfig(size=2), "PEFT lacks this method.*get_peft_model"),
+        (ours.PromptEncoderConfig(**prompt), "no place for the encoder.*get_peft_model"),
+        (ours.PrefixTuningConfig(**prompt, prefix_projection=True), "no place for the encoder"),
+    ):
+        with pytest.raises(UnsupportedError, match=reason):
+            peft.get_peft_model(model, config)
+        assert [name for name, _ in model.named_modules()] == before
 
 
 def test_a_given_configuration_serves_again(tmp_path: Path) -> None:

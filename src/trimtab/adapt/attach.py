@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,20 +16,19 @@ from trimtab.adapt.bank import CHILD, Bank, bank_of, find_bank
 from trimtab.adapt.contract import Method, Spec
 from trimtab.adapt.edit import Edit
 from trimtab.adapt.fingerprint import fingerprint
-from trimtab.adapt.multihead import MultiheadSite
+from trimtab.adapt.inside import inner
 from trimtab.adapt.observe import Batches, observe
 from trimtab.adapt.observed import Observation, Observed, Original
 from trimtab.adapt.parse import method_from
-from trimtab.adapt.plan import check_whole, checked, layer_at, placed, planned
-from trimtab.adapt.site import ExpertsSite, Site, SiteBase
+from trimtab.adapt.plan import check_whole, checked, layer_at, placed, planned, whole_modules
+from trimtab.adapt.site import ExpertsSite
 from trimtab.adapt.tensors import initial_tensors, specs_of
 from trimtab.adapt.tied import TIED, home_of
 from trimtab.adapt.tree import Children, anatomy_of, sites_of, uncover
-from trimtab.adapt.whole import WholeSite
+from trimtab.adapt.wrapping import Wrapping
 from trimtab.errors import (
     AttachError,
     DuplicateNameError,
-    TargetError,
 )
 from trimtab.frozen import Layer
 from trimtab.models.anatomy import Anatomy
@@ -161,7 +159,7 @@ def _insert(
     placed: dict[TensorName, nn.Module],
 ) -> None:
     """Put edits and tensors in their places; ``placed`` tells how far it came."""
-    tree = _Tree(model, bank, anatomy)
+    tree = Wrapping(model, bank, anatomy)
     orders = _orders(adapter)
     holders: dict[TensorName, nn.Module] = {}
     for number in range(len(adapter.methods)):
@@ -182,15 +180,18 @@ def _insert(
             answers=anatomy.answers(spec_site.path),
             specs=specs[home, adapter.sites[home].path],
             shared=specs[-1 - spec_site.method, ""],
-            home=tree.site(adapter.sites[home].path) if tied else None,
+            home=tree.site(adapter.sites[home].path).slots if tied else None,
         )
-        holder = _put(model, bank, edit, anatomy, tree)
+        within = inner(edit, adapter.method.disk_beside)
+        holder = _put(model, bank, edit, anatomy, tree, within)
         if tied:
             continue
         holders |= {TensorName(spec_site.path, held.name): holder for held in edit.tensors.values()}
     for path in anatomy.apart:
         if path not in tree.sites and any(s.path.startswith(f"{path}.") for s in adapter.sites):
             tree.wrap(path, Apart(anatomy.modules[path], path, bank))
+    for path in whole_modules(adapter, anatomy):
+        tree.whole_module(path, adapter.name)
     known = {
         TensorName(path, spec.name): spec
         for (_, path), of_site in specs.items()
@@ -208,8 +209,10 @@ def _insert(
     bank.active.append(adapter.name)
 
 
-def _put(model: nn.Module, bank: Bank, edit: Edit, anatomy: Anatomy, tree: _Tree) -> nn.Module:
-    """Put one edit in its place: before the text, inside attention, or around a layer.
+def _put(
+    model: nn.Module, bank: Bank, edit: Edit, anatomy: Anatomy, tree: Wrapping, within: str
+) -> nn.Module:
+    """Put one edit in its place: before the text, inside attention, or around a layer (``within`` a module there).
 
     Returns the module that holds its tensors.
     """
@@ -220,9 +223,11 @@ def _put(model: nn.Module, bank: Bank, edit: Edit, anatomy: Anatomy, tree: _Tree
         attention.insert(model, bank, edit, anatomy)
         front.prepare(model, bank, edit, anatomy)
         return attention.holder(bank, edit.path) if edit.tensors else bank
-    site = tree.site(edit.path, whole=edit.method.kind == "full")
+    site = tree.site(edit.path, whole=edit.method.kind == "full", within=within)
     site.edits.setdefault(edit.adapter, []).append(edit)
-    return site.holder(edit.path.rpartition(".")[2]) if isinstance(site, ExpertsSite) else site
+    return (
+        site.holder(edit.path.rpartition(".")[2]) if isinstance(site, ExpertsSite) else site.slots
+    )
 
 
 def _withdraw(
@@ -241,7 +246,7 @@ def _withdraw(
     children = Children(model)
     for site in sites:
         if site.edits.pop(name, None) is not None:
-            slots.prune(site)
+            slots.prune(site.slots)
         if site.bare():
             children.replace(site, site.release())
     attention.remove(model, bank, name)
@@ -263,60 +268,6 @@ def _orders(adapter: Adapter) -> list[tuple[int, int]]:
         found.append((seen[kind], counts[kind]))
         seen[kind] += 1
     return found
-
-
-class _Tree:
-    """The model's modules and wrappers, as one attachment changes them."""
-
-    def __init__(self, model: nn.Module, bank: Bank, anatomy: Anatomy) -> None:
-        self._model = model
-        self._bank = bank
-        self._anatomy = anatomy
-        self.sites = sites_of(model)
-
-    @cached_property
-    def _children(self) -> Children:
-        return Children(self._model)
-
-    def wrap(self, path: str, site: SiteBase) -> None:
-        """Put a new wrapper in the place of the module at a path."""
-        self._children.replace(self._anatomy.modules[path], site)
-        self.sites[path] = site
-
-    def site(self, path: str, *, whole: bool = False) -> SiteBase:
-        """The wrapper at a path, made if there is none yet; ``whole`` is for a layer that is trained in full."""
-        anatomy = self._anatomy
-        where = anatomy.parameters.get(path, path)
-        if where in anatomy.apart:
-            raise TargetError(
-                f"{path!r} is called once per adapter in a mixed batch, so no adapter can edit it as a whole; target "
-                "the layers inside it."
-            )
-        if where not in self.sites:
-            site = self._made(where, path, whole)
-            if anatomy.inside(where, nn.TransformerEncoderLayer):
-                site.register_forward_pre_hook(_no_fast_path)
-                self._bank.keep_padding(anatomy.modules.values())
-            self.wrap(where, site)
-        if isinstance(self.sites[where], MultiheadSite) != (path in anatomy.opened):
-            raise TargetError(
-                f"{where!r}: an adapter edits the output of this attention, and another its projections; torch "
-                "computes both at once, so only one of the two can be edited. Leave it out of the targets of either."
-            )
-        return self.sites[where]
-
-    def _made(self, where: str, path: str, whole: bool) -> SiteBase:
-        anatomy, module = self._anatomy, self._anatomy.modules[where]
-        if path in anatomy.opened:
-            return MultiheadSite(cast(nn.MultiheadAttention, module), where, self._bank)
-        if path in anatomy.experts:
-            return ExpertsSite(module, where, self._bank)
-        kind = WholeSite if whole else Site
-        return kind(module, where, self._bank, anatomy.width_at(where), anatomy.root)
-
-
-def _no_fast_path(module: nn.Module, args: Any) -> None:
-    """Nothing; but where a layer has a hook, torch's own encoder calls its layers instead of reading their weights."""
 
 
 def _existing_bank(model: nn.Module) -> Bank | None:

@@ -27,7 +27,11 @@ class Looks:
     base_layer: nn.Module
     path: str
     edits: dict[str, list[Edit]]
-    _modules: dict[str, nn.Module | None]
+
+    @property
+    @abstractmethod
+    def slots(self) -> nn.Module:
+        """The module below which the tensors of this place lie."""
 
     @property
     @abstractmethod
@@ -117,7 +121,7 @@ class Looks:
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
         """The children that hold adapters' tensors."""
-        return tuple(name for name, child in self._modules.items() if isinstance(child, Slot))
+        return tuple(name for name, child in self.slots._modules.items() if isinstance(child, Slot))
 
     @property
     def other_param_names(self) -> tuple[str, ...]:

@@ -404,7 +404,7 @@ class LowRank(Method):
     def in_peft(self, anatomy: Anatomy, places: Sequence[Place]) -> bool:
         # PEFT would change the weight that repeated blocks share once for each of them
         alone = not self.rebased or repeated(anatomy.root) is None
-        return alone and super().in_peft(anatomy, places)
+        return alone and super().in_peft(anatomy, [p for p in places if p.role not in BIASES])
 
     def peft_differs(self, layer: Layer) -> str:
         if self.rebased and (layer.kind != "linear" or layer.transposed):

@@ -181,7 +181,7 @@ def check_mergeable(bank: Bank, owner: Owner) -> None:
 
 def merged_layer(site: LayerSite, owner: Owner, write: Write = densely) -> nn.Module:
     """A new layer equal to the site with these adapters; by default in the base's dtype."""
-    weight, bias = merged_weights(site, owner, site.layer, site.acting(owner), site)
+    weight, bias = merged_weights(site, owner, site.layer, site.acting(owner), site.slots)
     return write(site.path, site.layer, weight, bias).train(site.training)
 
 

@@ -19,7 +19,7 @@ from trimtab.adapt.multihead import own_path, peft_attentions
 from trimtab.adapt.nested import unfolded
 from trimtab.adapt.parse import methods, of_peft_type
 from trimtab.adapt.peft_config import CONFIG
-from trimtab.adapt.tied import without_copies
+from trimtab.adapt.tied import without_copied_rows, without_copies
 from trimtab.errors import FileFormatError, suggest
 from trimtab.frozen.multihead import OUTPUT
 
@@ -61,6 +61,8 @@ def from_peft(
         config = {**config, "target_parameters": None}
     if config.get("ensure_weight_tying"):
         tensors = without_copies(tensors, tuple(config.get("modules_to_save") or ()))
+    if kind == "TRAINABLE_TOKENS":
+        tensors = without_copied_rows(tensors, config.get("target_modules"))
     tokens = config.get("trainable_token_indices")
     if tokens:
         config = {**config, "trainable_token_indices": None}

@@ -217,6 +217,19 @@ def check_whole(adapter: Adapter, anatomy: Anatomy) -> None:
         )
 
 
+def whole_modules(adapter: Adapter, anatomy: Anatomy) -> list[str]:
+    """The modules of several layers that an adapter trains in full, the outermost of those that lie in each other."""
+    found: list[str] = []
+    for number, method in enumerate(adapter.methods):
+        layers = [site.path for site in adapter.sites if site.method == number]
+        for target in (method.targets,) if isinstance(method.targets, str) else method.targets:
+            with suppress(TargetError):
+                paths = anatomy.select(target, method.exclude, method.layers)
+                found += [p for p in paths if method.kind == "full" and p not in layers]
+    called = [p for p in found if not isinstance(anatomy.modules[p], nn.ModuleList | nn.ModuleDict)]
+    return [p for p in dict.fromkeys(called) if not any(p.startswith(f"{q}.") for q in called)]
+
+
 def check_function(adapter: Adapter, anatomy: Anatomy) -> None:
     """Refuse a file of PEFT's that means another function there than it would here."""
     foreign = adapter.base is None and adapter.origin.in_peft

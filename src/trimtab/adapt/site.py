@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, ClassVar, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ WRAPPED = (BASE, ORIGINAL)
 class SiteBase(Looks, nn.Module):
     """What all kinds share: edits by adapter, names, and looking like the wrapped layer. Abstract."""
 
-    child: ClassVar[str] = BASE
+    child: str = BASE
 
     def __init__(self, base_layer: nn.Module, path: str, bank: Bank) -> None:
         super().__init__()
@@ -55,6 +55,11 @@ class SiteBase(Looks, nn.Module):
     @property
     def bank(self) -> Bank:
         return self._bank[0]
+
+    @property
+    def slots(self) -> nn.Module:
+        """The module below which the tensors of this place lie."""
+        return self
 
     @property
     def frozen(self) -> nn.Module:
@@ -95,12 +100,12 @@ class SiteBase(Looks, nn.Module):
         bank = self.bank
         bound = []
         for edit in edits:
-            params = edit.params(holder or self, dtype)
+            params = edit.params(holder or self.slots, dtype)
             if expert is not None:
                 params = {short: tensor[expert] for short, tensor in params.items()}
             home = bank.home(edit.adapter)
             call = At(edit, layer, context, part, home, dtype, self.training)
-            call.holder = edit.home or holder or self if expert is None else None
+            call.holder = edit.home or holder or self.slots if expert is None else None
             scale = bank.scales.get(edit.adapter, 1.0) * edit.scale
             bound.append(Bound(edit, params, scale, call))
         return bound
@@ -113,10 +118,29 @@ class SiteBase(Looks, nn.Module):
         except AttributeError:
             if name.startswith("__"):  # how a layer copies itself is not how a site does
                 raise
-            return getattr(super().__getattr__(self.child), name)
+            base = self._wrapped()
+            if base is None:
+                raise
+            return getattr(base, name)
+
+    def own_name(self, parts: list[str]) -> list[str]:
+        """A name below the site in the tree -> in a state dict, which has those of the bare model."""
+        child = self.child.split(".")
+        return parts[len(child) :] if parts[: len(child)] == child else parts
+
+    def held(self) -> dict[str, Tensor]:
+        """What a state dict holds of the tensors of this place, by name."""
+        inner = f"{self.child}."
+        return {n: t.detach() for n, t in stored(self).items() if not n.startswith(inner)}
+
+    def _wrapped(self) -> nn.Module | None:
+        """The wrapped layer, once there is one."""
+        modules = self.__dict__.get("_modules", {})
+        found: nn.Module | None = modules.get(self.child)
+        return found
 
     def __setattr__(self, name: str, value: Any) -> None:
-        base = self.__dict__.get("_modules", {}).get(self.child)
+        base = self._wrapped()
         if base is not None and name in base._parameters:
             setattr(base, name, value)
         else:
@@ -301,11 +325,7 @@ def _hide_base(site: SiteBase, state: dict[str, Any], prefix: str, metadata: Any
 
 
 def _show_base(site: SiteBase, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    own = {
-        f"{prefix}{name}": tensor.detach()
-        for name, tensor in stored(site).items()
-        if not name.startswith(f"{site.child}.")
-    }
+    own = {f"{prefix}{name}": tensor for name, tensor in site.held().items()}
     nested = {key for key in own if key in state}
     for key in [key for key in state if key.startswith(prefix) and key not in own]:
         state[f"{prefix}{site.child}.{key[len(prefix) :]}"] = state.pop(key)

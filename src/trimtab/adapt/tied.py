@@ -6,8 +6,9 @@ of their own: their edits read those of the embedding, and gradients from all of
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +83,21 @@ def without_copies(tensors: Mapping[str, Tensor], full: Sequence[str]) -> dict[s
                 del kept[f"{other}.lora_A.weight"], kept[f"{other}.lora_B.weight"]
                 kept.pop(f"{other}.base_layer.weight", None)
     return kept
+
+
+def without_copied_rows(tensors: Mapping[str, Tensor], targets: Any) -> dict[str, Tensor]:
+    """Rows of embeddings in PEFT's file, without those that it wrote again for a tied head, which is no target."""
+    ending = ".trainable_tokens_delta"
+    named = [targets] if isinstance(targets, str) else list(targets or ())
+    paths = _ends(tensors, ending)
+    own = [p for p in paths if any(re.fullmatch(rf"(.*\.)?({name})", p) for name in named)]
+    copies = {
+        f"{path}{ending}"
+        for path in set(paths) - set(own)
+        for other in own
+        if _same(tensors[f"{path}{ending}"], tensors[f"{other}{ending}"])
+    }
+    return {key: tensor for key, tensor in tensors.items() if key not in copies}
 
 
 def _ends(tensors: Iterable[str], ending: str) -> list[str]:

@@ -5,7 +5,7 @@ Code that reads the weight of a head, and does not call it, so sees the one that
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, final
+from typing import Any, final
 
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ COPIES = "modules_to_save."
 class WholeSite(LayerSite):
     """A layer that adapters train in full, each a copy. ``weight`` and ``bias`` are those of whoever acts."""
 
-    child: ClassVar[str] = ORIGINAL
+    child: str = ORIGINAL
 
     @property
     def base_layer(self) -> nn.Module:

@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from trimtab.adapt.contract import At, Layer, Method, Params, Place, Spec
+from trimtab.adapt.peft_config import read_options
 from trimtab.adapt.tied import TIED, with_tied
 from trimtab.errors import ConfigError, UnsupportedError
 from trimtab.models.anatomy import Anatomy
@@ -78,3 +79,10 @@ class Tokens(Method):
         """PEFT changes a tied head with the embedding; here each is trained apart, but for ``tie``."""
         apart = not self.tie and any(anatomy.tied(place.path) for place in places)
         return not apart and super().in_peft(anatomy, places)
+
+    def wrapped(self, places: Sequence[Place]) -> list[str]:
+        return super().wrapped([place for place in places if place.role != TIED])
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]) -> Method:
+        return cls(**read_options(config, cls.peft_options, cls.peft_lacks, cls.kind), tie=True)

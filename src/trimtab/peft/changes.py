@@ -111,7 +111,7 @@ def _change(
     site: SiteBase, name: str, path: str, edits: Sequence[Edit]
 ) -> tuple[Tensor, Tensor | None]:
     if isinstance(site, LayerSite):
-        return _delta(site, name, site.layer, edits, site)
+        return _delta(site, name, site.layer, edits, site.slots)
     parameter = path.rpartition(".")[2]
     holder = site.get_submodule(parameter)
     count = site.frozen.get_parameter(parameter).shape[0]

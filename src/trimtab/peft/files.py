@@ -16,8 +16,8 @@ from trimtab.errors import ConfigError
 from trimtab.peft.config import PeftConfig
 from trimtab.peft.encoded import ENCODER, has_encoder, shared_form, with_encoder, write_encoder
 from trimtab.peft.errors import PeftWarning
+from trimtab.peft.gathered import gathered, whole
 from trimtab.peft.hub import local_adapter, optional_file
-from trimtab.peft.state import gathered, whole
 from trimtab.peft.types import on_disk
 
 if TYPE_CHECKING:

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from trimtab.adapt.adapter import Adapter, TensorName
 from trimtab.adapt.bank import CHILD, bank_of
 from trimtab.adapt.files import disk_key
-from trimtab.adapt.multihead import opened, peft_module
 from trimtab.adapt.site import SiteBase
-from trimtab.adapt.slots import memory_name
 from trimtab.errors import FileFormatError, UnsupportedError
 from trimtab.peft.config import PeftConfig
+from trimtab.peft.encoded import has_encoder
+from trimtab.peft.find import root_of
 from trimtab.peft.kin import register
+from trimtab.peft.names import own_names, tree_names, unwrapped
 from trimtab.peft.task_models import class_of
 from trimtab.peft.tuner import Tuner
 from trimtab.peft.types import OURS, on_disk
@@ -98,6 +99,8 @@ class Guest(Tuner):
         wrong = None
         if on_disk(config.peft_type).startswith(OURS):
             wrong = "PEFT lacks this method"
+        elif has_encoder(adapter):
+            wrong = "a folder of PEFT's has no place for the encoder that makes the prompt"
         elif not (adapter.origin.in_peft and adapter.method.peft_reads):
             wrong = "PEFT cannot hold this method in these places"
         elif injected and adapter.method.peft_root != "base_model.model.":
@@ -138,10 +141,8 @@ class Guest(Tuner):
     ) -> dict[str, Tensor]:  # fmt: skip
         """An adapter's tensors by their keys in a file, out of a state dict of the model."""
         adapter, bare = _adapter(model, adapter_name)
-        return {
-            _file_key(adapter, name, bare): state_dict[_found(adapter, name, state_dict)].detach()
-            for name in adapter.named()
-        }
+        keys = _keys(model, adapter, state_dict)
+        return {_file_key(adapter, n, bare): state_dict[k].detach() for n, k in keys.items()}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -168,7 +169,8 @@ class Guest(Tuner):
                 f"{f', e.g. {missing[0]!r}' if missing else ''}; {len(extra)} unexpected"
                 f"{f', e.g. {extra[0]!r}' if extra else ''}."
             )
-        return {_found(adapter, name, own): state_dict[key] for key, name in wanted.items()}
+        keys = _keys(model, adapter, own)
+        return {keys[name]: state_dict[key] for key, name in wanted.items()}
 
 
 def _adapter(model: nn.Module, name: str) -> tuple[Adapter, bool]:
@@ -181,13 +183,17 @@ def _file_key(adapter: Adapter, name: TensorName, bare: bool) -> str:
     return key.removeprefix(adapter.method.peft_root) if bare else key
 
 
-def _found(adapter: Adapter, name: TensorName, state: Mapping[str, Tensor]) -> str:
-    """The name of a tensor in a state dict of the model, or of one around it."""
-    slot = memory_name(name.slot, adapter.name)
-    key = f"{name.path}.{slot}" if name.path else f"{CHILD}.{slot}"
-    inside = name.path and peft_module(name.path, opened(s.path for s in adapter.sites))
-    for root in _ROOTS:
-        for known in (key, f"{inside}.{slot}"):
-            if root + known in state:
-                return root + known
-    raise FileFormatError(f"state_dict has no {key!r}, which adapter {adapter.name!r} needs.")
+def _keys(model: nn.Module, adapter: Adapter, state: Mapping[str, Tensor]) -> dict[TensorName, str]:
+    """The names of an adapter's tensors in a state dict of the model, or of one around it."""
+    base = root_of(model)
+    own, found = own_names(base), {}
+    for name, here in tree_names(base, adapter).items():
+        known = [
+            f"{root}{unwrapped(key)}" for key in (here, own.get(here, here)) for root in _ROOTS
+        ]
+        if not (there := [key for key in known if key in state]):
+            raise FileFormatError(
+                f"state_dict has no {known[0]!r}, which adapter {adapter.name!r} needs."
+            )
+        found[name] = there[0]
+    return found

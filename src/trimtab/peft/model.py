@@ -26,6 +26,7 @@ from trimtab.peft.files import compare_names, read_folder, write_folder
 from trimtab.peft.hub import push
 from trimtab.peft.kin import related
 from trimtab.peft.kinds import tuner_class
+from trimtab.peft.names import keep_names
 from trimtab.peft.state import LoadResult, check_embeddings, replace_tensors
 from trimtab.peft.status import (
     TunerLayerStatus,
@@ -33,7 +34,6 @@ from trimtab.peft.status import (
     get_layer_status,
     get_model_status,
 )
-from trimtab.peft.tuner import keep_names
 from trimtab.peft.types import PeftType
 
 
@@ -66,7 +66,7 @@ class PeftModel(Delegates, PushToHubMixin, nn.Module):  # type: ignore[misc]
         if beside:  # a prompt: PEFT puts no tuner around the model
             self.base_model = model
             self._modules.update(beside)
-            keep_names(self)
+            keep_names(self, "base_model")
         else:
             self.base_model = tuner
         self.tuner._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)

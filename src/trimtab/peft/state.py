@@ -24,17 +24,15 @@ from trimtab.adapt.files import WEIGHTS, disk_key, in_peft_form
 from trimtab.adapt.fingerprint import fingerprint
 from trimtab.adapt.nested import experts_of, folded, unfolded
 from trimtab.adapt.plan import other_base
-from trimtab.adapt.site import BASE, WRAPPED, SiteBase
-from trimtab.adapt.slots import memory_name
-from trimtab.adapt.tree import anatomy_of, canonical
-from trimtab.errors import AttachError, ConfigError, FileFormatError, StorageError, suggest
+from trimtab.adapt.site import BASE
+from trimtab.adapt.tree import anatomy_of
+from trimtab.errors import AttachError, ConfigError, FileFormatError, suggest
 from trimtab.peft.encoded import has_encoder, prefix_of_peft, shared_form, without_encoder
 from trimtab.peft.errors import PeftWarning
 from trimtab.peft.find import tuner_of
+from trimtab.peft.gathered import ROOTS, gathered
 from trimtab.peft.hub import local_file
-
-_ROOTS = ("base_model.model.", "base_model.")
-_WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
+from trimtab.peft.names import adapter_keys
 
 
 class LoadResult(NamedTuple):
@@ -176,7 +174,7 @@ def check_embeddings(given: bool | str) -> None:
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The base's tensors, by the names they have without adapters."""
     base = _owner(model)
-    hidden = _adapter_keys(base)
+    hidden = adapter_keys(base)
     return {key: tensor for key, tensor in base.state_dict().items() if key not in hidden}
 
 
@@ -197,7 +195,7 @@ def set_base_model_state_dict(
         raise AttachError(
             "merged weights stand in the place of the base's; call unmerge_adapter() first."
         )
-    hidden = _adapter_keys(base)
+    hidden = adapter_keys(base)
     foreign = [key for key in state_dict if key in hidden]
     if foreign:
         raise FileFormatError(
@@ -228,61 +226,6 @@ def replace_tensors(present: Adapter, new: Adapter) -> bool:
     return True
 
 
-def gathered(
-    adapter: Adapter, root: nn.Module, state: Mapping[str, Tensor]
-) -> dict[TensorName, Tensor]:
-    """An adapter's tensors in a state dict of its model ``root``, or of what stands around that."""
-    by_key: dict[str, Tensor] = {}
-    for key, value in state.items():
-        for wrapper in _WRAPPERS:
-            key = key.replace(wrapper, "")
-        for begin in (
-            "base_model.model.",
-            "base_model.",
-            "",
-        ):  # a prompt has no tuner around the model
-            if key.startswith(begin):
-                by_key.setdefault(canonical(key[len(begin) :]), value)
-    places = {id(module): path for path, module in root.named_modules()}
-    found = {}
-    for name, tensor in adapter.named().items():
-        path = places.get(id(adapter.held[name]), "")  # a prompt lies beside the model
-        slot = memory_name(name.slot, adapter.name)
-        key = canonical(f"{path}.{slot}" if path else slot)
-        if key not in by_key:
-            hint = suggest(key, by_key)
-            raise FileFormatError(
-                f"state_dict has no {key!r}, which adapter {adapter.name!r} needs.{hint}"
-            )
-        if by_key[key].numel() == 0 or by_key[key].shape != tensor.shape != (0,):
-            raise FileFormatError(
-                f"state_dict: {key!r} has shape {tuple(by_key[key].shape)}; it is a shard, or of another model. "
-                "Gather the state dict first."
-            )
-        found[name] = whole(by_key[key], key)
-    return found
-
-
-def whole(tensor: Tensor, name: str) -> Tensor:
-    """A tensor that can be written: one that is being gathered is waited for, one that is sharded is refused.
-
-    Gathering shards here would wait for ever for the ranks that do not save.
-    """
-    plain = tensor.detach()
-    if type(plain) is Tensor and plain.nbytes != plain.untyped_storage().nbytes():
-        return plain.clone()  # a piece of a buffer that FSDP frees, which nobody may look into then
-    if type(plain) is not Tensor and torch.distributed.is_available():
-        from torch.distributed.tensor import DTensor
-
-        plain = plain.clone()
-        if isinstance(plain, DTensor):
-            raise StorageError(
-                f"{name} is sharded. Gather the model's state on all ranks, such as with accelerator.get_state_dict("
-                "model), and pass it: save_pretrained(folder, state_dict=state, is_main_process=...)."
-            )
-    return plain
-
-
 # -- keys ---------------------------------------------------------------------------------------------
 
 
@@ -298,7 +241,7 @@ def _root(model: nn.Module) -> bool:
 
 
 def _bare(key: str) -> str:
-    for root in _ROOTS:
+    for root in ROOTS:
         if key.startswith(root):
             return key[len(root) :]
     return key
@@ -405,7 +348,7 @@ def _put(adapter: Adapter, name: TensorName, present: Tensor, value: Tensor) -> 
 def _renamed(tensors: Mapping[str, Tensor], mapping: Mapping[str, str]) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        root = next((root for root in _ROOTS if key.startswith(root)), "")
+        root = next((root for root in ROOTS if key.startswith(root)), "")
         path = key[len(root) :]
         for pattern, new in mapping.items():
             path, times = re.subn(pattern, new, path)
@@ -415,18 +358,3 @@ def _renamed(tensors: Mapping[str, Tensor], mapping: Mapping[str, str]) -> dict[
             raise FileFormatError(f"key_mapping makes two tensors {root + path!r}.")
         renamed[root + path] = tensor
     return renamed
-
-
-def _adapter_keys(base: nn.Module) -> set[str]:
-    """What a state dict of the base holds beside it. It names wrapped layers without their ``base_layer``."""
-    wrapped = {path for path, module in base.named_modules() if isinstance(module, SiteBase)}
-    keys = set()
-    for name in slots.stored(base):
-        parts = name.split(".")
-        kept = (
-            part
-            for number, part in enumerate(parts)
-            if part not in WRAPPED or ".".join(parts[:number]) not in wrapped
-        )
-        keys.add(".".join(kept))
-    return keys

@@ -13,6 +13,7 @@ from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.apart import Apart
 from trimtab.adapt.multihead import MultiheadSite
 from trimtab.adapt.site import ExpertsSite, LayerSite, SiteBase
+from trimtab.adapt.whole_module import WholeModule
 from trimtab.errors import AttachError
 from trimtab.peft.changes import trained
 from trimtab.peft.config import PeftConfig
@@ -77,7 +78,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     tuner = tuner_of(model)
     found = []
     for name, module in (model if tuner is None else tuner).named_modules():
-        if not isinstance(module, SiteBase) or isinstance(module, Apart):
+        if not isinstance(module, SiteBase) or isinstance(module, Apart | WholeModule):
             continue
         bank = module.bank
         active = [n for n in bank.active if n not in bank.disabled]

@@ -17,22 +17,25 @@ from trimtab.adapt.acting import rows, stack
 from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.attach import attach, detach
 from trimtab.adapt.bank import Bank, bank_of, find_bank
+from trimtab.adapt.inside import InsideSite
 from trimtab.adapt.merge import fold, merge_in_place, unmerge
 from trimtab.adapt.multihead import MultiheadSite
-from trimtab.adapt.site import WRAPPED, ExpertsSite, Site, SiteBase
+from trimtab.adapt.site import ExpertsSite, Site
 from trimtab.adapt.tree import sites_of
 from trimtab.errors import AttachError, ConfigError, DuplicateNameError, UnknownNameError, suggest
 from trimtab.models.repeat import own_blocks, repeated, restore_blocks
 from trimtab.peft.adapters import cast_adapter_dtype
+from trimtab.peft.asked import Asked
 from trimtab.peft.combination import Combination, Signs
 from trimtab.peft.config import PeftConfig
 from trimtab.peft.encoded import PROMPTS
 from trimtab.peft.kin import register
+from trimtab.peft.names import keep_names, link_tied
 from trimtab.peft.schedule import Schedule, kasa_loss, monteclora_loss, with_losses
 from trimtab.peft.weighted import combined, config_of
 
 
-class Tuner(nn.Module):
+class Tuner(Asked, nn.Module):
     """Adapters of one model. ``peft_config`` maps names to configurations, as PEFT's tuners take them.
 
     With one configuration instead, the adapter is put into the model, beside any that were put there so, and the tuner
@@ -76,7 +79,7 @@ class Tuner(nn.Module):
         self._home = (
             () if home is None else (home,)
         )  # in a tuple, so that torch does not take it for a child
-        keep_names(self)
+        keep_names(self, "model")
         self.add(adapter_name, config, adapter)
         if injected:  # nothing is around the model: by this name others find the configurations
             model.__dict__["peft_config"] = self.peft_config
@@ -126,6 +129,7 @@ class Tuner(nn.Module):
             adapter = attach(self.model, adapter, name, trainable=trainable)
         if self._home and adapter.method.peft_root == PROMPTS:
             bank_of(self.model).lodge(name, self._home[0])
+        link_tied(self.model, adapter)
         return adapter
 
     def replace(self, name: str, config: PeftConfig, adapter: Adapter) -> None:
@@ -335,44 +339,6 @@ class Tuner(nn.Module):
         """Adapters are kept in fp32; without ``autocast_adapter_dtype``, in the dtype of the layer they edit."""
         cast_adapter_dtype(self.model, adapter_name, autocast_adapter_dtype)
 
-    # What ``peft``'s own functions ask of a tuner's class, with a model of ours; accelerate calls them. -----
-
-    @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: PeftConfig,
-        adapter_name: str,
-        state_dict: Mapping[str, Tensor],
-        unwanted_adapter_names: Sequence[str],
-    ) -> dict[str, Tensor]:
-        from trimtab.peft.state import get_peft_model_state_dict
-
-        return get_peft_model_state_dict(model, state_dict, adapter_name)
-
-    @staticmethod
-    def _remove_adapter_name_from_key(key: str, adapter_name: str) -> str:
-        return key
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls,
-        model: nn.Module,
-        config: PeftConfig,
-        adapter_name: str,
-        state_dict: Mapping[str, Tensor],
-    ) -> dict[str, Tensor]:
-        from trimtab.peft.state import set_peft_model_state_dict
-
-        set_peft_model_state_dict(model, state_dict, adapter_name)
-        return {}  # nothing is left to load
-
-    @staticmethod
-    def get_model_config(model: nn.Module) -> dict[str, Any]:
-        """The model's configuration as a mapping; PEFT's models ask for it."""
-        config = getattr(model, "config", {"model_type": "custom"})
-        return dict(config.to_dict() if hasattr(config, "to_dict") else config)
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return with_losses(self.bank, self.model(*args, **kwargs))
 
@@ -405,53 +371,5 @@ class Tuner(nn.Module):
 
 
 register(Tuner, "BaseTuner")
-for _kind in (
-    Site,
-    MultiheadSite,
-    ExpertsSite,
-):  # but no module that is trained in full: PEFT's is none either
-    register(_kind, "BaseTunerLayer")
-
-
-def keep_names(module: nn.Module) -> None:
-    """Let state dicts of a tuner, or of another module right around the user's model, have PEFT's names."""
-    module.register_state_dict_post_hook(_show_base)
-    module.register_load_state_dict_pre_hook(_take_base)
-
-
-def _inner(module: nn.Module) -> str:
-    """The name of the user's model in a module around it."""
-    return "model" if isinstance(module, Tuner) else "base_model"
-
-
-def _names(module: nn.Module) -> dict[str, str]:
-    """Names in the model's own state dict, which hides ``base_layer`` -> those that PEFT's has."""
-    model = module.get_submodule(_inner(module))
-    wrapped = {path for path, module in model.named_modules() if isinstance(module, SiteBase)}
-    names = {}
-    tensors = (model.named_parameters, model.named_buffers)
-    for name in [n for each in tensors for n, _ in each(remove_duplicate=False)]:
-        parts = name.split(".")
-        kept = [
-            part
-            for number, part in enumerate(parts)
-            if part not in WRAPPED or ".".join(parts[:number]) not in wrapped
-        ]
-        if len(kept) != len(parts):
-            names[".".join(kept)] = name
-    return names
-
-
-def _show_base(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    root = f"{prefix}{_inner(module)}."
-    names = {f"{root}{own}": f"{root}{pefts}" for own, pefts in _names(module).items()}
-    whole = {names.get(key, key): value for key, value in state.items()}
-    state.clear()
-    state.update(whole)
-
-
-def _take_base(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    root = f"{prefix}{_inner(module)}."
-    for own, pefts in _names(module).items():
-        if f"{root}{pefts}" in state:
-            state[f"{root}{own}"] = state.pop(f"{root}{pefts}")
+for _kind in (Site, InsideSite, MultiheadSite, ExpertsSite):
+    register(_kind, "BaseTunerLayer")  # no module that is trained in full: PEFT's is none either

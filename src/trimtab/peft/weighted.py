@@ -204,9 +204,8 @@ def _of_factors(
     """Pruned factors of each layer. Each factor gets √|w s|, the sign goes to A, as in PEFT."""
     scales = bank_of(model).scales
     for site, path in edited(model, adapters):
-        holder = (
-            site.get_submodule(path.rpartition(".")[2]) if isinstance(site, ExpertsSite) else site
-        )
+        experts = isinstance(site, ExpertsSite)
+        holder = site.get_submodule(path.rpartition(".")[2]) if experts else site.slots
         all_a, all_b, factors, ranks = [], [], [], []
         for name, weight in zip(adapters, weights, strict=True):
             for edit in edits_at(site, name, path):

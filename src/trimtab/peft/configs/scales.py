@@ -97,7 +97,7 @@ class TrainableTokensConfig(Named):
         if not self.token_indices:
             raise ConfigError("TrainableTokensConfig: token_indices names no token.")
         options["target_modules"] = options["target_modules"] or ["input_embedding"]
-        return super().read(options, model)
+        return super().read(options, model).replace(tie=True)
 
     def first_values(self) -> Mapping[str, Init]:
         return {} if self.init_weights else {"trainable_tokens_delta": normal(1.0)}
