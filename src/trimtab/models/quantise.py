@@ -258,7 +258,7 @@ class Quantiser(HfQuantizer):  # type: ignore[misc]
             self.rounding = Rounding(model, asked.format, asked.exempt, asked.average_bits)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
-        return param_name in self.rounding.formats
+        return self.quantization_config.stored is None and param_name in self.rounding.formats
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Round(self)
@@ -267,8 +267,12 @@ class Quantiser(HfQuantizer):  # type: ignore[misc]
         stored = self.quantization_config.stored
         if stored is None:
             return []
-        parts = saved.PARTS if stored == NAME else names(stored)
-        return [WeightConverter([*parts], "weight", [_Take(self)])]
+        if stored != NAME:
+            return [WeightConverter([*names(stored)], "weight", [_Take(self)])]
+        return [
+            WeightConverter([*saved.PARTS], "weight", [_Take(self)]),
+            WeightConverter([*saved.STACKS], "", [_TakeExperts(self)]),
+        ]
 
     def is_serializable(self) -> bool:
         return False
@@ -324,6 +328,26 @@ class _Take(ConversionOps):  # type: ignore[misc]
             self.hf_quantizer.problems.append(error)
             layer = nn.Identity()
         _put(kwargs["model"], path, layer)
+        return {}
+
+
+class _TakeExperts(_Take):
+    """The same for all experts of one parameter."""
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        parts = {name: v[0] if isinstance(v, list) else v for name, v in input_dict.items()}
+        model, full = kwargs["model"], kwargs["full_layer_name"]
+        path, _, name = full.rpartition(".")
+        kwargs["missing_keys"].discard(full)
+        module = model.get_submodule(path)
+        experts = module if isinstance(module, LowBitExperts) else LowBitExperts(module)
+        try:
+            saved.read_stacked(path, name, parts, experts, model.dtype)
+        except ModelError as error:
+            self.hf_quantizer.problems.append(error)
+            return {}
+        if experts is not module:
+            _put(model, path, experts)
         return {}
 
 
