@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import __main__ as command
-from benchmarks import big_base, qlora_quality, quantisers
+from benchmarks import big_base, dequantise, qlora_quality, quantisers
 
 TINY = {
     "vocab_size": 49152, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -53,3 +54,27 @@ def test_the_difference_of_quality_is_that_of_the_means() -> None:
     found = {"rows": [8, 8], "machine": {"cpu": "a", "cores": 2}, "commit": "c", "runs": runs}
     text = qlora_quality.table(found)
     assert "bf16 0.2500, NF4 0.2600; difference +0.0100" in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_the_comparison_of_kernels_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(["dequantise", "--out", str(tmp_path)]) == 1
+    assert "no CUDA device here" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.gpu
+def test_ways_to_a_dense_weight_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dequantise, "SHAPES", ((64, 128),))
+    assert command.main(["dequantise", "--rounds", "3", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "dequantise.json").read_text("utf-8"))
+    assert {entry["format"] for entry in found["entries"]} == {"NF4", "INT8"}
+    for entry in found["entries"]:
+        for way in entry["ways"].values():
+            assert len(way["ms"]) == 3
+            assert way["off"] <= torch.finfo(getattr(torch, entry["dtype"])).eps
+    assert "| plain torch |" in (tmp_path / "dequantise.md").read_text("utf-8")

@@ -56,13 +56,13 @@ def test_without_bitsandbytes_plain_torch_computes_the_same_and_it_is_said_once(
 
     packed = quantise(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
     monkeypatch.setattr(bnb.metadata, "version", found)
-    bnb.operation.cache_clear()
+    bnb._found.cache_clear()
     says = "is not installed" if version is None else f"{version} is too old \\(from 0.46 on\\)"
     with pytest.warns(UserWarning, match=f"bitsandbytes {says}: .* plain torch") as told:
         values = [dequantise(packed) for _ in range(3)]
     assert len(told) == 1
     assert all(torch.equal(v, unpacked(packed, block_scales(packed), v.dtype)) for v in values)
-    bnb.operation.cache_clear()
+    bnb._found.cache_clear()
 
 
 @pytest.mark.parametrize("block", [0, -64, 7, 1, 1 << 20])

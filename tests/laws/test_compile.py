@@ -8,6 +8,7 @@ import torch
 import trimtab as tt
 from tests.laws.cells import Cell, attached, registered
 from tests.tiny import CASES, llama, output
+from trimtab.frozen.formats import FORMATS
 
 BREAKS = {"spottune"}
 """A hard gate looks at its values to skip rows: the graph breaks there, and the result is the same."""
@@ -57,3 +58,22 @@ def test_compiled_gradients_are_eager_gradients(method: str) -> None:
         found.append({n.key: t.grad for n, t in adapter.named().items() if n not in adapter.fixed})
     for key, gradient in found[0].items():
         assert torch.allclose(gradient, found[1][key], atol=1e-4), key
+
+
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
+)
+@pytest.mark.parametrize("storage", FORMATS)
+def test_a_layer_in_few_bits_is_compiled_whole(storage: str) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    layer = FORMATS[storage](torch.randn(64, 128), torch.randn(64))
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    found = []
+    for run in (layer, compiled):
+        x = torch.ones(3, 128, requires_grad=True)
+        y = run(x)
+        y.tanh().sum().backward()
+        found.append((y.detach(), x.grad))
+    for eager, other in zip(*found, strict=True):
+        assert torch.allclose(eager, other, atol=1e-5)

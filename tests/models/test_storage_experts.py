@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GptOssConfig, GptOssForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
@@ -19,6 +20,7 @@ from trimtab.frozen.experts import ExpertLayer
 from trimtab.frozen.lowbit import LowBitLinear
 from trimtab.frozen.lowbit_experts import LowBitExperts
 from trimtab.models.quantise import FORMATS, targets
+from trimtab.models.saved import save_base
 from trimtab.models.storage import STORAGES
 
 IDS = torch.arange(3, 35).view(4, 8)
@@ -182,3 +184,90 @@ def test_experts_that_cannot_be_run_in_few_bits_are_told_of() -> None:
     assert "model.layers.0.mlp.experts.down_proj" in names
     assert "model.layers.1.mlp.experts.down_proj" not in names
     targets(model, ["experts"])  # whoever exempts them need not be told
+
+
+def saved(base: tt.Base, folder: Path) -> Path:
+    save_base(base.model, folder)
+    base.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def same_tensors(one: tt.Base, other: tt.Base) -> None:
+    ours, theirs = one.model.state_dict(), other.model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert not [n for n in ours if ours[n].dtype != theirs[n].dtype]
+    assert not [n for n in ours if not torch.equal(ours[n], theirs[n])]
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_what_is_saved_is_what_loads(folder: Path, tmp_path: Path, storage: Any) -> None:
+    base = load(folder, storage=storage)
+    again = load(saved(base, tmp_path / "a"))
+    assert again.storage == storage
+    same_tensors(base, again)
+    assert torch.equal(logits(base), logits(again))
+    twice = load(saved(again, tmp_path / "b"))
+    same_tensors(base, twice)
+    tt.attach(again.model, tt.LoRA(rank=2, targets="all-linear"), "a")
+    dense = tt.merge(again.model, "a")
+    save_base(dense, tmp_path / "c")  # type: ignore[arg-type]
+    base.tokenizer.save_pretrained(tmp_path / "c")
+    plain = load(tmp_path / "c")
+    assert not [m for m in plain.model.modules() if isinstance(m, LowBitExperts)]
+    torch.testing.assert_close(logits(plain), logits(base), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "exempt",
+    [
+        ["experts.down_proj=int8", "q_proj=fp8"],
+        ["experts.down_proj"],
+        ["q_proj", "k_proj", "v_proj", "o_proj"],
+    ],
+)
+def test_mixed_formats_are_saved_each_as_it_is(folder: Path, tmp_path: Path, exempt: Any) -> None:
+    base = load(folder, storage="nf4", exempt=exempt)
+    again = load(saved(base, tmp_path / "a"))
+    same_tensors(base, again)
+    for path, module in base.model.named_modules():
+        if isinstance(module, LowBitExperts):
+            twin = again.model.get_submodule(path)
+            assert isinstance(twin, LowBitExperts)
+            assert twin.formats == module.formats
+
+
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [
+        ("codes", r"experts\.down_proj: the checkpoint lacks its codes"),
+        ("scales", r"experts\.down_proj: the checkpoint lacks .*scales"),
+        ("outer", r"experts\.down_proj: the checkpoint lacks .*outer"),
+    ],
+)
+def test_a_part_that_is_missing_is_named(tmp_path: Path, part: str, says: str) -> None:
+    mixtral().save_pretrained(tmp_path / "dense")
+    kit.base().tokenizer.save_pretrained(tmp_path / "dense")
+    folder = saved(load(tmp_path / "dense", storage="nf4"), tmp_path / "a")
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(n for n in tensors if "experts.down_proj" in n and n.endswith(part))
+    save_file({n: t for n, t in tensors.items() if n != name}, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=says):
+        load(folder)
+
+
+def test_stored_experts_of_another_size_are_refused(tmp_path: Path) -> None:
+    mixtral().save_pretrained(tmp_path / "dense")
+    kit.base().tokenizer.save_pretrained(tmp_path / "dense")
+    folder = saved(load(tmp_path / "dense", storage="int8"), tmp_path / "a")
+    config = (folder / "config.json").read_text()
+    other = config.replace('"intermediate_size": 24', '"intermediate_size": 40')
+    (folder / "config.json").write_text(other)
+    with pytest.raises(ModelError, match=r"_proj: .* not those of 4 experts of \d+ × \d+"):
+        load(folder)
+    (folder / "config.json").write_text(config)
+    (file,) = folder.glob("*.safetensors")
+    fewer = {n: t[:3].clone() if "experts." in n else t for n, t in load_file(file).items()}
+    save_file(fewer, file, {"format": "pt"})
+    with pytest.raises(ModelError, match="_proj: .* not those of 4 experts"):
+        load(folder)

@@ -27,12 +27,12 @@ from pydantic import field_validator
 from torch import Tensor
 
 from trimtab.adapt.at import At as At
+from trimtab.adapt.in_peft import InPeft
 from trimtab.adapt.observed import Observation as Observation
 from trimtab.adapt.observed import Observed as Observed
 from trimtab.adapt.patterns import check_patterns as check_patterns
 from trimtab.adapt.patterns import exactly as exactly
 from trimtab.adapt.patterns import pattern_value as pattern_value
-from trimtab.adapt.peft_config import read_options
 from trimtab.adapt.values import Init as Init
 from trimtab.adapt.values import constant as constant
 from trimtab.adapt.values import copy_of as copy_of
@@ -43,7 +43,6 @@ from trimtab.adapt.values import truncated_normal as truncated_normal
 from trimtab.adapt.values import uniform as uniform
 from trimtab.adapt.values import uniform_from_zero as uniform_from_zero
 from trimtab.adapt.values import zeros as zeros
-from trimtab.config import Config
 from trimtab.errors import UnsupportedError
 from trimtab.frozen import Layer as Layer
 
@@ -90,7 +89,7 @@ class Progress:
     total: int | None
 
 
-class Method(Config, ABC):
+class Method(InPeft, ABC):
     """One PEFT technique with its hyper-parameters.
 
     ``targets`` and ``exclude`` select sites (see `trimtab.models.selectors`), ``layers`` restricts them to
@@ -100,18 +99,15 @@ class Method(Config, ABC):
 
     Class facts: ``kind`` is its name in the registry; ``affine`` whether its edits can merge, and
     ``why_not_affine`` the reason if not; ``needs_prompt`` whether a gate must see a prompt; ``lr`` and
-    ``weight_decay`` are defaults of training; ``peft_type`` and ``disk`` (slot -> slot in a file) are what
-    PEFT calls it, ``peft_root`` what PEFT puts before the path of a module; ``short_names`` (slot -> short
-    name) lets arithmetic work without a model. Where a fact depends on the fields, a property says it:
-    `unmergeable`, `default_lr`, `names`.
+    ``weight_decay`` are defaults of training; ``short_names`` (slot -> short name) lets arithmetic work without a
+    model. Where a fact depends on the fields, a property says it: `unmergeable`, `default_lr`, `names`. What PEFT
+    calls it all is said in `trimtab.adapt.in_peft`.
 
     ``a | b`` is the union of two methods: one adapter with the edits of both.
 
     ``scales`` is the short name of a tensor in which the edit is linear, ``adds`` whether edits of equal methods
-    add when that tensor does. ``peft_options`` maps PEFT's options to (our field, PEFT's default), ``peft_lacks``
-    are those that we lack with their defaults, ``peft_kinds`` the layer kinds on which PEFT has the same
-    function, and ``peft_drawn`` the names of tensors that PEFT may write and we draw again. ``instead_of`` are a
-    layer's own tensors in whose place the method's stand: another value of them makes no other base.
+    add when that tensor does. ``instead_of`` are a layer's own tensors in whose place the method's stand: another
+    value of them makes no other base.
     """
 
     kind: ClassVar[str]
@@ -120,16 +116,7 @@ class Method(Config, ABC):
     needs_prompt: ClassVar[bool] = False
     lr: ClassVar[float] = 2e-4
     weight_decay: ClassVar[float] = 0.0
-    peft_type: ClassVar[str | None] = None
-    peft_root: ClassVar[str] = "base_model.model."
-    disk: ClassVar[Mapping[str, str]] = {}
-    peft_options: ClassVar[Mapping[str, tuple[str, Any]]] = {}
-    peft_lacks: ClassVar[Mapping[str, Any]] = {}
-    peft_kinds: ClassVar[tuple[str, ...]] = ()
-    peft_drawn: ClassVar[tuple[str, ...]] = ()
     instead_of: ClassVar[tuple[str, ...]] = ()
-    disk_beside: ClassVar[Mapping[str, str]] = {}
-    """Slot on disk of a part -> its slot where it stands beside others."""
     short_names: ClassVar[Mapping[str, str]] = {}
     scales: ClassVar[str] = ""
     adds: ClassVar[bool] = False
@@ -359,66 +346,6 @@ class Method(Config, ABC):
         raise UnsupportedError(
             f"{self.kind}: the sum of two such edits is not an edit of the same kind."
         )
-
-    # -- PEFT's configuration file ---------------------------------------------------------------------
-
-    @property
-    def peft_kind(self) -> str | None:
-        """What PEFT calls it with these fields; None where it has no such method."""
-        return self.peft_type
-
-    @property
-    def peft_nests(self) -> bool:
-        """Whether PEFT has it, with these fields, on the parameters of experts too (see `trimtab.adapt.nested`)."""
-        return False
-
-    @property
-    def peft_opens(self) -> bool:
-        """Whether PEFT has it, with these fields, inside ``nn.MultiheadAttention`` too (`trimtab.adapt.multihead`)."""
-        return False
-
-    @property
-    def peft_parts(self) -> int:
-        """How many of its parts, the first ones, act on what PEFT calls target modules."""
-        return len(self.members)
-
-    def wrapped(self, places: Sequence[Place]) -> list[str]:
-        """The paths among these that PEFT wraps, and so calls target modules."""
-        return list(dict.fromkeys(place.path for place in places))
-
-    def peft_differs(self, layer: Layer) -> str:
-        """Why PEFT computes something else with this method at such a layer; empty where it does not."""
-        return layer.other_in_peft
-
-    def in_peft(self, anatomy: Anatomy, places: Sequence[Place]) -> bool:
-        """Whether PEFT has this method, and the same function for it in these places."""
-        kinds = {anatomy.layer(place.path).kind for place in places} if self.peft_kinds else set()
-        return self.peft_type is not None and kinds <= set(self.peft_kinds)
-
-    def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
-        """The fields that PEFT's ``adapter_config.json`` needs beside the common ones."""
-        fields = dict(self)
-        return {theirs: fields[ours] for theirs, (ours, _) in self.peft_options.items()}
-
-    @classmethod
-    def from_peft(
-        cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]
-    ) -> Method | None:
-        """The method that a PEFT config means, or None when this class does not read it.
-
-        ``slots`` are the names and shapes in the weights file. Raise `FileFormatError` for an option
-        that changes the mathematics and that we do not have.
-        """
-        return cls(**read_options(config, cls.peft_options, cls.peft_lacks, cls.kind))
-
-    @classmethod
-    def tensor_from_peft(cls, config: Mapping[str, Any], slot: str, tensor: Tensor) -> Tensor:
-        """A tensor of PEFT's file as this method holds it; by default as it is."""
-        return tensor
-
-    def roles_in_file(self, path: str, slots: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
-        """The roles of a site read from a PEFT file, from its slots and their shapes."""
-        return ("",)
 
     # -- values ----------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ experts are stacked. A forward makes the weight of one chosen expert dense at a 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import cast
 
@@ -44,17 +45,23 @@ class LowBitExperts(StoredExperts, LowBit):
     @torch.no_grad()
     def pack(self, name: str, value: Tensor, round_one: Round) -> None:
         """Store one parameter in few bits; ``value`` is as the dense module has it."""
-        self._parameters.pop(name)
+        stacks: dict[str, Tensor] = {}
         for expert in range(value.shape[0]):
             one = round_one(value[expert].T if self.is_transposed else value[expert], None)
             for part, tensor in one._buffers.items():
                 if tensor is None:
                     continue
                 if not expert:
-                    stack = tensor.new_empty((value.shape[0], *tensor.shape))
-                    self.register_buffer(f"{name}_{part}", stack)
-                self.get_buffer(f"{name}_{part}")[expert] = tensor
-        self.kind, self.compute_dtype = one.kind, value.dtype
+                    stacks[part] = tensor.new_empty((value.shape[0], *tensor.shape))
+                stacks[part][expert] = tensor
+        self.hold(name, one, stacks)
+
+    def hold(self, name: str, one: LowBitLinear, stacks: Mapping[str, Tensor]) -> None:
+        """Take the stacked buffers of such layers as ``one``, which is left empty, for a parameter."""
+        self._parameters.pop(name)
+        for part, stack in stacks.items():
+            self.register_buffer(f"{name}_{part}", stack)
+        self.kind, self.compute_dtype = one.kind, one.compute_dtype
         one._buffers = dict.fromkeys(one._buffers)
         self._templates[name] = one
 
@@ -69,10 +76,24 @@ class LowBitExperts(StoredExperts, LowBit):
 
     def bits_of(self, name: str) -> float:
         """Stored bits per weight of one parameter, scales included."""
-        one = self._templates[name]
-        parts = [self._buffers.get(f"{name}_{part}") for part in one._buffers]
-        stored = sum(8 * part.numel() * part.element_size() for part in parts if part is not None)
-        return stored / (self._shapes[name][0] * one.in_features * one.out_features)
+        stored = sum(8 * stack.nbytes for stack in self.stacks(name).values())
+        return stored / math.prod(self._shapes[name])
+
+    def stacks(self, name: str) -> dict[str, Tensor]:
+        """The stored buffers of a parameter, each with the experts as its first dimension."""
+        found = {
+            part: self._buffers.get(f"{name}_{part}") for part in self._templates[name]._buffers
+        }
+        return {part: stack for part, stack in found.items() if stack is not None}
+
+    def template(self, name: str) -> LowBitLinear:
+        """A layer in the format of a parameter, and of the size of one expert, that holds nothing."""
+        return self._templates[name]
+
+    def matrix_shape(self, name: str) -> tuple[int, int]:
+        """(out, in) of one expert's slice of a parameter."""
+        _, first, second = self._shapes[name]
+        return (second, first) if self.is_transposed else (first, second)
 
     def round_like(self, name: str) -> Round:
         """What rounds a weight into just the format of a parameter."""
@@ -86,8 +107,7 @@ class LowBitExperts(StoredExperts, LowBit):
 
     @property
     def weights(self) -> int:
-        sizes = [(self._shapes[n][0], one) for n, one in self._templates.items()]
-        return sum(count * one.in_features * one.out_features for count, one in sizes)
+        return sum(math.prod(self._shapes[name]) for name in self._templates)
 
     def layer(self, name: str, expert: int) -> ExpertLayer:
         if name not in self._templates:
@@ -100,8 +120,8 @@ class LowBitExperts(StoredExperts, LowBit):
 
     def _one(self, name: str, expert: int) -> LowBitLinear:
         one = copy.copy(self._templates[name])
-        stacks = {part: self._buffers.get(f"{name}_{part}") for part in one._buffers}
-        one._buffers = {p: None if s is None else s[expert] for p, s in stacks.items()}
+        own = {part: stack[expert] for part, stack in self.stacks(name).items()}
+        one._buffers = dict.fromkeys(one._buffers) | own
         one.compute_dtype = self.compute_dtype
         return one
 

@@ -17,9 +17,14 @@ OLDEST = (0, 46)
 """The first release whose operations are registered with torch."""
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def there() -> bool:
+    """Whether its operations can be called; why not is said once."""
+    return _found()
+
+
 @cache
-def operation() -> Any:
-    """``dequantize_4bit(codes, scales, block, kind, shape, dtype)``, or None; why not is said once."""
+def _found() -> bool:
     try:
         version = metadata.version("bitsandbytes")
     except metadata.PackageNotFoundError:
@@ -36,30 +41,33 @@ def operation() -> Any:
         return _without(f"bitsandbytes cannot be imported ({error})")
     finally:
         logger.setLevel(level)
-    return torch.ops.bitsandbytes.dequantize_4bit.default
+    return True
 
 
-def _without(why: str) -> None:
+def _without(why: str) -> bool:
     """Say, once in a process, that there is no accelerator."""
     warnings.warn(
-        f"{why}: weights in four bits are unpacked by plain torch, to the same numbers.",
+        f"{why}: weights in four bits are unpacked by plain torch (on CUDA by Triton where that is there), to the same "
+        "numbers.",
         stacklevel=3,
     )
+    return False
+
+
+def can(shape: tuple[int, ...], block: int, dtype: torch.dtype) -> bool:
+    """Whether it is there and makes such a weight.
+
+    Its CPU kernel takes wrong scales where a block goes over the end of a row, so rows of whole blocks are asked for.
+    """
+    known = dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return known and math.prod(shape) % block == 0 and there()
 
 
 def dequantised(
     codes: Tensor, scales: Tensor, block: int, kind: str, shape: tuple[int, ...], dtype: torch.dtype
-) -> Tensor | None:
-    """The dense weight, or None where bitsandbytes cannot make it.
-
-    Its CPU kernel takes wrong scales where a block goes over the end of a row, so rows of whole blocks are asked for.
-    """
-    count = math.prod(shape)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or count % block:
-        return None
-    made = operation()
-    if made is None:
-        return None
-    rows = shape if shape[-1] % block == 0 else (count // block, block)
+) -> Tensor:
+    """The dense weight."""
+    rows = shape if shape[-1] % block == 0 else (math.prod(shape) // block, block)
+    made: Any = torch.ops.bitsandbytes.dequantize_4bit.default
     dense: Tensor = made(codes[:, None], scales, block, kind, rows, dtype)
     return dense.view(shape)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trimtab.kernels import accelerators
+
 PIECE = 1 << 20
 BLOCK = 128
 FP8 = torch.float8_e4m3fn
@@ -28,7 +30,16 @@ def quantise_rows(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantise_rows(codes_OI: Tensor, scales_O: Tensor, dtype: torch.dtype) -> Tensor:
-    """Products in fp32, rounded once to ``dtype``."""
+    """Products in fp32, rounded once to ``dtype``; by our own kernel on CUDA."""
+    if accelerators.triton_for(codes_OI):
+        from trimtab.kernels import fused
+
+        return fused.eight_bit_rows(codes_OI, scales_O, dtype)
+    return unpacked_rows(codes_OI, scales_O, dtype)
+
+
+def unpacked_rows(codes_OI: Tensor, scales_O: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same in plain torch, some rows at a time."""
     out = torch.empty(codes_OI.shape, dtype=dtype, device=codes_OI.device)
     if out.is_meta:
         return out

@@ -10,7 +10,8 @@ too, in blocks of 256 with 8-bit codes of a table of their own, after their mean
     s ≈ table8[code8] · s₂ + mean                                   4 + 8/64 + 32/(64 · 256) = 4.127 bits a weight
 
 The table of NF4 has quantiles of the normal distribution (its zero is exact); that of FP4 has a sign, two bits of
-exponent and one of fraction. All is plain torch and runs anywhere; bitsandbytes unpacks faster where it is installed.
+exponent and one of fraction. All is plain torch and runs anywhere; bitsandbytes unpacks where it is installed,
+and on CUDA without it `trimtab.kernels.fused`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import ConfigError
-from trimtab.kernels import bnb
+from trimtab.kernels import accelerators, bnb
 
 BLOCK, OUTER = 64, 256
 PIECE = 1 << 17
@@ -105,10 +106,17 @@ def quantise(
 
 
 def dequantise(packed: FourBit, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The dense weight: products in fp32, rounded once to ``dtype``; by bitsandbytes where it is there."""
-    scales = block_scales(packed)
-    fast = bnb.dequantised(packed.codes, scales, packed.block, packed.kind, packed.shape, dtype)
-    return unpacked(packed, scales, dtype) if fast is None else fast
+    """The dense weight: products in fp32, rounded once to ``dtype``. By bitsandbytes where it is there; else by our own
+    kernel on CUDA; else by plain torch."""
+    codes, block, kind, shape = packed.codes, packed.block, packed.kind, packed.shape
+    if bnb.can(shape, block, dtype):
+        return bnb.dequantised(codes, block_scales(packed), block, kind, shape, dtype)
+    if accelerators.triton_for(codes):
+        from trimtab.kernels import fused
+
+        parts = (packed.scales, packed.outer, packed.mean)
+        return fused.four_bit(codes, *parts, kind, block, shape, dtype)
+    return unpacked(packed, block_scales(packed), dtype)
 
 
 def unpacked(packed: FourBit, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -200,14 +208,21 @@ def _pairs(kind: str, device: torch.device) -> Tensor:
     )
 
 
+def _dynamic_values() -> tuple[float, ...]:
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
+        means = (edges[:-1] + edges[1:]) / 2
+        scale = 10.0 ** (exponent - 6)
+        values += (scale * means).tolist() + (-scale * means).tolist()
+    return tuple(sorted(values))
+
+
+_DYNAMIC = _dynamic_values()
+
+
 @cache
 def dynamic_table(device: torch.device) -> Tensor:
     """The 256 values of signed dynamic 8-bit numbers (arXiv 1511.04561), sorted: 7 exponents, each with twice as many
     fractions as the one below, zero and one."""
-    values = [0.0, 1.0]
-    for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
-        means = (edges[:-1] + edges[1:]) / 2
-        scale = 10.0 ** (exponent - 6)
-        values += (scale * means).tolist() + (-scale * means).tolist()
-    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+    return torch.tensor(_DYNAMIC, dtype=torch.float32, device=device)

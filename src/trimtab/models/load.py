@@ -4,7 +4,7 @@ The dtype is bfloat16 where the machine multiplies it natively (CUDA that says s
 or AMX) and float32 elsewhere, where bfloat16 would be emulated and slower. Only safetensors and GGUF
 are read, never a pickle. Weights that lack a tensor are an error: transformers would fill it with noise.
 
-With ``storage`` the linear layers are kept in few bits (`trimtab.models.quantise`): each weight is rounded as it is
+With ``storage`` the linear layers are kept in few bits (`trimtab.models.quantiser`): each weight is rounded as it is
 read, so that the dense model is never in memory. Checkpoints of bitsandbytes, GPTQ, AWQ, compressed-tensors and
 block-wise fp8 are read as they are, without these packages; others (torchao) by theirs.
 """
@@ -83,18 +83,9 @@ def load(
         ModelError: no such model, no weights, torn weights, no tokenizer; says what to do.
         UnknownNameError: a task or dtype that does not exist.
     """
-    if task not in AUTO:
-        raise UnknownNameError(
-            f"unknown task {task!r}.{suggest(task, AUTO) or ' Known: ' + ', '.join(AUTO)}"
-        )
-    if labels is not None and task not in NEW_HEADS:
-        raise ConfigError(f"labels are for a classification head; task {task!r} has none.")
     asked = Asked(storage, tuple(exempt), average_bits)
-    asked.check()
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    kind = named_dtype(dtype, place)
-    path = Path(source)
-    where, options = _located(path, str(source))
+    place, kind = _checked(task, labels, asked, device, dtype)
+    where, options = _located(Path(source), str(source))
     with _explained(str(source)):
         auto = getattr(transformers, AUTO[task])
         with _quiet():
@@ -110,8 +101,7 @@ def load(
         tokenizer = _tokenizer(where, options, str(source))
     if task in NEW_HEADS:
         _new_head(model, facts["missing_keys"])
-        if model.config.get_text_config().pad_token_id is None:  # what a decoder's head pools by
-            model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        _pool_by(model, tokenizer)
     stored, mixed = settle(model, asked)
     model.requires_grad_(False)
     return Base(model.to(place).eval(), tokenizer, str(source), stored, mixed)
@@ -137,20 +127,20 @@ def load_hollow(
         ModelError: there is no config, transformers has no such model, or its weights are in few bits that cannot be
             planned.
     """
+    asked = Asked(storage, tuple(exempt), average_bits)
+    _, kind = _checked(task, labels, asked, device, dtype)
     path = Path(source)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    kind = named_dtype(dtype, place)
     if path.is_dir() and not (path / "config.json").is_file():
         raise ModelError(f"{str(source)!r} has no config.json, so it is not a model folder.")
     where, options = (str(path), {}) if path.is_dir() else _located(path, str(source))
     with _explained(str(source)):
         config = transformers.AutoConfig.from_pretrained(where, **options, **_classes(labels))
-        stored = settled(config, Asked(storage, tuple(exempt), average_bits), str(source))
+        stored = settled(config, asked, str(source))
         with torch.device("meta"), _quiet():
             model = getattr(transformers, AUTO[task]).from_config(config, dtype=kind)
         tokenizer = _tokenizer(where, options, str(source))
-    if task in NEW_HEADS and model.config.get_text_config().pad_token_id is None:
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if task in NEW_HEADS:
+        _pool_by(model, tokenizer)
     mixed = None
     if stored is not None:
         from trimtab.models.quantise import rounded
@@ -228,6 +218,25 @@ def named_dtype(value: torch.dtype | str | None, device: torch.device) -> torch.
     return names[value]
 
 
+def _checked(
+    task: str,
+    labels: Sequence[str] | None,
+    asked: Asked,
+    device: torch.device | str | None,
+    dtype: torch.dtype | str | None,
+) -> tuple[torch.device, torch.dtype]:
+    """Where a base is to lie and what it computes in; an error for what cannot be asked of any base."""
+    if task not in AUTO:
+        raise UnknownNameError(
+            f"unknown task {task!r}.{suggest(task, AUTO) or ' Known: ' + ', '.join(AUTO)}"
+        )
+    if labels is not None and task not in NEW_HEADS:
+        raise ConfigError(f"labels are for a classification head; task {task!r} has none.")
+    asked.check()
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return place, named_dtype(dtype, place)
+
+
 # -- where it lies --------------------------------------------------------------------------------
 
 
@@ -302,6 +311,13 @@ def _new_head(model: PreTrainedModel, missing: Sequence[str]) -> None:
         parameter = model.get_parameter(name)
         if parameter.dim() > 1:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+def _pool_by(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tell a decoder's head which token is padding: it pools by the last that is not."""
+    config = model.config.get_text_config()
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
 
 
 # -- what came of it -------------------------------------------------------------------------------

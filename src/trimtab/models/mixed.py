@@ -2,10 +2,14 @@
 
     error = ‖Ŵ − W‖ / ‖W‖ of a layer in the format of four bits
 
+From the worst down each is kept that the budget still has room for: errors are relative, so that to weigh them by the
+bits they cost would only favour small layers.
+
 Weights come one by one, in any order, and what each error is beside the others is known at the end alone. So a layer
-is kept in both formats for as long as it is among the worst that the budget allows, and drops to four bits when worse
-ones come: memory is the base in its final form, the four-bit twins of the layers that are kept, and one dense weight.
-Nothing is kept that is better than what had no room, so what is kept at the end does not depend on the order.
+is held in both formats for as long as it may be kept: whoever is kept leaves room for itself after every worse one, so
+all worse ones that are no larger are kept too, and once these and it exceed the room, it drops to four bits for good.
+What is kept at the end does not depend on the order; memory meanwhile is the base in its final form, one dense weight,
+and of each size of layers at most as many twins as the budget has room for.
 """
 
 from __future__ import annotations
@@ -68,14 +72,21 @@ def check_budget(format: str | None, average_bits: float | None) -> None:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class _Twin:
-    """A layer in four bits whose better twin is in the model."""
+@dataclass(eq=False)
+class _Seen:
+    """A layer of the budget. ``low`` is its four-bit form while the better one is in the model; ``extra`` are the bits
+    which that one costs more, and ``needs`` the room without which it cannot be kept."""
 
     error: float
     path: str
-    low: LowBitLinear
-    extra: float
+    low: LowBitLinear | None
+    extra: int
+    needs: int
+
+    @property
+    def rank(self) -> tuple[float, str]:
+        """The worst is the first."""
+        return -self.error, self.path
 
 
 class Mixer:
@@ -90,51 +101,65 @@ class Mixer:
     ) -> None:
         self._format, self._put = format, put
         self._sizes = dict(sizes)
+        self._room = (average_bits - BITS[format]) * sum(sizes.values())
         self._allowed = average_bits * sum(sizes.values())
-        self._spent = BITS[format] * sum(sizes.values())
-        self._twins: list[_Twin] = []
-        self._left, self._seen = -1.0, 0
+        self._seen: list[_Seen] = []
 
     def took(self, name: str, bits: float) -> None:
         """A weight was stored in a format that is not the budget's to choose, and takes so many bits."""
-        self._spent += bits - BITS[self._format] * self._sizes[name]
-        self._evict()
+        self._room -= (bits - BITS[self._format]) * self._sizes[name]
+        self._drop()
 
     def add(self, name: str, path: str, weight_OI: Tensor, bias: Tensor | None) -> None:
         """Round a linear layer's weight and put it into the model, in one format or the other."""
         low = FORMATS[self._format](weight_OI, bias)
+        self.took(name, low.bits)
         error = 0.0 if weight_OI.is_meta else _error(low, weight_OI)
-        size = weight_OI.numel()
-        self._seen += 1
-        if error <= self._left:  # a worse one had no room
-            self._spent += (low.bits - BITS[self._format]) * size
-            self._put(path, low)
-            self._evict()
-            return
-        high = FORMATS[HIGHER](weight_OI, bias)
-        self._spent += (high.bits - BITS[self._format]) * size
-        self._twins.append(_Twin(error, path, low, (high.bits - low.bits) * size))
-        self._twins.sort(key=lambda twin: (-twin.error, twin.path))
-        self._put(path, high)
-        self._evict()
+        extra = _stored(FORMATS[HIGHER](weight_OI.to("meta"), None)) - _stored(low)
+        new = _Seen(error, path, low, extra, extra)
+        for other in self._seen:
+            worse, better = (new, other) if new.rank < other.rank else (other, new)
+            better.needs += worse.extra if worse.extra <= better.extra else 0
+        self._seen.append(new)
+        if new.needs <= self._room:
+            self._put(path, FORMATS[HIGHER](weight_OI, bias))
+        self._drop()
 
-    def _evict(self) -> None:
-        while self._twins and self._spent > self._allowed:
-            twin = self._twins.pop()
-            self._spent -= twin.extra
-            self._left = max(self._left, twin.error)
-            self._put(twin.path, twin.low)
+    def twins(self) -> list[LowBitLinear]:
+        """The four-bit forms that wait beside their better ones."""
+        return [one.low for one in self._seen if one.low is not None]
+
+    def _drop(self) -> None:
+        for one in self._seen:
+            if one.low is not None and one.needs > self._room:
+                self._put(one.path, one.low)
+                one.low = None
 
     def done(self) -> Mixed:
-        """What was chosen. The twins of what is kept are dropped."""
-        kept = {twin.path: twin.error for twin in self._twins}
-        self._twins = []
-        average = self._spent / max(sum(self._sizes.values()), 1)
-        if self._spent > self._allowed:
+        """Choose, and drop the twins."""
+        kept: dict[str, float] = {}
+        left, room = 0.0, self._room
+        for one in sorted(self._seen, key=lambda one: one.rank):
+            if one.extra <= room:
+                room -= one.extra
+                kept[one.path] = one.error
+                continue
+            left = max(left, one.error)
+            if one.low is not None:
+                self._put(one.path, one.low)
+        count, layers = max(sum(self._sizes.values()), 1), len(self._seen)
+        self._seen = []
+        average = (self._allowed - room) / count
+        if room < 0:
             raise ConfigError(
                 f"average_bits: this base in {self._format} alone takes {average:.3f} bits a weight; name more."
             )
-        return Mixed(average, HIGHER, kept, max(self._left, 0.0), self._seen)
+        return Mixed(average, HIGHER, kept, left, layers)
+
+
+def _stored(layer: LowBitLinear) -> int:
+    """Bits, scales included."""
+    return round(layer.bits * layer.weights)
 
 
 def _error(low: LowBitLinear, weight_OI: Tensor) -> float:

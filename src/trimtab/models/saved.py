@@ -1,8 +1,9 @@
 """Write a model whose linear layers are in few bits as a folder that loads again as it is.
 
 Where all of them are NF4, or all FP4, the folder is as bitsandbytes lays it out, and transformers reads it with that
-package. Else each buffer of a layer lies at ``<layer>.weight.<format>.<buffer>``, and the config's
-``quantization_config`` says ``trimtab``: such a folder is read by `trimtab.load` alone.
+package. Else each buffer of a layer lies at ``<layer>.weight.<format>.<buffer>``, those of all experts of a parameter
+at ``<experts>.<parameter>_<format>.<buffer>``, and the config's ``quantization_config`` says ``trimtab``: such a folder
+is read by `trimtab.load` alone.
 """
 
 from __future__ import annotations
@@ -42,11 +43,8 @@ BUFFERS: Mapping[str, tuple[str, ...]] = {
 def save_base(model: PreTrainedModel, folder: Path) -> None:
     """Write a bare model, densely or in few bits. Raises `OSError` as the disk does."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LowBitLinear)}
-    if any(isinstance(module, LowBitExperts) for module in model.modules()):
-        raise ModelError(
-            "experts in few bits are not written yet; merge into dense weights, and round those as they are loaded."
-        )
-    if not layers:
+    experts = {n: m for n, m in model.named_modules() if isinstance(m, LowBitExperts)}
+    if not layers and not experts:
         model.save_pretrained(folder)
         return
     foreign = next((layer for layer in layers.values() if layer.kind not in BUFFERS), None)
@@ -54,15 +52,21 @@ def save_base(model: PreTrainedModel, folder: Path) -> None:
         raise ModelError(
             f"layers in {foreign.kind} are read, and not written; merge into dense weights."
         )
-    theirs = _as_bitsandbytes(model, layers)
+    theirs = None if experts else _as_bitsandbytes(model, layers)
     tensors = dict(model.state_dict())
     for path, layer in layers.items():
         for name, _ in layer.named_buffers():
             del tensors[f"{path}.{name}"]
         found = _bitsandbytes(layer) if theirs else _ours(layer)
         tensors |= {f"{path}.{name}": tensor for name, tensor in found.items()}
+    for path, module in experts.items():
+        for name, _ in module.named_buffers(recurse=False):
+            del tensors[f"{path}.{name}"]
+        for name in module.formats:
+            tensors |= {f"{path}.{name}{end}": t for end, t in _stacked(module, name).items()}
     config: Any = model.config
     kinds = Counter(layer.kind for layer in layers.values())
+    kinds.update(kind for module in experts.values() for kind in module.formats.values())
     ours = {"quant_method": "trimtab", "stored": "trimtab", "format": kinds.most_common(1)[0][0]}
     config.quantization_config = theirs or ours
     try:
@@ -131,8 +135,20 @@ def _ours(layer: LowBitLinear) -> dict[str, Tensor]:
     return {f"weight.{layer.kind}.{name}": tensor for name, tensor in found.items()}
 
 
+def _stacked(module: LowBitExperts, name: str) -> dict[str, Tensor]:
+    """The tensors of a parameter of experts, by what is put behind its name. Where a dot followed it, transformers
+    would take them for the parameter, and give each expert its own."""
+    kind, found = module.formats[name], module.stacks(name)
+    one = module.template(name)
+    if isinstance(one, FourBitLinear):
+        found["block"] = torch.tensor(one.block)
+    return {f"_{kind}.{part}": stack for part, stack in found.items()}
+
+
 PARTS = (*(f"weight.{kind}.{name}" for kind, names in BUFFERS.items() for name in names), "weight")
 """All names that `_ours` gives, and that of a weight that is dense."""
+STACKS = tuple(f"_{kind}.{name}" for kind, names in BUFFERS.items() for name in names)
+"""All ends that `_stacked` gives."""
 
 
 def read(
@@ -147,22 +163,51 @@ def read(
     Raises:
         ModelError: a tensor is missing, or has another size than the layer.
     """
-    kind = next((kind for kind in BUFFERS if f"weight.{kind}.codes" in parts), None)
+    kind, tensors = _own(path, "weight.", parts)
+    layer = _layer(kind, tensors, shape, bias, dtype)
+    if layer is None:
+        raise _misfit(path, kind, f"a weight of {shape[0]} × {shape[1]}")
+    return layer
+
+
+def read_stacked(
+    path: str, name: str, parts: Mapping[str, Tensor], module: LowBitExperts, dtype: torch.dtype
+) -> None:
+    """Put what `_stacked` gave of a parameter into the experts at a path again.
+
+    Raises:
+        ModelError: a tensor is missing, or has another size than the parameter.
+    """
+    kind, tensors = _own(f"{path}.{name}", "_", parts)
+    stacks = {part: tensor for part, tensor in tensors.items() if part != "block"}
+    count, shape = module.num_experts, module.matrix_shape(name)
+    layer = None
+    if all(stack.dim() and len(stack) == count for stack in stacks.values()):
+        first = tensors | {part: stack[0] for part, stack in stacks.items()}
+        layer = _layer(kind, first, shape, None, dtype)
+    if layer is None:
+        wanted = f"{count} experts of {shape[0]} × {shape[1]}"
+        raise _misfit(f"{path}.{name}", kind, wanted)
+    module.hold(name, layer, stacks)
+
+
+def _own(path: str, before: str, parts: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    """The format of a weight, and its tensors by the names of their buffers."""
+    kind = next((kind for kind in BUFFERS if f"{before}{kind}.codes" in parts), None)
     if kind is None:
         raise ModelError(f"{path}: the checkpoint lacks its codes; save it again.")
-    own = {name: parts.get(f"weight.{kind}.{name}") for name in BUFFERS[kind]}
+    own = {name: parts.get(f"{before}{kind}.{name}") for name in BUFFERS[kind]}
     missing = [n for n, t in own.items() if t is None and n not in ("outer", "mean")]
     if missing or (own.get("outer") is None) != (own.get("mean") is None):
         lacks = missing[0] if missing else "outer" if own["outer"] is None else "mean"
-        raise ModelError(f"{path}: the checkpoint lacks weight.{kind}.{lacks}; save it again.")
-    tensors = {name: tensor for name, tensor in own.items() if tensor is not None}
-    layer = _layer(kind, tensors, shape, bias, dtype)
-    if layer is None:
-        raise ModelError(
-            f"{path}: its codes and scales in {kind} are not those of a weight of {shape[0]} × {shape[1]}; save it "
-            "again."
-        )
-    return layer
+        raise ModelError(f"{path}: the checkpoint lacks {before}{kind}.{lacks}; save it again.")
+    return kind, {name: tensor for name, tensor in own.items() if tensor is not None}
+
+
+def _misfit(path: str, kind: str, wanted: str) -> ModelError:
+    return ModelError(
+        f"{path}: its codes and scales in {kind} are not those of {wanted}; save it again."
+    )
 
 
 def _layer(

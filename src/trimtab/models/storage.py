@@ -1,6 +1,6 @@
 """Which bases are loaded in few bits, and how: what `trimtab.models.load` asks before and after transformers loads.
 
-transformers' own part (`trimtab.models.quantise`) is imported only where it is needed.
+transformers' own part (`trimtab.models.quantiser`) is imported only where it is needed.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def quantising(where: str, options: dict[str, Any], asked: Asked) -> dict[str, A
                 f"{where!r} is stored in few bits already ({method}); leave out storage={storage!r}, or take its dense "
                 "weights."
             )
-        from trimtab.models.quantise import StorageConfig
+        from trimtab.models.quantiser import StorageConfig
 
         own = StorageConfig.of_checkpoint(stored if isinstance(stored, dict) else stored.to_dict())
         if own is None and method == "compressed-tensors":
@@ -89,7 +89,7 @@ def quantising(where: str, options: dict[str, Any], asked: Asked) -> dict[str, A
         return {"config": config}
     if storage is None:
         return {}
-    from trimtab.models.quantise import StorageConfig
+    from trimtab.models.quantiser import StorageConfig
 
     found = StorageConfig(storage, asked.exempt, average_bits=asked.average_bits)
     return {"quantization_config": found}
@@ -100,11 +100,9 @@ def settled(config: Any, asked: Asked, source: str) -> str | None:
     says of it is taken off.
 
     Raises:
-        UnknownNameError: there is no such storage.
         ConfigError: the checkpoint is in few bits already.
         ModelError: how many bits it takes is not known from the config.
     """
-    asked.check()
     storage = asked.storage
     if storage == "gguf":
         raise ModelError(
@@ -137,7 +135,8 @@ def from_gguf(
     from transformers import AutoConfig
 
     from trimtab.models.gguf_file import tensors
-    from trimtab.models.quantise import StorageConfig, targets
+    from trimtab.models.quantise import targets
+    from trimtab.models.quantiser import StorageConfig
 
     loose = {key: classes[key] for key in classes if key == "ignore_mismatched_sizes"}
     named = {key: classes[key] for key in classes if key not in loose}
@@ -207,7 +206,8 @@ def settle(model: PreTrainedModel, asked: Asked) -> tuple[str | None, Mixed | No
         return None, None
     if quantiser is not None and (named := foreign(quantiser)) is not None:
         return named, None
-    from trimtab.models.quantise import Quantiser, forget, rounded
+    from trimtab.models.quantise import rounded
+    from trimtab.models.quantiser import Quantiser, forget
 
     if isinstance(quantiser, Quantiser):
         if quantiser.problems:
