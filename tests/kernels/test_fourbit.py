@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from importlib import metadata
 
@@ -62,6 +63,19 @@ def test_without_bitsandbytes_plain_torch_computes_the_same_and_it_is_said_once(
         values = [dequantise(packed) for _ in range(3)]
     assert len(told) == 1
     assert all(torch.equal(v, unpacked(packed, block_scales(packed), v.dtype)) for v in values)
+    bnb.operation.cache_clear()
+
+
+def test_a_bitsandbytes_that_does_not_import_is_done_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    packed = quantise(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
+    monkeypatch.setattr(bnb.metadata, "version", lambda name: "0.50.2")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    bnb.operation.cache_clear()
+    with pytest.warns(UserWarning, match="bitsandbytes cannot be imported .*: .* plain torch"):
+        values = dequantise(packed)
+    assert torch.equal(values, unpacked(packed, block_scales(packed), values.dtype))
     bnb.operation.cache_clear()
 
 
