@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.core import ROOT
+from benchmarks.core import ROOT, hide_bitsandbytes
 from benchmarks.report import commit, machine
 
 SHAPE = {
@@ -125,10 +125,7 @@ def train(folder: str, tokens: int, steps: int, rank: int, plain: bool) -> dict[
     from trimtab.peft import prepare_model_for_kbit_training
 
     if plain:
-        import warnings
-
-        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
-        warnings.filterwarnings("ignore", "bitsandbytes cannot be imported")
+        hide_bitsandbytes()
     found: dict[str, Any] = {"bitsandbytes": not plain, "before": anonymous_bytes()}
     with watched() as most:
         start = time.perf_counter()

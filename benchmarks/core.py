@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -120,7 +121,11 @@ class Worker:
             stdout=subprocess.PIPE,
             encoding="utf-8",
         )
-        self._read()
+        try:
+            self._read()
+        except SideError:
+            self.close()
+            raise
 
     def ask(self, method: str, *args: Any) -> dict[str, Any]:
         """Call a method of the side; what it gave, with time and memory."""
@@ -211,6 +216,12 @@ def take_turns(
             break
     chosen = sorted(worst, key=lambda number: worst[number])[:rounds]
     return [replace(sample, counted=sample.step in chosen) for sample in samples]
+
+
+def hide_bitsandbytes() -> None:
+    """Let this process unpack weights in four bits by plain torch, whatever is installed."""
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+    warnings.filterwarnings("ignore", "bitsandbytes cannot be imported")
 
 
 def of_side(samples: Sequence[Sample], side: str) -> list[Sample]:

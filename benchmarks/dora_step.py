@@ -12,18 +12,16 @@ Otherwise as `benchmarks.lora_step`: same weights, tokens, factors and optimiser
 
 from __future__ import annotations
 
-import argparse
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import lora_step, report
-from benchmarks.core import Patience, Side
+from benchmarks import lora_step, steps
+from benchmarks.core import Side
 from benchmarks.lora_step import ADAPTER, OURS, PEER
 
 VOCABULARY = 2048
@@ -111,13 +109,9 @@ def sides(work: Work) -> list[Side]:
 
 def main(argv: Sequence[str]) -> int:
     """Measure (or check) and write the report. Raises `SideError` where the sides compute different things."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks dora_step", description=__doc__)
-    report.add_options(parser)
+    parser = steps.parser("dora_step", __doc__, rows=2, tokens=256)
     parser.add_argument("--width", type=int, default=1024, help="a multiple of 64")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--check", action="store_true", help="only compare first gradients")
     parser.add_argument("--quick", action="store_true", help="small and short; says nothing")
     options = parser.parse_args(argv)
@@ -130,25 +124,12 @@ def main(argv: Sequence[str]) -> int:
     if options.check:
         print(lora_step.check(sides(work), options.threads))
         return 0
-    rows = []
-    for allocator in options.allocator:
-        print(f"dora_step, allocator {allocator}", flush=True)
-        rows.append(
-            lora_step.measure(
-                sides(work),
-                allocator,
-                threads=options.threads,
-                warmup=options.warmup,
-                rounds=options.rounds,
-                patience=Patience(seconds=options.patience),
-            )
-        )
+    rows = steps.measured(
+        "dora_step", options, lambda how: lora_step.measure(sides(work), how, options)
+    )
     title = (
         f"DoRA r={work.rank} on all linear layers of {work.layers} blocks of width {work.width}, bf16, "
         f"{work.rows} × {work.tokens} random tokens, {options.threads} threads"
     )
-    about = asdict(work) | {"P": rows[0]["P"], "trained": rows[0]["trained"]}
-    about |= {"threads": options.threads, "warmup": options.warmup, "rounds": options.rounds}
-    table = lora_step.table(rows)
-    report.write(Path(options.out), "dora_step", title, about, rows, table, lora_step.NOTES)
+    steps.write("dora_step", title, work, options, rows, lora_step.table(rows), lora_step.NOTES)
     return 0

@@ -24,8 +24,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks import core, report
-from benchmarks.core import Patience, Sample, Side, Spread
+from benchmarks import core, steps
+from benchmarks.core import Sample, Side, Spread
 
 OURS, PEER, MACHINE = "trimtab", "peft", "matmul"
 ADAPTER = "default"
@@ -244,24 +244,14 @@ def check(made: Sequence[Side], threads: int) -> dict[str, float]:
     return found
 
 
-def measure(
-    made: Sequence[Side],
-    allocator: str,
-    *,
-    threads: int,
-    warmup: int,
-    rounds: int,
-    patience: Patience,
-) -> dict[str, Any]:
+def measure(made: Sequence[Side], allocator: str, options: argparse.Namespace) -> dict[str, Any]:
     """One row of the report. Raises `SideError` where the losses disagree."""
     machine = Side(MACHINE, "benchmarks.matmul:Matmul", {})
-    with core.workers([*made, machine], allocator, threads) as running:
+    with core.workers([*made, machine], allocator, options.threads) as running:
         facts = {name: running[name].call("facts") for name in (OURS, PEER)}
         if facts[OURS] != facts[PEER]:
             raise core.SideError(f"the sides differ in size: {facts}")
-        samples = core.take_turns(
-            running, warmup=warmup, rounds=rounds, patience=patience, say=_say
-        )
+        samples = steps.take_turns(running, options, _say)
     return {"allocator": allocator, **facts[OURS], **_figures(samples, facts[OURS]["P"])}
 
 
@@ -339,44 +329,18 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def main(argv: Sequence[str]) -> int:
     """Measure (or check) and write the report. Raises `SideError` where the sides compute different things."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks lora_step", description=__doc__)
-    report.add_options(parser)
-    parser.add_argument("--model", help="folder of a causal model (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--rank", type=int, default=16)
+    parser = steps.parser("lora_step", __doc__)
+    steps.add_model(parser)
     parser.add_argument("--check", action="store_true", help="only compare first gradients")
     options = parser.parse_args(argv)
-    work = Work(model_folder(options.model), options.rows, options.tokens, options.rank)
+    work = Work(steps.model_folder(options.model), options.rows, options.tokens, options.rank)
     if options.check:
         print(check(sides(work), options.threads))
         return 0
-    rows = []
-    for allocator in options.allocator:
-        print(f"lora_step, allocator {allocator}", flush=True)
-        rows.append(
-            measure(
-                sides(work),
-                allocator,
-                threads=options.threads,
-                warmup=options.warmup,
-                rounds=options.rounds,
-                patience=Patience(seconds=options.patience),
-            )
-        )
+    rows = steps.measured("lora_step", options, lambda how: measure(sides(work), how, options))
     title = (
         f"LoRA r={work.rank} on all linear layers of {Path(work.model).name}, bf16, "
         f"{work.rows} × {work.tokens} random tokens, {options.threads} threads"
     )
-    about = {k: v for k, v in asdict(work).items() if k != "model"}
-    about |= {"model": Path(work.model).name, "P": rows[0]["P"], "trained": rows[0]["trained"]}
-    about |= {"threads": options.threads, "warmup": options.warmup, "rounds": options.rounds}
-    report.write(Path(options.out), "lora_step", title, about, rows, table(rows), NOTES)
+    steps.write("lora_step", title, work, options, rows, table(rows), NOTES)
     return 0
-
-
-def model_folder(folder: str | None) -> str:
-    """The folder given, or that of the real model."""
-    from recipes import assets
-
-    return folder or str(assets.smollm2())

@@ -19,8 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from benchmarks import core, lora_step, report
-from benchmarks.core import Patience, Sample, Side, Spread
+from benchmarks import core, lora_step, steps
+from benchmarks.core import Sample, Side, Spread
 from benchmarks.lora_step import LOSS_TOLERANCE, Work
 
 NF4, BF16, PEER = "nf4", "bf16", "peft"
@@ -37,11 +37,7 @@ class Plain(lora_step.Trimtab):
     """Our side without bitsandbytes."""
 
     def __init__(self, **options: Any) -> None:
-        import sys
-        import warnings
-
-        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
-        warnings.filterwarnings("ignore", "bitsandbytes cannot be imported")
+        core.hide_bitsandbytes()
         super().__init__(**options)
 
 
@@ -60,10 +56,7 @@ def measure(made: Sequence[Side], allocator: str, options: argparse.Namespace) -
     """One row of the report. Raises `SideError` where two NF4 sides compute different losses."""
     with core.workers(made, allocator, options.threads) as running:
         facts = running[BF16].call("facts")
-        samples = core.take_turns(
-            running, warmup=options.warmup, rounds=options.rounds,
-            patience=Patience(seconds=options.patience), say=_say,
-        )  # fmt: skip
+        samples = steps.take_turns(running, options, _say)
     losses = {
         side.name: [s.result["loss"] for s in samples if s.side == side.name] for side in made
     }
@@ -117,27 +110,20 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def main(argv: Sequence[str]) -> int:
     """Measure and write the report."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks qlora_step", description=__doc__)
-    report.add_options(parser)
-    parser.add_argument("--model", help="folder of a causal model (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--rank", type=int, default=16)
+    parser = steps.parser("qlora_step", __doc__)
+    steps.add_model(parser)
     parser.add_argument("--plain", action="store_true", help="our side without bitsandbytes")
     options = parser.parse_args(argv)
-    work = Work(lora_step.model_folder(options.model), options.rows, options.tokens, options.rank)
-    rows = []
-    for allocator in options.allocator:
-        print(f"qlora_step, allocator {allocator}", flush=True)
-        rows.append(measure(sides(work, options.plain), allocator, options))
+    work = Work(steps.model_folder(options.model), options.rows, options.tokens, options.rank)
+    rows = steps.measured(
+        "qlora_step", options, lambda how: measure(sides(work, options.plain), how, options)
+    )
     name = f"qlora_step{'_plain' if options.plain else ''}"
     title = (
         f"QLoRA r={work.rank} on all linear layers of {Path(work.model).name}, {work.rows} × {work.tokens} random "
         f"tokens, {options.threads} threads, {'without' if options.plain else 'with'} bitsandbytes on our side"
     )
-    about = {k: v for k, v in asdict(work).items() if k not in ("model", "storage")}
-    about |= {"model": Path(work.model).name, "P": rows[0]["P"], "trained": rows[0]["trained"]}
-    about |= {"threads": options.threads, "warmup": options.warmup, "rounds": options.rounds}
-    about["bitsandbytes"] = metadata.version("bitsandbytes")
-    report.write(Path(options.out), name, title, about, rows, table(rows), NOTES)
+    version = metadata.version("bitsandbytes")
+    stored = replace(work, storage=NF4)
+    steps.write(name, title, stored, options, rows, table(rows), NOTES, bitsandbytes=version)
     return 0

@@ -10,6 +10,9 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import big_base, dequantise, qlora_quality, quantisers
+from benchmarks.lora_step import LOSS_TOLERANCE
+from tests import tiny
+from tests.engine import kit
 
 TINY = {
     "vocab_size": 49152, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -29,6 +32,22 @@ def test_a_big_base_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert run["before"] < run["loaded"] <= run["peak"] < 4e9
         assert run["steps"][0]["loss"] == pytest.approx(10.8, abs=0.3)  # ln 49152: it knows nothing
     assert "| plain torch |" in (tmp_path / "big_base.md").read_text("utf-8")
+
+
+def test_the_step_on_a_stored_base_is_that_of_the_peer(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    base = kit.base(tiny.llama(hidden_size=64, intermediate_size=128))  # rows of whole blocks
+    base.model.save_pretrained(tmp_path / "model")
+    base.tokenizer.save_pretrained(tmp_path / "model")
+    options = ["--model", str(tmp_path / "model"), "--rows", "2", "--tokens", "16", "--rank", "4"]
+    options += ["--rounds", "2", "--warmup", "1", "--patience", "0", "--threads", "1"]
+    options += ["--allocator", "tuned", "--out", str(tmp_path), "--plain"]
+    assert command.main(["qlora_step", *options]) == 0
+    found = json.loads((tmp_path / "qlora_step_plain.json").read_text("utf-8"))
+    (row,) = found["rows"]
+    assert row["loss_apart"] < LOSS_TOLERANCE and set(row["sides"]) == {"nf4", "bf16", "peft"}
+    assert found["work"]["storage"] == "nf4" and found["work"]["bitsandbytes"]
+    assert "**nf4 / peft**" in (tmp_path / "qlora_step_plain.md").read_text("utf-8")
 
 
 def test_more_bits_round_less() -> None:

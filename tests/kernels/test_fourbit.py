@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from importlib import metadata
 
@@ -45,7 +46,7 @@ def test_a_weight_takes_little_more_than_four_bits() -> None:
     assert 8 * quantise(weight, nested=False).nbytes / weight.numel() == 4.5
 
 
-@pytest.mark.parametrize("version", [None, "0.45.5", "0.0rc1"])
+@pytest.mark.parametrize("version", [None, "0.48.2", "0.0rc1"])
 def test_without_bitsandbytes_plain_torch_computes_the_same_and_it_is_said_once(
     version: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,11 +58,24 @@ def test_without_bitsandbytes_plain_torch_computes_the_same_and_it_is_said_once(
     packed = quantise(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
     monkeypatch.setattr(bnb.metadata, "version", found)
     bnb._found.cache_clear()
-    says = "is not installed" if version is None else f"{version} is too old \\(from 0.46 on\\)"
+    says = "is not installed" if version is None else f"{version} is too old \\(from 0.49 on\\)"
     with pytest.warns(UserWarning, match=f"bitsandbytes {says}: .* plain torch") as told:
         values = [dequantise(packed) for _ in range(3)]
     assert len(told) == 1
     assert all(torch.equal(v, unpacked(packed, block_scales(packed), v.dtype)) for v in values)
+    bnb._found.cache_clear()
+
+
+def test_a_bitsandbytes_that_does_not_import_is_done_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    packed = quantise(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
+    monkeypatch.setattr(bnb.metadata, "version", lambda name: "0.50.2")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    bnb._found.cache_clear()
+    with pytest.warns(UserWarning, match="bitsandbytes cannot be imported .*: .* plain torch"):
+        values = dequantise(packed)
+    assert torch.equal(values, unpacked(packed, block_scales(packed), values.dtype))
     bnb._found.cache_clear()
 
 
