@@ -5,8 +5,7 @@
 Every method learns from the same rows in the same order, with the same batches, schedule and seed; each tries
 its learning rates, and the one with the lowest held-out loss is shown. Each run is a process of its own, so that
 its peak memory is its own. Full fine-tuning is `tt.Full(targets="all")`: a copy of every weight is trained, in
-float32, beside the frozen base; so its memory holds the base once more than a loop that trains in place, and its
-head, tied in the base, is trained apart from the embedding.
+float32, beside the frozen base; so its memory holds the base once more than a loop that trains in place.
 
 A run that is done is kept in the results file, and not repeated.
 """
@@ -127,8 +126,7 @@ def table(found: dict[str, Any]) -> str:
         f"SmolLM2-135M-Instruct, {found['rows'][0]} film reviews to learn from, {found['rows'][1]} held out; "
         f"bf16 base, {found['machine']['cpu']}, {found['machine']['cores']} cores; commit {found['commit']}. "
         "Best of two learning rates for each, by held-out loss. Made by `python -m benchmarks full_vs_peft`. "
-        "Full fine-tuning trains a copy of every weight in float32 beside the base, and the tied head apart from "
-        "the embedding: hence more parameters than the model has.",
+        "Full fine-tuning trains a copy of every weight in float32 beside the base.",
         "",
         "![accuracy by trained parameters](full_vs_peft.svg)",
         "",

@@ -215,6 +215,17 @@ def test_merging_both_of_two_tied_layers_unties_them(tmp_path: Path) -> None:
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(merged))
 
 
+def test_merging_full_training_of_all_keeps_tied_weights_tied(tmp_path: Path) -> None:
+    model = models.llama(tie_word_embeddings=True)
+    shaken(tt.attach(model, "full(targets='all')", "a"))
+    expected = logits(model)
+    merged: Any = tt.merge(model, "a")
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert merged.config.tie_word_embeddings
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), expected)
+
+
 @pytest.mark.parametrize("target", ["lm_head", "encoder.embed_tokens"])
 def test_merging_unties_an_encoder_decoder(target: str, tmp_path: Path) -> None:
     """T5 scales its decoder's output where the head is tied, and must go on doing so."""

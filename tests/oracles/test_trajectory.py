@@ -134,8 +134,14 @@ def test_full_training_of_a_tied_embedding_leaves_its_twin_alone() -> None:
     assert not torch.equal(adapter.tensors["model.embed_tokens.modules_to_save.weight"], before)
 
 
+def tied_llama() -> nn.Module:
+    return models.llama(tie_word_embeddings=True)
+
+
 @pytest.mark.parametrize(
-    "make", [kit.bert, kit.llama, models.mixtral], ids=["bert", "llama", "mixtral"]
+    "make",
+    [kit.bert, kit.llama, tied_llama, models.mixtral],
+    ids=["bert", "llama", "tied", "mixtral"],
 )
 def test_full_training_of_all_is_plain_fine_tuning(make: kit.Make) -> None:
     """Of all layers; the router of a mixture of experts is none, and stays as it is."""

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from trimtab.adapt.adapter import Adapter, Origin, SiteSpec, TensorName
 from trimtab.adapt.contract import Method, Params, Place, exactly
+from trimtab.adapt.in_peft import TIED
 from trimtab.adapt.parse import method_from
-from trimtab.adapt.tied import TIED
 from trimtab.errors import BaseMismatchError, ConfigError, UnsupportedError
 
 

@@ -16,6 +16,7 @@ from trimtab.adapt.bank import CHILD, Bank, bank_of, find_bank
 from trimtab.adapt.contract import Method, Spec
 from trimtab.adapt.edit import Edit
 from trimtab.adapt.fingerprint import fingerprint
+from trimtab.adapt.in_peft import TIED
 from trimtab.adapt.inside import inner
 from trimtab.adapt.observe import Batches, observe
 from trimtab.adapt.observed import Observation, Observed, Original
@@ -23,7 +24,7 @@ from trimtab.adapt.parse import method_from
 from trimtab.adapt.plan import check_whole, checked, layer_at, placed, planned, whole_modules
 from trimtab.adapt.site import ExpertsSite
 from trimtab.adapt.tensors import initial_tensors, specs_of
-from trimtab.adapt.tied import TIED, home_of
+from trimtab.adapt.tied import home_of
 from trimtab.adapt.tree import Children, anatomy_of, sites_of, uncover
 from trimtab.adapt.wrapping import Wrapping
 from trimtab.errors import (

@@ -24,6 +24,7 @@ from trimtab.adapt.adapter import Adapter, Origin, SiteSpec, TensorName
 from trimtab.adapt.contract import Place
 from trimtab.adapt.disk import checksum, placing, read_json, read_tensors, replacing, write_json
 from trimtab.adapt.fingerprint import Fingerprint
+from trimtab.adapt.in_peft import TIED
 from trimtab.adapt.lowbit import Packing, pack, unpack
 from trimtab.adapt.multihead import named_by_peft, opened, peft_module
 from trimtab.adapt.nested import experts_of, folded, unfolded
@@ -32,7 +33,6 @@ from trimtab.adapt.peft_config import CONFIG as CONFIG
 from trimtab.adapt.peft_files import EMBEDDINGS, from_peft, peft_type
 from trimtab.adapt.peft_files import WEIGHTS as WEIGHTS
 from trimtab.adapt.slots import check_name
-from trimtab.adapt.tied import TIED
 from trimtab.config import Config
 from trimtab.errors import AttachError, ConfigError, FileFormatError
 

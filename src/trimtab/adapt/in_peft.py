@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from trimtab.frozen import Layer
     from trimtab.models.anatomy import Anatomy
 
+TIED = "tied"
+"""Role of a site whose weight is that of an embedding, and which is edited as it is."""
+
 
 class InPeft(Config):
     """The part of a `trimtab.adapt.contract.Method` that files of PEFT's are read and written by.
@@ -57,8 +60,8 @@ class InPeft(Config):
         return len(cast("Method", self).members)
 
     def wrapped(self, places: Sequence[Place]) -> list[str]:
-        """The paths among these that PEFT wraps, and so calls target modules."""
-        return list(dict.fromkeys(place.path for place in places))
+        """The paths among these that PEFT wraps, and so calls target modules; what is tied to one goes with it."""
+        return list(dict.fromkeys(place.path for place in places if place.role != TIED))
 
     def peft_differs(self, layer: Layer) -> str:
         """Why PEFT computes something else with this method at such a layer; empty where it does not."""

@@ -109,13 +109,19 @@ def fold(
     children = Children(model)
     own = (p for module in walk(model) for p in module._parameters.values())
     uses = Counter(id(p) for p in own if p is not None)
+    ends: dict[int, list[nn.Module]] = {}
     for site in sites_of(model).values():
         if site.acting(owner):
-            if uses[id(site.base_layer._parameters.get("weight"))] > 1:
-                _untie(model)
-            children.replace(site, _merged(site, owner, finite, write))
+            shared = id(site.base_layer._parameters.get("weight"))
+            new = _merged(site, owner, finite, write)
+            if uses[shared] > 1:
+                ends.setdefault(shared, []).append(new)
+            children.replace(site, new)
         else:
             children.replace(site, site.release())
+    for shared, layers in ends.items():
+        if len(layers) < uses[shared] or not _tied(layers):
+            _untie(model)
     from trimtab.adapt.attach import strip
 
     strip(model, bank)
@@ -292,6 +298,17 @@ def kept_bias(layer: Layer, bias: Tensor | None, dtype: torch.dtype) -> Tensor |
     if bias is None or (layer.bias() is None and not bool(bias.any())):
         return None
     return bias.to(dtype).clone()
+
+
+def _tied(layers: Sequence[nn.Module]) -> bool:
+    """Whether merged layers have one weight still, which they then share."""
+    weights = [layer._parameters.get("weight") for layer in layers]
+    first = weights[0]
+    if first is None or any(w is None or not torch.equal(w, first) for w in weights):
+        return False
+    for layer in layers:
+        layer._parameters["weight"] = first
+    return True
 
 
 def _untie(model: nn.Module) -> None:

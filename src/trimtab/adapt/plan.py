@@ -13,8 +13,8 @@ from trimtab.adapt.adapter import Adapter, Origin, SiteSpec, whole
 from trimtab.adapt.contract import Method, Place
 from trimtab.adapt.disk import checksum
 from trimtab.adapt.fingerprint import Fingerprint
+from trimtab.adapt.in_peft import TIED
 from trimtab.adapt.multihead import check_opened, named_by_peft
-from trimtab.adapt.tied import TIED
 from trimtab.errors import (
     AttachError,
     BaseMismatchError,

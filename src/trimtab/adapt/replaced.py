@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from trimtab.adapt.contract import At, Layer, Method, Params, Spec, copy_of
-from trimtab.adapt.tied import TIED
+from trimtab.adapt.in_peft import TIED
 from trimtab.errors import UnsupportedError
 
 

@@ -14,14 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.adapt.contract import Place
+from trimtab.adapt.in_peft import TIED
 from trimtab.errors import AttachError
 from trimtab.models.anatomy import Anatomy
 
 if TYPE_CHECKING:
     from trimtab.adapt.adapter import Adapter, SiteSpec
-
-TIED = "tied"
-"""Role of a site whose weight is that of an embedding, and which is edited as it is."""
 
 
 def group(anatomy: Anatomy, path: str) -> list[str]:

@@ -4,8 +4,9 @@
 
 It is how a classification head belongs to an adapter (``LoRA(train=("score",))``), per adapter and under the
 same routes; the frozen module stays as it is. With ``targets="all"`` it is full fine-tuning of the model, kept
-beside the base instead of in it. Copies are their own: a head that is tied to the embedding is trained apart
-from it, but for ``tie``; and what is no layer, such as the router of a mixture of experts, stays as it is.
+beside the base instead of in it: a head that is tied to the embedding stays so (where its bias is its own, that is not
+trained), and what is no layer, such as the router of a mixture of experts, stays as it is. Of modules that are named,
+copies are their own, but for ``tie``.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class Full(Replaced):
         "modules_to_save.bias": "bias",
     }
 
-    tie: bool = False
-    """Where an embedding or a head is a target and they are tied, they keep sharing one weight."""
+    tie: bool | None = None
+    """Where an embedding or a head is a target and they are tied, they keep sharing one weight; None: of ``all``."""
 
     def place(self, anatomy: Anatomy) -> Sequence[Place]:
         chosen: list[str] = []
@@ -49,4 +50,5 @@ class Full(Replaced):
             )
             chosen += [p for p in layers if p not in chosen]
         places = [Place(path) for path in chosen]
-        return with_tied(anatomy, places) if self.tie else places
+        tie = self.targets == "all" if self.tie is None else self.tie
+        return with_tied(anatomy, places) if tie else places

@@ -33,10 +33,11 @@ from torch import Tensor
 
 from trimtab.adapt.contract import At, Layer, Method, Params, Place, Sites, Spec
 from trimtab.adapt.factors import paired
+from trimtab.adapt.in_peft import TIED
 from trimtab.adapt.invoked import invoked
 from trimtab.adapt.lowbit import SHORTEST, rounded
 from trimtab.adapt.lowrank import BIASES, LowRank
-from trimtab.adapt.tied import TIED, with_tied
+from trimtab.adapt.tied import with_tied
 from trimtab.errors import UnsupportedError
 from trimtab.models.anatomy import Anatomy
 
@@ -136,9 +137,6 @@ class LoRA(LowRank):
     def place(self, anatomy: Anatomy) -> Sequence[Place]:
         places = super().place(anatomy)
         return with_tied(anatomy, places) if self.tie else places
-
-    def wrapped(self, places: Sequence[Place]) -> list[str]:
-        return super().wrapped([place for place in places if place.role != TIED])
 
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         if role == TIED:

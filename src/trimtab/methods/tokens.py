@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from trimtab.adapt.contract import At, Layer, Method, Params, Place, Spec
+from trimtab.adapt.contract import At, Layer, Method, Params, Place, Spec, copy_of
+from trimtab.adapt.in_peft import TIED
 from trimtab.adapt.peft_config import read_options
-from trimtab.adapt.tied import TIED, with_tied
+from trimtab.adapt.tied import with_tied
 from trimtab.errors import ConfigError, UnsupportedError
 from trimtab.models.anatomy import Anatomy
 
@@ -50,9 +51,7 @@ class Tokens(Method):
         if role == TIED:
             return {}
         if layer.kind not in ("embedding", "linear"):
-            raise UnsupportedError(
-                "tokens: only an embedding or an output head has a row for each token."
-            )
+            raise UnsupportedError("tokens: only an embedding or a head has a row for each token.")
         weight = layer.dense() if layer.kind == "linear" else layer.dense().T
         wrong = [token for token in self.ids if not 0 <= token < weight.shape[0]]
         if wrong or len(set(self.ids)) < len(self.ids):
@@ -61,10 +60,7 @@ class Tokens(Method):
                 f"not {wrong or self.ids}."
             )
         rows = weight.detach()[list(self.ids)]
-        shape = tuple(rows.shape)
-        return {
-            "rows": Spec("trainable_tokens_delta", shape, lambda *_: rows.float().cpu().clone())
-        }
+        return {"rows": Spec("trainable_tokens_delta", tuple(rows.shape), copy_of(rows))}
 
     def delta(self, p: Params, x: Tensor, at: At) -> Tensor | None:
         ids = torch.tensor(self.ids, device=x.device)
@@ -76,12 +72,8 @@ class Tokens(Method):
         return at.layer.rescaled(chosen @ change)
 
     def in_peft(self, anatomy: Anatomy, places: Any) -> bool:
-        """PEFT changes a tied head with the embedding; here each is trained apart, but for ``tie``."""
-        apart = not self.tie and any(anatomy.tied(place.path) for place in places)
+        apart = not self.tie and any(anatomy.tied(place.path) for place in places)  # in PEFT not
         return not apart and super().in_peft(anatomy, places)
-
-    def wrapped(self, places: Sequence[Place]) -> list[str]:
-        return super().wrapped([place for place in places if place.role != TIED])
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any], slots: Mapping[str, tuple[int, ...]]) -> Method:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from trimtab.adapt import slots
 from trimtab.adapt.adapter import Adapter, TensorName
+from trimtab.adapt.in_peft import TIED
 from trimtab.adapt.site import SiteBase
-from trimtab.adapt.tied import TIED
 from trimtab.adapt.tree import sites_of
 
 ROWS = "trainable_tokens_delta"
