@@ -75,21 +75,24 @@ def _radius(mark: Mark) -> float:
 
 
 def _names(marks: Sequence[Mark], places: Sequence[tuple[float, float]], high: int) -> list[str]:
-    """The names, from the top down, each moved down as far as it takes to cover no other."""
+    """The names, from the top down, each moved up or down as far as it takes to cover no other."""
     taken: list[tuple[float, float, float]] = []  # left, right, baseline
     parts = []
+    lowest = high - BOTTOM - 2
     for mark, (x, y) in sorted(zip(marks, places, strict=True), key=lambda pair: pair[1][1]):
         left = x + _radius(mark) + 4
-        right = left + 6.6 * len(mark.name)
-        line = y + 4
-        while any(
-            left < other_right and other_left < right and abs(line - other) < LINE
-            for other_left, other_right, other in taken
-        ):
-            line += 2
-        line = min(line, high - BOTTOM - 2)
+        right = left + 7 * len(mark.name)
+
+        def free(line: float, left: float = left, right: float = right) -> bool:
+            return TOP < line <= lowest and not any(
+                left < other_right and other_left < right and abs(line - other) < LINE
+                for other_left, other_right, other in taken
+            )
+
+        near = (y + 4 + step * sign for step in range(0, high, 2) for sign in (1, -1))
+        line = next(filter(free, near), min(y + 4, lowest))
         taken.append((left, right, line))
-        if line - y > LINE:
+        if abs(line - y) > LINE:
             parts.append(
                 f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{left - 2:.1f}" y2="{line - 4:.1f}" stroke="#b8c0c8"/>'
             )

@@ -66,6 +66,16 @@ def test_full_fine_tuning_is_told_as_it_was_measured() -> None:
         assert number in table, number
 
 
+def test_the_methods_are_told_as_they_were_measured() -> None:
+    table = (ROOT / "benchmarks/results/methods.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| ([^|]+?) \| (\d\.\d{3}) ", table.split("\n## ")[1], re.MULTILINE))
+    paragraph = next(
+        text for text in README.split("\n\n") if "methods.md" in text and "MiniLM" in text
+    )
+    said = re.findall(r"\d\.\d{3}", paragraph)
+    assert said == [rows["lora"], rows["full fine-tuning"], rows["head only"]]
+
+
 def test_the_plan_is_as_near_as_told() -> None:
     result = json.loads((ROOT / "benchmarks/results/plan_accuracy.json").read_text())
     assert not set(result["checked"]) & set(result["fitted"])
