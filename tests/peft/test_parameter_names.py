@@ -32,6 +32,7 @@ HEADS: list[tuple[str, Make, str, dict[str, Any]]] = [
     ("block", tiny.llama, "LoraConfig", {"target_modules": ["lm_head"], "modules_to_save": ["layers.0", "model.norm"]}),
     ("mlp", tiny.llama, "IA3Config",
      {"target_modules": ["k_proj"], "feedforward_modules": [], "modules_to_save": ["layers.1.mlp"]}),
+    ("mlps", tiny.llama, "LoraConfig", {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]}),
 ]  # fmt: skip
 CASES = [*ROWS, *HEADS]
 

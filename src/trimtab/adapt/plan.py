@@ -222,10 +222,12 @@ def whole_modules(adapter: Adapter, anatomy: Anatomy) -> list[str]:
     found: list[str] = []
     for number, method in enumerate(adapter.methods):
         layers = [site.path for site in adapter.sites if site.method == number]
-        for target in (method.targets,) if isinstance(method.targets, str) else method.targets:
+        targets = (method.targets,) if isinstance(method.targets, str) else method.targets
+        for target in targets if method.kind == "full" else ():
+            named = [p for p in anatomy.modules if f".{p}".endswith(f".{target}")]
             with suppress(TargetError):
-                paths = anatomy.select(target, method.exclude, method.layers)
-                found += [p for p in paths if method.kind == "full" and p not in layers]
+                named += anatomy.select(target, method.exclude, method.layers)
+            found += [p for p in named if any(layer.startswith(f"{p}.") for layer in layers)]
     called = [p for p in found if not isinstance(anatomy.modules[p], nn.ModuleList | nn.ModuleDict)]
     return [p for p in dict.fromkeys(called) if not any(p.startswith(f"{q}.") for q in called)]
 
