@@ -403,7 +403,7 @@ class LowRank(Method):
 
     def in_peft(self, anatomy: Anatomy, places: Sequence[Place]) -> bool:
         # PEFT would change the weight that repeated blocks share once for each of them
-        alone = not self.rebased or repeated(anatomy.root) is None
+        alone = not self.rebased or repeated(anatomy.modules.values()) is None
         return alone and super().in_peft(anatomy, [p for p in places if p.role not in BIASES])
 
     def peft_differs(self, layer: Layer) -> str:

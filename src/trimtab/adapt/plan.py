@@ -169,7 +169,7 @@ def placed(adapter: Adapter, anatomy: Anatomy) -> Adapter:
 
 def _same_repeats(adapter: Adapter, anatomy: Anatomy) -> None:
     """An adapter of a model whose blocks are repeated needs one whose blocks are repeated so."""
-    found = repeated(anatomy.root)
+    found = repeated(anatomy.modules.values())
     if adapter.origin.repeats and (found is None or found.ranges != adapter.origin.repeats):
         raise AttachError(
             f"adapter {adapter.name!r} was made for a model whose blocks are repeated as {adapter.origin.repeats} "
@@ -209,7 +209,8 @@ def check_whole(adapter: Adapter, anatomy: Anatomy) -> None:
                 with suppress(TargetError):
                     change(anatomy.select(selector, (), method.layers))
     there = [site.path for site in adapter.sites]
-    lacking = [p for p in anatomy.modules if p in wanted - {*there, *named_by_peft(there)}]
+    wanted.difference_update(there, named_by_peft(there))
+    lacking = [path for path in anatomy.modules if path in wanted]
     if lacking:
         raise AttachError(
             f"adapter {adapter.name!r} has no tensors for {len(lacking)} modules that its config names, e.g. "

@@ -147,8 +147,17 @@ class Anatomy:
         if path not in self.modules:
             return []
         weight = self.modules[path]._parameters.get("weight")
-        found = [p for p, m in self.modules.items() if m._parameters.get("weight") is weight]
-        return [] if weight is None else [other for other in found if other != path]
+        return [other for other in self._by_weight.get(id(weight), ()) if other != path]
+
+    @cached_property
+    def _by_weight(self) -> dict[int, list[str]]:
+        """Modules by the identity of their weight."""
+        found: dict[int, list[str]] = {}
+        for path, module in self.modules.items():
+            weight = module._parameters.get("weight")
+            if weight is not None:
+                found.setdefault(id(weight), []).append(path)
+        return found
 
     def weighted(self, path: str) -> bool:
         """Whether the module at a path is a layer with a weight that Trimtab knows."""

@@ -9,7 +9,7 @@ they are, and `restore_blocks` puts them back. Adapters are attached after it. (
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -52,7 +52,7 @@ def repeat_blocks(anatomy: Anatomy, ranges: Sequence[Sequence[int]]) -> None:
         UnsupportedError: the model has no list of blocks, or several.
     """
     wanted: Ranges = tuple((int(start), int(stop)) for start, stop in ranges)
-    if repeated(anatomy.root) is not None:
+    if repeated(anatomy.modules.values()) is not None:
         raise AttachError("this model's blocks are repeated already; restore them first.")
     paths = {path.rpartition(".")[0] for path in anatomy.blocks}
     blocks = anatomy.modules.get(*paths) if len(paths) == 1 else None
@@ -79,14 +79,14 @@ def repeat_blocks(anatomy: Anatomy, ranges: Sequence[Sequence[int]]) -> None:
     _put(anatomy.root, blocks, new)
 
 
-def repeated(model: nn.Module) -> RepeatedBlocks | None:
-    """The repetitions of a model's blocks, if they are repeated."""
-    return next((m for m in model.modules() if isinstance(m, RepeatedBlocks)), None)
+def repeated(modules: Iterable[nn.Module]) -> RepeatedBlocks | None:
+    """The repetitions of the blocks of a model of these modules, if they are repeated."""
+    return next((m for m in modules if isinstance(m, RepeatedBlocks)), None)
 
 
 def restore_blocks(model: nn.Module) -> None:
     """The blocks as they were. Adapters of the repetitions must be gone."""
-    if (found := repeated(model)) is None:
+    if (found := repeated(model.modules())) is None:
         return
     config = _config(model)
     for name, value in found.config_before.items():
@@ -96,7 +96,7 @@ def restore_blocks(model: nn.Module) -> None:
 
 def own_blocks(model: nn.Module) -> None:
     """Give each repetition weights of its own, so that it is a model like any other (merged, say)."""
-    if (found := repeated(model)) is None:
+    if (found := repeated(model.modules())) is None:
         return
     seen: set[int] = set()
     for block in found:

@@ -21,7 +21,7 @@ from trimtab.adapt.inside import InsideSite
 from trimtab.adapt.merge import fold, merge_in_place, unmerge
 from trimtab.adapt.multihead import MultiheadSite
 from trimtab.adapt.site import ExpertsSite, Site
-from trimtab.adapt.tree import sites_of
+from trimtab.adapt.tree import sites_of, walk
 from trimtab.errors import AttachError, ConfigError, DuplicateNameError, UnknownNameError, suggest
 from trimtab.models.repeat import own_blocks, repeated, restore_blocks
 from trimtab.peft.adapters import cast_adapter_dtype
@@ -97,12 +97,12 @@ class Tuner(Asked, nn.Module):
     def add(self, name: str, config: PeftConfig, adapter: Adapter | None = None) -> Adapter:
         """Attach an adapter of a configuration, or a loaded one. The first becomes the active one."""
         trainable = not config.inference_mode
-        repeats = repeated(self.model)
+        repeats = repeated(walk(self.model))
         config.prepare(self.model)
         try:
             adapter = self._attached(name, config, adapter)
         except BaseException:
-            if repeated(self.model) is not repeats:
+            if repeated(walk(self.model)) is not repeats:
                 restore_blocks(self.model)
             raise
         self.peft_config[name] = config

@@ -19,7 +19,7 @@ from trimtab.adapt.parse import methods
 from trimtab.adapt.repeat import repeat_blocks
 from trimtab.adapt.routed import routed
 from trimtab.adapt.tied import group
-from trimtab.adapt.tree import anatomy_of
+from trimtab.adapt.tree import anatomy_of, walk
 from trimtab.errors import ConfigError, UnknownNameError, UnsupportedError, suggest
 from trimtab.models.repeat import repeated
 from trimtab.peft.config import PeftConfig, config, option
@@ -220,7 +220,7 @@ class LoraConfig(Excluding, Layered, Transposed):
         if not self.layer_replication:
             return
         wanted = tuple((start, stop) for start, stop in self.layer_replication)
-        found = repeated(model)
+        found = repeated(walk(model))
         if found is None:
             repeat_blocks(model, wanted)
         elif found.ranges != wanted:
