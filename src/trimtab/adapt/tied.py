@@ -24,18 +24,23 @@ if TYPE_CHECKING:
 
 def group(anatomy: Anatomy, path: str) -> list[str]:
     """The modules that share the weight at a path with an embedding, that embedding first; empty if none does."""
-    paths = [p for p in (path, *anatomy.tied(path)) if p not in anatomy.uncalled]
-    if path not in paths:
+    one = {path, *anatomy.tied(path)}.difference(anatomy.uncalled)
+    if path not in one or len(one) == 1:
         return []
+    paths = [p for p in anatomy.modules if p in one]
     homes = [p for p in paths if isinstance(anatomy.modules.get(p), nn.Embedding)]
-    return [homes[0], *(p for p in paths if p != homes[0])] if homes and len(paths) > 1 else []
+    return [homes[0], *(p for p in paths if p != homes[0])] if homes else []
 
 
-def with_tied(anatomy: Anatomy, places: Sequence[Place]) -> list[Place]:
-    """These places; where one is of a tied weight, its embedding and all others that share it."""
+def with_tied(anatomy: Anatomy, places: Sequence[Place], *, more: bool = True) -> list[Place]:
+    """These places; where one is of a tied weight, its embedding and all others that share it (``more``: also such as
+    are not among the places)."""
     found: dict[str, Place] = {}
+    asked = {place.path for place in places if not place.role}
     for place in places:
         tied = [] if place.role else group(anatomy, place.path)
+        if not more:
+            tied = [path for path in tied if path in asked]
         for path in tied or [place.path]:
             found.setdefault(f"{path} {place.role}", Place(path, place.role))
         for path in tied[1:]:

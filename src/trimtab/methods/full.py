@@ -50,5 +50,6 @@ class Full(Replaced):
             )
             chosen += [p for p in layers if p not in chosen]
         places = [Place(path) for path in chosen]
-        tie = self.targets == "all" if self.tie is None else self.tie
-        return with_tied(anatomy, places) if tie else places
+        if self.tie or (self.tie is None and self.targets == "all"):
+            return with_tied(anatomy, places, more=bool(self.tie))
+        return places
