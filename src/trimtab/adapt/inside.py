@@ -54,7 +54,7 @@ class InsideSite(LayerSite):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == BASE:  # a module, which torch would make a child of the site itself
-            type(self).base_layer.fset(self, value)  # type: ignore[attr-defined]
+            object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
 
