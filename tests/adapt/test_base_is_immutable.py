@@ -226,6 +226,24 @@ def test_merging_full_training_of_all_keeps_tied_weights_tied(tmp_path: Path) ->
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), expected)
 
 
+@pytest.mark.parametrize("name", ["t5", "bart", "gpt2", "bert"])
+def test_full_training_of_all_merges_and_saves_where_weights_are_tied(
+    name: str, tmp_path: Path
+) -> None:
+    case = CASES[name]
+    model = case.make()
+    before = state(model)
+    shaken(tt.attach(model, "full(targets='all')", "a"))
+    expected = output(model, case.inputs())
+    merged: Any = tt.merge(model, "a")
+    assert torch.allclose(output(merged, case.inputs()), expected, atol=1e-5)
+    merged.save_pretrained(tmp_path)
+    loaded = type(merged).from_pretrained(tmp_path).to(expected.dtype).eval()
+    assert torch.allclose(output(loaded, case.inputs()), expected, atol=1e-5)
+    tt.detach(model, "a")
+    assert same(state(model), before)
+
+
 @pytest.mark.parametrize("target", ["lm_head", "encoder.embed_tokens"])
 def test_merging_unties_an_encoder_decoder(target: str, tmp_path: Path) -> None:
     """T5 scales its decoder's output where the head is tied, and must go on doing so."""
