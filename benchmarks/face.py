@@ -20,6 +20,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -31,10 +32,12 @@ from benchmarks.face_sides import save_adapters
 
 OURS, PEER = "trimtab.peft", "peft"
 SIDES = (OURS, PEER)
+PARTS = ("imports", "meta", "load", "trainer")
 NOTES = (
     "alternating order, medians (least … most); ratios are of the same round",
     "imports: over `import torch, transformers` and `from transformers import PreTrainedModel`, which every user of "
-    "either pays; `trimtab.peft` looks for an installed `peft`, and imports it where there is one",
+    "either pays; `trimtab.peft` looks for an installed `peft`, and imports it where there is one, and `peft` an "
+    "installed bitsandbytes, most of what either takes",
     "meta: the first call of a process, which imports what the method needs, and the second",
     "load: adapters that PEFT saved, r = 8 on q_proj and v_proj; `own` are the same, saved by Trimtab, whose "
     "checksums are compared on the way",
@@ -48,6 +51,9 @@ IMPORTS = {
     "trimtab.peft": ("", "from trimtab.peft import LoraConfig, get_peft_model"),
     "trimtab.peft, no peft installed": (
         "sys.modules['peft'] = None", "from trimtab.peft import LoraConfig, get_peft_model",
+    ),
+    "trimtab.peft, no bitsandbytes installed": (
+        "sys.modules['bitsandbytes'] = None", "from trimtab.peft import LoraConfig, get_peft_model",
     ),
     "import trimtab.peft": ("", "import trimtab.peft"),
     "peft": ("", "from peft import LoraConfig, get_peft_model"),
@@ -223,13 +229,30 @@ def tables(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _spreads(value: Any) -> Any:
+    """What was read from JSON, with its medians and ranges as they were written."""
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {field.name for field in fields(Spread)}:
+        return Spread(**value)
+    return {key: _spreads(each) for key, each in value.items()}
+
+
 def write(folder: Path, about: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """``face.json`` and ``face.md``; a part that was not measured now stays as it was in the former."""
+    file = folder / "face.json"
+    before = json.loads(file.read_text("utf-8"))["parts"] if file.is_file() else {}
     place, commit = report.machine(), report.commit()
     versions = {package: metadata.version(package) for package in report.PACKAGES}
     date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    now = {
+        name: {**part, "of": f"{date}, commit {commit}, {about['rounds']} rounds"}
+        for name, part in found.items()
+    }
+    every = _spreads(before) | now
+    found = {name: every[name] for name in PARTS if name in every}
     head = (
-        f"{date}, commit {commit}. {place['cpu']}, {place['cores']} cores, {place['memory_gb']} GB. Python "
+        f"{place['cpu']}, {place['cores']} cores, {place['memory_gb']} GB. Python "
         f"{platform.python_version()}, " + ", ".join(f"{n} {v}" for n, v in versions.items()) + "."
     )
     text = [
@@ -237,13 +260,17 @@ def write(folder: Path, about: Mapping[str, Any], found: Mapping[str, Any]) -> N
         "",
         head,
         "",
-        *tables(found),
+        *(
+            line
+            for name, part in found.items()
+            for line in (*tables({name: part}), "", f"{part['of']}.")
+        ),
         "",
         *(f"- {note}" for note in NOTES),
         "",
     ]
     whole = {
-        "benchmark": "face", "date": date, "commit": commit, "machine": place,
+        "benchmark": "face", "machine": place,
         "versions": {"python": platform.python_version(), **versions}, "work": dict(about), "parts": dict(found),
         "notes": NOTES,
     }  # fmt: skip
@@ -259,8 +286,7 @@ def main(argv: Sequence[str]) -> int:
     """Measure and write the report. Raises `SideError` where the sides compute different things."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks face", description=__doc__)
     report.add_options(parser)
-    parser.add_argument("--parts", nargs="+", default=["imports", "meta", "load", "trainer"],
-                        choices=("imports", "meta", "load", "trainer"))  # fmt: skip
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument(
         "--model", help="folder of a causal model for the Trainer (default: SmolLM2-135M-Instruct)"
     )

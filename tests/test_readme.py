@@ -57,6 +57,33 @@ def test_the_ratios_are_those_of_the_committed_benchmark() -> None:
             assert f"{ratio} ×" in README, ratio
 
 
+def test_a_step_in_few_bits_is_told_as_it_was_measured() -> None:
+    said = " ".join(README.split()).partition("base in NF4, with the allocator as it comes: ")[2]
+    told = re.findall(r"(\d\.\d\d) ×", said)[:6]
+    measured = []
+    for name in ("qlora_step", "qlora_step_plain"):
+        table = (ROOT / f"benchmarks/results/{name}.md").read_text(encoding="utf-8")
+        (dense,) = re.findall(r"default \| \*\*nf4 / bf16\*\* \| \*\*([\d.]+) ", table)
+        peer = r"default \| \*\*nf4 / peft\*\* \| \*\*([\d.]+) [^|]*\| \*\*([\d.]+) "
+        measured += [dense, *re.findall(peer, table)[0]]
+    assert told == measured
+
+
+def test_the_face_is_told_as_it_was_measured() -> None:
+    parts = json.loads((ROOT / "benchmarks/results/face.json").read_text())["parts"]
+    text = " ".join(README.split())
+    trainer, first = parts["trainer"], parts["meta"]["seconds"]
+    speed, memory = (trainer[f"{what}_ratio"]["median"] for what in ("speed", "memory"))
+    assert f"{parts['load']['faster']['median']:.0f} times as fast" in text
+    assert (
+        f"{first['trimtab.peft']['first']['median']:.2f} s instead of {first['peft']['first']['median']:.2f}"
+        in text
+    )
+    assert f"{speed:.2f} times the tokens/s at {memory:.2f} times the peak memory" in text
+    imports = parts["imports"]["seconds"]
+    assert max(imports[name]["median"] for name in imports if "no " in name) < 1
+
+
 def test_full_fine_tuning_is_told_as_it_was_measured() -> None:
     table = (ROOT / "benchmarks/results/full_vs_peft.md").read_text(encoding="utf-8")
     paragraph = next(text for text in README.split("\n\n") if "full_vs_peft.md" in text)
