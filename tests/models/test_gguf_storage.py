@@ -238,7 +238,7 @@ def test_a_head_of_classes_begins_as_on_any_base(tmp_path: Path) -> None:
             dtype="float32",
             task="sequence-classification",
             labels=["a", "b", "c"],
-            storage=storage,  # type: ignore[arg-type]
+            storage=storage,
         )
         assert base.model.config.id2label == {0: "a", 1: "b", 2: "c"}
         heads.append(base.model.score.weight)
