@@ -21,11 +21,11 @@ from tests.tiny import SMALL_DECODER, llama
 from trimtab.errors import ConfigError
 from trimtab.frozen.blocks import BlocksLinear
 from trimtab.frozen.experts import ExpertLayer
+from trimtab.frozen.formats import FORMATS
 from trimtab.frozen.lowbit import LowBitLinear
 from trimtab.frozen.lowbit_experts import LowBitExperts
 from trimtab.kernels.gguf import OWN, dequantised, kinds
 from trimtab.models import gguf_file
-from trimtab.models.quantise import FORMATS
 from trimtab.models.storage import STORAGES
 
 Kind = gguf.GGMLQuantizationType
