@@ -2,17 +2,22 @@
 
 A `Config` is an immutable, validated value that lives beside what it configures. Unknown keys are
 errors that suggest the nearest known one; nothing is coerced from a string that looks like a number.
-No torch here: the command line validates a recipe before any heavy import.
+No torch here: the command line validates a recipe before any heavy import. Where a value has options of its own, it may
+be written as one text, ``name(option=literal)``.
 """
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trimtab.errors import ConfigError, UnknownNameError, suggest
+
+_FORM = re.compile(r"\s*([A-Za-z0-9_\-+]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
 
 
 class Config(BaseModel):
@@ -78,3 +83,36 @@ def fields_at(model: type[BaseModel], path: Iterable[str]) -> Iterable[str]:
             break
         current = nested
     return current.model_fields.keys()
+
+
+def name_and_options(text: str, *, of: str) -> tuple[str, dict[str, Any]]:
+    """What ``name`` or ``name(option=literal)`` says; ``of`` is what is written so.
+
+    Raises:
+        ConfigError: a text that cannot be read.
+    """
+    form = _FORM.fullmatch(text)
+    if form is None:
+        raise ConfigError(
+            f"{of} {text!r}: write a name and options, for example 'name(option=16)'."
+        )
+    try:
+        call = ast.parse(f"f({form.group(2) or ''})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
+            raise ValueError("options are written name=value")
+        return form.group(1), {str(k.arg): _literal(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise ConfigError(f"{of} {text!r} cannot be read: {error}.") from None
+
+
+def _literal(node: ast.expr) -> Any:
+    """A Python literal; ``name``, ``name(...)`` and ``one|other`` stay text, which a field reads as a value."""
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_literal(element) for element in node.elts]
+    if isinstance(node, ast.Name):
+        known = {"true": True, "false": False, "none": None, "null": None}
+        return known.get(node.id.lower(), node.id)
+    called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    if called or (isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr)):
+        return ast.unparse(node)
+    return ast.literal_eval(node)

@@ -177,7 +177,7 @@ def test_transformers_reads_such_a_folder_with_bitsandbytes(storage: str, tmp_pa
     base = kit.base()
     base.model.save_pretrained(tmp_path / "base")
     base.tokenizer.save_pretrained(tmp_path / "base")
-    ours = tt.load(tmp_path / "base", dtype="float32", storage=storage, exempt=["k_proj"])  # type: ignore[arg-type]
+    ours = tt.load(tmp_path / "base", dtype="float32", storage=storage, exempt=["k_proj"])
     shaken(tt.attach(ours.model, "lora(rank=2)", "a"), 0.05)
     report = tt.merge_with_report(ours.model, "a", storage="base")
     save_base(report.model, tmp_path / "merged")  # type: ignore[arg-type]

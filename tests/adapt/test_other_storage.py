@@ -17,7 +17,7 @@ from trimtab.adapt.tree import anatomy_of
 from trimtab.errors import BaseMismatchError
 from trimtab.models.load import Base
 
-STORAGES = [None, "nf4", "fp4", "int4", "int8", "fp8"]
+STORAGES = [None, "nf4", "fp4", "int4", "int8", "fp8", "loftq(rank=4, iters=2)"]
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_the_record_says_how_to_load_the_base_again(folder: Path, tmp_path: Path
     mixed = adapter(folder, tmp_path / "m", storage="nf4", average_bits=6.0)
     found = tt.Adapter.load(mixed).base
     assert found is not None
-    again = tt.load(folder, dtype="float32", storage=found.storage, exempt=found.exempt)  # type: ignore[arg-type]
+    again = tt.load(folder, dtype="float32", storage=found.storage, exempt=found.exempt)
     assert not attached(again, mixed)
     (text,) = attached(tt.load(folder, dtype="float32", storage="nf4"), mixed)
     assert "=int8" in text

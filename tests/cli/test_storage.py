@@ -18,7 +18,7 @@ from trimtab.frozen.lowbit import LowBitLinear
 def adapters(home: Path) -> Path:
     """One adapter trained beside a base in NF4, one beside a dense one."""
     for name, storage in (("packed", "nf4"), ("plain", None)):
-        base = tt.load(home / "model", dtype="float32", storage=storage)  # type: ignore[arg-type]
+        base = tt.load(home / "model", dtype="float32", storage=storage)
         shaken(tt.attach(base.model, "lora(rank=2)", name), 0.05).save(home / name)
     return home
 

@@ -21,11 +21,11 @@ from tests.tiny import SMALL_DECODER, llama
 from trimtab.errors import ConfigError
 from trimtab.frozen.blocks import BlocksLinear
 from trimtab.frozen.experts import ExpertLayer
+from trimtab.frozen.formats import FORMATS
 from trimtab.frozen.lowbit import LowBitLinear
 from trimtab.frozen.lowbit_experts import LowBitExperts
 from trimtab.kernels.gguf import OWN, dequantised, kinds
 from trimtab.models import gguf_file
-from trimtab.models.quantise import FORMATS
 from trimtab.models.storage import STORAGES
 
 Kind = gguf.GGMLQuantizationType
@@ -238,7 +238,7 @@ def test_a_head_of_classes_begins_as_on_any_base(tmp_path: Path) -> None:
             dtype="float32",
             task="sequence-classification",
             labels=["a", "b", "c"],
-            storage=storage,  # type: ignore[arg-type]
+            storage=storage,
         )
         assert base.model.config.id2label == {0: "a", 1: "b", 2: "c"}
         heads.append(base.model.score.weight)

@@ -84,7 +84,7 @@ def test_a_head_of_classes_stays_dense(name: str) -> None:
 
 def test_unknown_storage_is_named(folder: Path) -> None:
     with pytest.raises(UnknownNameError, match="unknown storage 'nf5'. Did you mean 'nf4'"):
-        tt.load(folder, storage="nf5")  # type: ignore[arg-type]
+        tt.load(folder, storage="nf5")
 
 
 def test_it_trains_and_the_codes_stay(folder: Path) -> None:

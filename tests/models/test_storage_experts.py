@@ -17,9 +17,10 @@ from tests.engine import kit
 from tests.tiny import SMALL_DECODER, mixtral, qwen3_moe
 from trimtab.errors import ModelError, TargetError, UnsupportedError
 from trimtab.frozen.experts import ExpertLayer
+from trimtab.frozen.formats import FORMATS
 from trimtab.frozen.lowbit import LowBitLinear
 from trimtab.frozen.lowbit_experts import LowBitExperts
-from trimtab.models.quantise import FORMATS, targets
+from trimtab.models.quantise import targets
 from trimtab.models.saved import save_base
 from trimtab.models.storage import STORAGES
 

@@ -193,7 +193,7 @@ def test_loftq_of_a_base_in_few_bits_begins_as_what_rounding_lost(
         left = lost - 3 * found["lora_B.weight"] @ found["lora_A.weight"]
         best = torch.linalg.svdvals(lost)[4:].square().sum().sqrt()
         torch.testing.assert_close(left.norm(), best, atol=1e-5, rtol=1e-4)
-    with pytest.raises(ConfigError, match="use one step"):
+    with pytest.raises(ConfigError, match=r"Load the base with storage='loftq\(rank=4, iters=2\)'"):
         tt.attach(base, tt.LoRA(rank=4, init="loftq(iters=2)"), "b")
     adapter.save(tmp_path / "a")
     plain = LoraConfig.from_pretrained(tmp_path / "a")  # nothing is left to be made again
@@ -204,6 +204,75 @@ def test_loftq_of_a_base_in_few_bits_begins_as_what_rounding_lost(
     again = tt.load(folder, dtype="float32", storage=storage).model
     tt.attach(again, tt.Adapter.load(tmp_path / "a"), "a")
     assert torch.equal(kit.outputs(again, ids), expected)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_base_is_loaded_in_several_steps_of_loftq(
+    bits: int, folder: Path, tmp_path: Path
+) -> None:
+    """The base in few bits and its adapter compute what LoftQ gives on a dense base, where Q stands in W's place."""
+    init = f"loftq(bits={bits}, iters=3)"
+    storage = f"loftq(rank=4, iters=3, bits={bits})"
+    dense = tt.load(folder, dtype="float32")
+    weights = {
+        n: p.detach().clone()
+        for n, p in dense.model.named_parameters()
+        if n.endswith("proj.weight")
+    }
+    base = tt.load(folder, dtype="float32", storage=storage)
+    assert base.storage == storage
+    lora = tt.LoRA(rank=4, alpha=12, init=init)
+    tt.attach(dense.model, lora, "a")
+    adapter = tt.attach(base.model, lora, "a")
+    plain = tt.load(folder, dtype="float32", storage="nf4" if bits == 4 else "int8")
+    tt.attach(plain.model, tt.LoRA(rank=4, alpha=12, init="loftq"), "a")
+
+    def off(model: Any) -> float:
+        merged = dict(tt.merge(model, "a").named_parameters())
+        return sum(float((merged[n] - w).detach().square().sum()) for n, w in weights.items())
+
+    # Scales of NF4 are in 8 bits there, and whole in the adapter's own rounding.
+    assert off(base.model) == pytest.approx(off(dense.model), rel=0.03 if bits == 4 else 1e-3)
+    assert off(base.model) < 0.95 * off(plain.model)
+    ids = {"input_ids": torch.arange(3, 11)[None]}
+    expected = kit.outputs(base.model, ids).detach()
+    adapter.save(tmp_path / "a")
+    saved = tt.Adapter.load(tmp_path / "a")
+    assert saved.base is not None
+    assert saved.base.storage == storage.replace(", bits=4", "")
+    again = tt.load(folder, dtype="float32", storage=saved.base.storage, exempt=saved.base.exempt)
+    tt.attach(again.model, saved, "a")
+    assert torch.equal(kit.outputs(again.model, ids), expected)
+    with pytest.warns(UserWarning, match="linear layers are in loftq"):
+        tt.attach(plain.model, saved, "b")
+
+
+@pytest.mark.parametrize(
+    ("storage", "message"),
+    [
+        ("loftq", "rank: Field required"),
+        ("loftq(rank=0)", "rank: .*greater than or equal to 1"),
+        ("loftq(rank=4, bits=3)", "bits: .*4 or 8"),
+        ("loftq(rank=4, steps=2)", "unknown option 'steps'"),
+        ("loftq(4)", "options are written name=value"),
+        ("loftk(rank=4)", r"Did you mean 'loftq\(rank=16\)'"),
+    ],
+)
+def test_a_storage_of_loftq_is_checked(storage: str, message: str, folder: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tt.load(folder, storage=storage)
+
+
+def test_loftq_for_some_layers_leaves_the_others_plain(folder: Path) -> None:
+    others = ["*.[okv]_proj=nf4", "gate_proj=nf4", "up_proj=nf4", "q_proj=loftq(rank=2, iters=2)"]
+    base = tt.load(folder, dtype="float32", storage="loftq(rank=4, iters=2)", exempt=others)
+    tt.attach(
+        base.model,
+        tt.LoRA(targets=QD, rank=4, init="loftq(iters=2)", rank_pattern={"q_proj": 2}),
+        "a",
+    )
+    with pytest.raises(ConfigError, match="it is stored as nf4"):
+        tt.attach(base.model, tt.LoRA(targets="o_proj", rank=4, init="loftq(iters=2)"), "b")
 
 
 def test_loftq_needs_the_dense_weights_of_a_base_in_few_bits(folder: Path, tmp_path: Path) -> None:

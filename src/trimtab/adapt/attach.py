@@ -27,10 +27,7 @@ from trimtab.adapt.tensors import initial_tensors, specs_of
 from trimtab.adapt.tied import home_of
 from trimtab.adapt.tree import Children, anatomy_of, sites_of, uncover
 from trimtab.adapt.wrapping import Wrapping
-from trimtab.errors import (
-    AttachError,
-    DuplicateNameError,
-)
+from trimtab.errors import AttachError, ConfigError, DuplicateNameError
 from trimtab.frozen import Layer
 from trimtab.models.anatomy import Anatomy
 from trimtab.models.originals import Originals, WeightOnDisk
@@ -137,6 +134,7 @@ def _observed(
             if not isinstance(asked, Original):
                 wants[site.path] = layers, asked
             elif any(layer.rounded for layer in layers):
+                _check_storage(site.path, layers, asked)
                 originals.append(site.path)
     found = observe(model, anatomy, wants, batches)
     if not originals:
@@ -144,6 +142,17 @@ def _observed(
     name = weights or getattr(anatomy.config, "_name_or_path", "") or "this base"
     read = Originals(name, getattr(model, "base_model_prefix", ""))
     return {**found, **{path: [WeightOnDisk(read, path)] for path in originals}}
+
+
+def _check_storage(path: str, layers: Sequence[Layer], asked: Original) -> None:
+    """Raise `ConfigError` where a method needs the base in another storage."""
+    found = {layer.storage for layer in layers} - {asked.storage}
+    if asked.storage and found:
+        raise ConfigError(
+            f"init loftq: its steps round {path!r} for just these factors, and it is stored as {found.pop()} and is "
+            f"never written. Load the base with storage={asked.storage!r} (exempt='name=nf4' for layers without such "
+            "factors), begin with one step (iters=1), or take a dense base."
+        )
 
 
 # -- changing the model -------------------------------------------------------------------------------

@@ -16,19 +16,19 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from trimtab.frozen import Layer, view
 from trimtab.frozen.experts import StoredExperts, expert_parameters
 from trimtab.frozen.linear import LinearMap, hidden
+from trimtab.frozen.loftq import NAME as LOFTQ
 from trimtab.frozen.lowbit import LowBit, LowBitLinear
 from trimtab.frozen.lowbit_experts import LowBitExperts
+from trimtab.frozen.sample import sample, sample_codes
 from trimtab.models.mixed import BITS
 
 _SAMPLED_TENSORS = 24
 _ALWAYS_DENSE = 12
-_SAMPLED_VALUES = 512
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,8 @@ def fingerprint(root: nn.Module, modules: Mapping[str, nn.Module]) -> Fingerprin
         if name in tensors:
             sampled[name] = sample(tensors[name])
         elif formats[name]:
-            key, codes = _stored(name, modules)
-            if codes.is_meta:
-                continue
-            sampled[key] = _short(codes.reshape(-1).view(torch.uint8))
+            key, found = _stored(name, modules)
+            sampled |= {key: found} if found else {}
     architecture = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
     return Fingerprint(type(root).__name__, architecture, sampled, *_storage(formats))
 
@@ -111,20 +109,23 @@ def _formats(path: str, module: nn.Module, layer: Layer | None) -> dict[str, str
     """The weights of a module that may be in few bits, and the format that they are in; that of a hidden one is not
     known."""
     if isinstance(layer, LinearMap):
-        return {_name(path, "weight"): module.kind if isinstance(module, LowBitLinear) else ""}
+        return {_name(path, "weight"): module.storage if isinstance(module, LowBitLinear) else ""}
     packed = module.formats if isinstance(module, LowBitExperts) else {}
     return {_name(path, n): packed.get(n, "") for n in expert_parameters(module)}
 
 
-def _stored(name: str, modules: Mapping[str, nn.Module]) -> tuple[str, Tensor]:
-    """The codes of a weight in few bits, and what they are called: its name, format and dtype."""
+def _stored(name: str, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
+    """What a weight in few bits is called (its name, format and dtype), and the sample of its codes; or of what LoftQ
+    made them of, whose codes differ a little between machines. Empty on the meta device."""
     path, _, leaf = name.rpartition(".")
     module = modules[path]
     if not isinstance(module, LowBit):
         raise AssertionError("its format is known")
+    if isinstance(module, LowBitLinear) and module.was:
+        return f"{name}:{LOFTQ}", module.was
     codes = module.get_buffer(f"{leaf}_codes" if isinstance(module, LowBitExperts) else "codes")
     dtype = str(module.compute_dtype).removeprefix("torch.")
-    return f"{name}:{module.kind}:{dtype}", codes
+    return f"{name}:{module.kind}:{dtype}", "" if codes.is_meta else sample_codes(codes)
 
 
 def storage_of(modules: Mapping[str, nn.Module]) -> tuple[str | None, tuple[str, ...]]:
@@ -170,18 +171,3 @@ def _storage(formats: Mapping[str, str]) -> tuple[str | None, tuple[str, ...]]:
 def dense(tensor: Tensor) -> bool:
     """Whether a tensor holds plain values, not codes of a few bits."""
     return tensor.is_floating_point() and tensor.element_size() >= 2 and not hidden(tensor)
-
-
-@torch.no_grad()
-def sample(tensor: Tensor) -> str:
-    """Short hash of up to 512 values, evenly spaced, as bfloat16."""
-    flat = tensor.detach().reshape(-1)
-    chosen = flat[:: max(flat.numel() // _SAMPLED_VALUES, 1)][:_SAMPLED_VALUES]
-    raw = chosen.to(torch.bfloat16).cpu().contiguous().view(torch.int16)
-    return hashlib.sha256(raw.numpy().tobytes()).hexdigest()[:16]
-
-
-def _short(codes: Tensor) -> str:
-    """Short hash of a sample of codes; the same weight has the same on every machine."""
-    chosen = codes[:: max(codes.numel() // _SAMPLED_VALUES, 1)][:_SAMPLED_VALUES]
-    return hashlib.sha256(chosen.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]

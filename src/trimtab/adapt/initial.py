@@ -21,8 +21,7 @@ from torch import Tensor
 
 from trimtab.adapt.contract import Layer
 from trimtab.adapt.observed import Observation, Observed, Original
-from trimtab.adapt.parse import name_and_options
-from trimtab.config import Config
+from trimtab.config import Config, name_and_options
 from trimtab.errors import AttachError, ConfigError, UnsupportedError
 from trimtab.registry import Registry
 
@@ -113,7 +112,7 @@ def initialisation(text: str) -> Initialisation | None:
     if text == DEFAULT:
         return None
     text = _NITER.sub(r"pissa(niter=\1)", text)
-    name, options = name_and_options(text)
+    name, options = name_and_options(text, of="init")
     return inits.get(name.replace("_", "-")).parse(options, where=f"init {text}")
 
 

@@ -44,7 +44,10 @@ class Covariance:
 @dataclass(frozen=True, slots=True)
 class Original:
     """The weight as it was before it was stored in few bits; nothing, where it is stored densely. It is no batch that
-    shows it, but the checkpoint that the base was loaded from."""
+    shows it, but the checkpoint that the base was loaded from. ``storage`` is how it must be stored, if that matters.
+    """
+
+    storage: str = ""
 
 
 Observation = Inputs | Gradients | Covariance | Original

@@ -6,12 +6,11 @@ LoRA() | Prefix()      [{"kind": "lora"}, "prefix"]        "lora|prefix"
 
 from __future__ import annotations
 
-import ast
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from trimtab.adapt.contract import Method
+from trimtab.config import name_and_options
 from trimtab.errors import ConfigError
 from trimtab.registry import Registry
 
@@ -89,9 +88,6 @@ PRESETS = {
 }
 """Settings that have a name of their own. Options are added to them: ``houlsby(size=8)``."""
 
-_FORM = re.compile(r"\s*([A-Za-z0-9_\-+]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
-
-
 Written = Method | Mapping[str, Any] | str
 """One method, in any of the three ways."""
 
@@ -125,29 +121,11 @@ def _from_string(text: str) -> Method:
         if not all(map(str.strip, written)):
             raise ConfigError(f"method {text!r}: a method stands on each side of a bar.")
         return method_from(written)
-    form = _FORM.fullmatch(text)
-    if form is None:
-        raise ConfigError(
-            f"method {text!r}: write a name and options, for example 'lora(rank=16)'."
-        )
-    name, arguments = form.group(1), form.group(2) or ""
+    name, options = name_and_options(text, of="method")
     if name in PRESETS:
         preset = _from_string(PRESETS[name])
-        options = _options(text, arguments)
         return preset.replace(**options) if options else preset
-    return methods.get(name).parse(_options(text, arguments), where=f"method {name}")
-
-
-def name_and_options(text: str) -> tuple[str, dict[str, Any]]:
-    """What ``name`` or ``name(option=literal)`` says.
-
-    Raises:
-        ConfigError: a text that cannot be read.
-    """
-    form = _FORM.fullmatch(text)
-    if form is None:
-        raise ConfigError(f"{text!r}: write a name and options, for example 'pissa(niter=4)'.")
-    return form.group(1), _options(text, form.group(2) or "")
+    return methods.get(name).parse(options, where=f"method {name}")
 
 
 def _alternatives(text: str) -> list[str]:
@@ -165,33 +143,3 @@ def _alternatives(text: str) -> list[str]:
                 continue
         found[-1] += character
     return found
-
-
-def _options(text: str, arguments: str) -> dict[str, Any]:
-    """What stands between the parentheses, as literals."""
-    try:
-        call = ast.parse(f"f({arguments})", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
-            raise ValueError("options are written name=value")
-        return {str(k.arg): _literal(k.value) for k in call.keywords}
-    except (SyntaxError, ValueError) as error:
-        raise ConfigError(f"method {text!r} cannot be read: {error}.") from None
-
-
-def _literal(node: ast.expr) -> Any:
-    """A Python literal; ``name``, ``name(...)`` and ``one|other`` stay text, which a field reads as a method."""
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        return ast.unparse(node)
-    if isinstance(node, ast.List | ast.Tuple):
-        return [_literal(element) for element in node.elts]
-    if isinstance(node, ast.Name) and node.id.lower() in ("true", "false", "none", "null"):
-        return {"true": True, "false": False, "none": None, "null": None}[node.id.lower()]
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        return ast.unparse(node)
-    if isinstance(node, ast.List | ast.Tuple):
-        return [_literal(element) for element in node.elts]
-    if isinstance(node, ast.Name):
-        return {"true": True, "false": False, "none": None, "null": None}.get(
-            node.id.lower(), node.id
-        )
-    return ast.literal_eval(node)

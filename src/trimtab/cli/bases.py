@@ -15,8 +15,8 @@ DENSE = "dense"
 STORAGE = typer.Option(
     None,
     "--storage",
-    help="Keep the base's linear layers in nf4, fp4, int4, int8, int8-group, fp8, or dense. [default: as the adapter "
-    "was trained beside them]",
+    help="Keep the base's linear layers in nf4, fp4, int4, int8, int8-group, fp8, loftq(rank=16), or dense. [default: "
+    "as the adapter was trained beside them]",
 )
 EXEMPT = typer.Option(
     [],
@@ -54,7 +54,7 @@ def open_base(
             break
     base = load(
         model,
-        storage=None if storage == DENSE else storage,  # type: ignore[arg-type]
+        storage=None if storage == DENSE else storage,
         exempt=exempt,
         average_bits=average_bits,
         **options,

@@ -24,7 +24,7 @@ METHOD = typer.Option(None, "--method", help="For example 'lora(rank=16)'.")
 STORAGE = typer.Option(
     None,
     "--storage",
-    help="Keep the base's linear layers in nf4, fp4, int4, int8, int8-group or fp8.",
+    help="Keep the base's linear layers in nf4, fp4, int4, int8, int8-group, fp8 or loftq(rank=16).",
 )
 EXEMPT = typer.Option(
     [], "--exempt", help="Layers to keep dense, or with =int8 in that format (may be repeated)."

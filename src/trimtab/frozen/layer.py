@@ -65,6 +65,11 @@ class Layer(ABC):
         """The view of ``module``, or None when this class does not describe it."""
 
     @property
+    def storage(self) -> str:
+        """How its weight is stored in few bits, where that is known; else empty."""
+        return ""
+
+    @property
     @abstractmethod
     def dtype(self) -> torch.dtype:
         """dtype of the layer's computation."""

@@ -57,12 +57,21 @@ class LowBitLinear(LowBit):
     """A frozen linear layer in few bits. Abstract; its buffers are the stored weight."""
 
     bias: Tensor | None
+    made: str = ""
+    """The storage that the weight was rounded for, where that says more than the format."""
+    was: str = ""
+    """The sample of the weight that it was made of, where its codes are not the same on every machine."""
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
         self.compute_dtype = dtype
+
+    @property
+    def storage(self) -> str:
+        """How the weight came to be stored, as `trimtab.load` takes it."""
+        return self.made or self.kind
 
     @abstractmethod
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -152,6 +161,10 @@ class LowBitLayer(LinearMap):
     @property
     def dtype(self) -> torch.dtype:
         return self.module.compute_dtype
+
+    @property
+    def storage(self) -> str:
+        return self.module.storage
 
     @property
     def device(self) -> torch.device:

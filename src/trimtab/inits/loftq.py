@@ -3,8 +3,9 @@
     Q₁ = q(W);   U S Vᵀ = W − Q_t,   A_t = √(S_r / s) V_rᵀ,   B_t = U_r √(S_r / s);   Q_t+1 = q(W − s B_t A_t)
 
 The model then computes with Q + s B A instead of W. q is NF4 with blocks of 64 (4 bits) or INT8 with a scale for each
-row. Where the base is stored in few bits, Q is what it holds: one step, from the weights that it was made of. Where it
-is dense, it stays as it is, and the adapter adds Q − W, which is found again from W whenever it is attached.
+row. Where the base is stored in few bits, Q is what it holds: one step from the weights that it was made of, or as many
+as the base was loaded with (``storage="loftq(rank=16, iters=5)"``, `trimtab.frozen.loftq`). Where it is dense, it stays
+as it is, and the adapter adds Q − W, which is found again from W whenever it is attached.
 
 PEFT does not divide by the scale s when it begins, so that its s B A is the loss only where s = 1: ``scale="peft"``.
 """
@@ -22,6 +23,8 @@ from trimtab.adapt.contract import kaiming_uniform
 from trimtab.adapt.initial import Initialisation, check_rank
 from trimtab.adapt.observed import Observation, Observed, Original
 from trimtab.errors import ConfigError
+from trimtab.frozen.loftq import LoftQ as LoftQBase
+from trimtab.frozen.loftq import compensated, nearest
 from trimtab.kernels import eightbit, fourbit
 
 
@@ -48,15 +51,11 @@ class LoftQ(Initialisation):
         return {} if self.stored else {"init_lora_weights": "loftq", "loftq_config": steps}
 
     def told(self) -> str | None:
-        if self.iters > 1:
-            raise ConfigError(
-                "init loftq: each step but the first rounds another weight than W, and this base is stored in few bits "
-                "already and never written; use one step (iters=1), or a dense base."
-            )
-        return f"loftq(scale='{self.scale}', stored=true)"
+        return f"loftq(bits={self.bits}, iters={self.iters}, scale='{self.scale}', stored=true)"
 
     def observes(self, rank: int) -> Observation | None:
-        return Original()
+        several = LoftQBase(rank=rank, iters=self.iters, bits=self.bits)
+        return Original(storage=str(several) if self.iters > 1 else "")
 
     def base(self, weight: Tensor, rank: int) -> Tensor:
         return weight if self.stored else self._steps(weight, rank)[0]
@@ -72,7 +71,7 @@ class LoftQ(Initialisation):
         check_rank(weight, rank, min(weight.shape), "loftq")
         original = observed.get("original")
         if original is not None:
-            a, b = _rest(original.to(weight) - weight, rank)
+            a, b = nearest(original.to(weight) - weight, rank)
         elif self.stored:  # a layer that is exempt from rounding lost nothing
             a_RI = kaiming_uniform((rank, weight.shape[1]), generator)
             return a_RI, torch.zeros(weight.shape[0], rank)
@@ -83,12 +82,8 @@ class LoftQ(Initialisation):
 
     def _steps(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """Q, and the factors of W − Q."""
-        rounded = self._rounded(weight)
-        a, b = _rest(weight - rounded, rank)
-        for _ in range(self.iters - 1):
-            rounded = self._rounded(weight - b @ a)
-            a, b = _rest(weight - rounded, rank)
-        return rounded, a, b
+        rounded = self._rounded(compensated(weight, rank, self.iters, self._rounded))
+        return rounded, *nearest(weight - rounded, rank)
 
     def _rounded(self, weight: Tensor) -> Tensor:
         if not bool(weight.isfinite().all()):
@@ -98,10 +93,3 @@ class LoftQ(Initialisation):
         if self.bits == 8:
             return eightbit.dequantise_rows(*eightbit.quantise_rows(weight), weight.dtype)
         return fourbit.dequantise(fourbit.quantise(weight, nested=False), weight.dtype)
-
-
-def _rest(rest: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors of the best approximation of this rank."""
-    u, s, v = torch.linalg.svd(rest, full_matrices=False)
-    root = s[:rank].sqrt()
-    return root[:, None] * v[:rank], u[:, :rank] * root

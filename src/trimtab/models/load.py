@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from trimtab.errors import ConfigError, ModelError, TrimtabError, UnknownNameError, suggest
 from trimtab.models.mixed import Mixed
-from trimtab.models.storage import Asked, Storage, from_gguf, quantising, settle, settled
+from trimtab.models.storage import Asked, from_gguf, quantising, settle, settled
 
 Task = Literal[
     "causal-lm", "masked-lm", "seq2seq-lm", "sequence-classification", "token-classification"
@@ -60,7 +60,7 @@ def load(
     device: torch.device | str | None = None,
     task: Task = "causal-lm",
     labels: Sequence[str] | None = None,
-    storage: Storage | None = None,
+    storage: str | None = None,
     exempt: Sequence[str] = (),
     average_bits: float | None = None,
 ) -> Base:
@@ -74,7 +74,8 @@ def load(
         labels: names of the classes of a classification head, in order; None is what the config says.
         storage: keep linear layers (and experts) in ``nf4`` (QLoRA's), ``fp4``, ``int4`` (with a scale and an offset
             for each 64 columns), ``int8``, ``int8-group`` or ``fp8``, or those of a GGUF file in its own blocks
-            (``gguf``); the head, embeddings and routers stay in ``dtype``, in which everything is computed.
+            (``gguf``); or rounded for the factors of a LoRA with ``init="loftq"`` (``loftq(rank=16, iters=5)``). The
+            head, embeddings and routers stay in ``dtype``, in which everything is computed.
         exempt: further modules that stay so: names, ends of names, or globs; with ``=int8`` behind, in that format.
         average_bits: a budget of bits a weight, scales included, for a base in four bits: as many layers as it allows,
             those of the largest quantisation error, are kept in int8 (``.mixed`` of the result says which).
@@ -114,7 +115,7 @@ def load_hollow(
     device: torch.device | str | None = None,
     task: Task = "causal-lm",
     labels: Sequence[str] | None = None,
-    storage: Storage | None = None,
+    storage: str | None = None,
     exempt: Sequence[str] = (),
     average_bits: float | None = None,
 ) -> Base:

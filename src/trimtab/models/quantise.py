@@ -21,7 +21,7 @@ from trimtab.errors import ModelError, TargetError, suggest
 from trimtab.frozen import Layer, view
 from trimtab.frozen.blocks import BlocksLinear
 from trimtab.frozen.experts import expert_parameters, followed
-from trimtab.frozen.formats import FORMATS
+from trimtab.frozen.formats import maker
 from trimtab.frozen.linear import Conv1DLayer, LinearLayer
 from trimtab.frozen.lowbit import LowBitLinear
 from trimtab.frozen.lowbit_experts import LowBitExperts
@@ -155,17 +155,17 @@ class Rounding:
             raise ModelError(f"{name}: {error}") from None
 
     def _store(self, name: str, path: str, leaf: str, module: nn.Module, weight: Tensor) -> None:
-        old, round_one = _dense(module), FORMATS[self.formats[name]]
+        old, storage = _dense(module), self.formats[name]
         mixer = self.mixer if self.mixer is not None and name in self._chosen else None
         if old is not None:
             oriented, bias = old.orient(weight), _bias(module)
             if mixer is not None:
                 mixer.add(name, path, oriented, bias)
             else:
-                put(self._model, path, round_one(oriented, bias))
+                put(self._model, path, maker(storage)(oriented, bias))
             return
         experts = module if isinstance(module, LowBitExperts) else LowBitExperts(module)
-        experts.pack(leaf, weight, round_one)
+        experts.pack(leaf, weight, maker(storage, plain=True))
         if experts is not module:
             put(self._model, path, experts)
         if mixer is not None:

@@ -25,11 +25,10 @@ from trimtab.frozen.lowbit_experts import LowBitExperts
 from trimtab.models import packed, saved
 from trimtab.models.gguf_file import Blocks
 from trimtab.models.quantise import Rounding, check_shape, put
+from trimtab.models.storage import BLOCKS
 from trimtab.models.stored import names, read
 
 NAME = "trimtab"
-BLOCKS = "gguf"
-"""The format that leaves the weights of a GGUF file in their blocks."""
 
 
 @register_quantization_config(NAME)

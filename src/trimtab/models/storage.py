@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import ConfigError, ModelError, UnknownNameError, suggest
 
@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 
     from trimtab.models.mixed import Mixed
 
-Rounded = Literal["nf4", "fp4", "int4", "int8", "int8-group", "fp8"]
-Storage = Literal[Rounded, "gguf"]
-STORAGES: tuple[str, ...] = get_args(Rounded)
-"""Formats that weights are rounded to; ``gguf`` leaves those of a GGUF file as they are."""
+STORAGES = ("nf4", "fp4", "int4", "int8", "int8-group", "fp8")
+"""Formats that weights are rounded to."""
+BLOCKS = "gguf"
+"""The storage that leaves the weights of a GGUF file in their blocks."""
+LOFTQ = "loftq"
+"""The storage with options: ``loftq(rank=16)`` (`trimtab.frozen.loftq`)."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,11 @@ class Asked:
     def check(self) -> None:
         """Raise for a storage that there is not, and for options that do not fit it."""
         own = [one.partition("=")[2] for one in self.exempt]
-        for name, known in ((self.storage, get_args(Storage)), *((one, STORAGES) for one in own)):
-            if name and name not in known:
-                hint = suggest(name, known) or f" Known: {', '.join(known)}."
-                raise UnknownNameError(f"unknown storage {name!r}.{hint}")
-        if self.storage == "gguf" and any(own):
+        if self.storage not in (None, BLOCKS):
+            check_storage(self.storage, BLOCKS)
+        for name in filter(None, own):
+            check_storage(name)
+        if self.storage == BLOCKS and any(own):
             raise ConfigError(
                 "storage='gguf' leaves weights in the blocks of their file; exempt keeps some dense, and in no other "
                 "format."
@@ -50,6 +52,24 @@ class Asked:
             check_budget(self.storage, self.average_bits)
 
 
+def check_storage(name: str, *others: str) -> None:
+    """Raise `UnknownNameError` or `ConfigError` for what weights are not rounded to; ``others`` are known, too."""
+    known = (*STORAGES, f"{LOFTQ}(rank=16)", *others)
+    if name in (*STORAGES, *others) or _rounds_for_factors(name):
+        return
+    raise UnknownNameError(
+        f"unknown storage {name!r}.{suggest(name, known) or ' Known: ' + ', '.join(known) + '.'}"
+    )
+
+
+def _rounds_for_factors(storage: str) -> bool:
+    if not storage.startswith(LOFTQ):
+        return False
+    from trimtab.frozen.loftq import LoftQ
+
+    return LoftQ.read(storage) is not None
+
+
 def quantising(where: str, options: dict[str, Any], asked: Asked) -> dict[str, Any]:
     """Options for ``from_pretrained``: to round each weight as it is read, or to read what is stored in few bits.
 
@@ -59,7 +79,7 @@ def quantising(where: str, options: dict[str, Any], asked: Asked) -> dict[str, A
     storage = asked.storage
     if options:
         return {}
-    if storage == "gguf":
+    if storage == BLOCKS:
         raise ConfigError(
             f"storage='gguf' leaves the weights of a GGUF file in its blocks, and {where!r} is none; choose one of "
             f"{', '.join(STORAGES)}."
@@ -104,7 +124,7 @@ def settled(config: Any, asked: Asked, source: str) -> str | None:
         ModelError: how many bits it takes is not known from the config.
     """
     storage = asked.storage
-    if storage == "gguf":
+    if storage == BLOCKS:
         raise ModelError(
             f"the bits of {source!r} are those of each of its tensors, and cannot be planned without loading it; plan "
             "with storage=nf4 for an estimate."
@@ -143,7 +163,7 @@ def from_gguf(
     config = AutoConfig.from_pretrained(where, gguf_file=file, **named)
     with torch.device("meta"):
         model = auto.from_config(config)
-    kept = targets(model, asked.exempt) if asked.storage == "gguf" else ()
+    kept = targets(model, asked.exempt) if asked.storage == BLOCKS else ()
     found = tensors(Path(where) / file, model, blocks=kept)
     if found is None:
         return None
@@ -162,9 +182,10 @@ def can_ask(source: str, storage: str | None, exempt: tuple[str, ...]) -> bool:
     """Whether a base at a source can be loaded as another was stored (see `trimtab.adapt.fingerprint.Fingerprint`): its
     weights are dense where they lie, and the formats are some that weights are rounded to."""
     formats = {storage, *(one.partition("=")[2] for one in exempt if "=" in one)}
-    if storage == "gguf":
-        return Path(source).suffix == ".gguf" and formats == {"gguf"}
-    return formats <= set(STORAGES) and not stored_already(source)
+    if storage == BLOCKS:
+        return Path(source).suffix == ".gguf" and formats == {BLOCKS}
+    known = all(one in STORAGES or (one and _rounds_for_factors(one)) for one in formats)
+    return known and not stored_already(source)
 
 
 def stored_already(source: str) -> bool:
@@ -218,10 +239,10 @@ def settle(model: PreTrainedModel, asked: Asked) -> tuple[str | None, Mixed | No
             mixed = quantiser.rounding.mixer.done()
     kinds = [module.kind for module in model.modules() if isinstance(module, LowBit)]
     if storage is not None:
-        if not kinds and storage != "gguf":
+        if not kinds and storage != BLOCKS:
             mixed = rounded(model, storage, asked.exempt, asked.average_bits)
             kinds = [module.kind for module in model.modules() if isinstance(module, LowBit)]
-        if not kinds and storage == "gguf":
+        if not kinds and storage == BLOCKS:
             raise ConfigError(
                 f"storage='gguf': no weight of this file lies in blocks that can stay as they are; choose one of "
                 f"{', '.join(STORAGES)}, or none."
@@ -237,4 +258,4 @@ def foreign(quantiser: Any) -> str | None:
     """The name of a method of quantising whose own layers stay in the model; None where no layer of its kind does."""
     config = quantiser.quantization_config
     method = str(getattr(config.quant_method, "value", config.quant_method))
-    return None if method in ("trimtab", "gguf") or getattr(config, "dequantize", False) else method
+    return None if method in ("trimtab", BLOCKS) or getattr(config, "dequantize", False) else method

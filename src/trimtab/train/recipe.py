@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from trimtab.config import Config
+from trimtab.models.storage import BLOCKS, check_storage
 from trimtab.optim.params import AdamParams, Memory
 from trimtab.optim.schedule import ScheduleName, learning_rate, part_of
 
@@ -264,9 +265,9 @@ class Recipe(Config):
     """What is kept to resume from."""
     dtype: Literal["bfloat16", "float32", "float16", "float64"] | None = None
     """Of the base and its computation; what is trained is kept in float32. Empty is what suits the machine."""
-    storage: Literal["nf4", "fp4", "int4", "int8", "int8-group", "fp8", "gguf"] | None = None
-    """Keep the base's linear layers in few bits while they are used (nf4 is QLoRA's; gguf leaves those of a GGUF file
-    as they are); empty keeps them in dtype."""
+    storage: str | None = None
+    """Keep the base's linear layers in few bits while they are used: nf4 (QLoRA's), fp4, int4, int8, int8-group, fp8,
+    loftq(rank=16), or gguf (those of a GGUF file as they are); empty keeps them in dtype."""
     exempt: tuple[str, ...] = ()
     """Further layers that stay in dtype, as the head, embeddings and routers do: names, ends of names, or globs; with
     =int8 behind, in that format."""
@@ -282,6 +283,13 @@ class Recipe(Config):
     """Folder of the run; empty makes a new one below runs."""
     track: tuple[str, ...] = ()
     """Experiment trackers that follow the run: tensorboard, mlflow, wandb, trackio."""
+
+    @field_validator("storage")
+    @classmethod
+    def _storage(cls, value: str | None) -> str | None:
+        if value is not None:
+            check_storage(value, BLOCKS)
+        return value
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
