@@ -48,35 +48,13 @@ from trimtab.adapt.factors import (
     joined,
     plain_factors,
 )
-from trimtab.adapt.initial import DEFAULT, Initialisation, again, initialisation
-from trimtab.adapt.multihead import opened
-from trimtab.adapt.peft_config import refuse_unknown, selectors
+from trimtab.adapt.initial import DEFAULT, Initialisation, initialisation
+from trimtab.adapt.lowrank_in_peft import VARIANTS, fields_of, options_of
 from trimtab.errors import TargetError, UnsupportedError
 from trimtab.frozen import Layer
 from trimtab.frozen.multihead import OUTPUT, PARAMETER
 from trimtab.models.anatomy import Anatomy
 from trimtab.models.repeat import repeated
-
-PEFT_DEFAULTS: Mapping[str, Any] = {
-    "r": 8, "target_modules": None, "exclude_modules": None, "lora_alpha": 8, "lora_dropout": 0.0,
-    "fan_in_fan_out": False, "bias": "none", "use_rslora": False, "init_lora_weights": True,
-    "layers_to_transform": None, "layers_pattern": None, "rank_pattern": {}, "alpha_pattern": {},
-    "megatron_config": None, "megatron_core": "megatron.core", "trainable_token_indices": None, "loftq_config": {},
-    "eva_config": None, "corda_config": None, "lora_ga_config": None, "use_dora": False, "velora_config": None,
-    "alora_invocation_tokens": None, "use_qalora": False, "qalora_group_size": ..., "monteclora_config": None,
-    "layer_replication": None, "lora_bias": False, "target_parameters": None, "use_bdlora": None,
-    "arrow_config": None, "kasa_config": None, "ensure_weight_tying": False,
-}  # fmt: skip
-"""Options of PEFT's LoRA and their defaults: one that is set otherwise and that we lack is an error."""
-VARIANTS = (
-    "use_dora",
-    "use_qalora",
-    "kasa_config",
-    "use_bdlora",
-    "velora_config",
-    "monteclora_config",
-)
-"""Those of them that make it another method; each is a class here."""
 
 ENDS = (PARAMETER, OUTPUT)
 
@@ -373,33 +351,7 @@ class LowRank(Method):
         return plain_factors(tensors, self.rank)
 
     def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:
-        return {
-            "r": self.rank,
-            **({"lora_bias": True} if self.lora_bias else {}),
-            "lora_alpha": int(self.alpha) if self.alpha.is_integer() else self.alpha,
-            "lora_dropout": self.dropout,
-            "use_rslora": self.rslora,
-            "bias": self.bias,
-            "rank_pattern": self._peft_pattern(self.rank_pattern, places),
-            "alpha_pattern": self._peft_pattern(self.alpha_pattern, places),
-            **({} if self._start is None else self._start.to_peft()),
-        }
-
-    @staticmethod
-    def projections(paths: Iterable[str]) -> list[tuple[str, str]]:
-        """The two projections of each ``nn.MultiheadAttention`` whose projections are among these paths."""
-        found = sorted(opened(paths))
-        return [(f"{path}.{PARAMETER}", f"{path}.{OUTPUT}") for path in found]
-
-    def _peft_pattern(self, pattern: Mapping[str, Any], places: Sequence[Place]) -> dict[str, Any]:
-        """A pattern in which an ``nn.MultiheadAttention`` stands for its projections."""
-        pairs = self.projections(place.path for place in places)
-        said = {one.removesuffix(f".{PARAMETER}"): pattern.get(one) for one, _ in pairs}
-        left = {k: v for k, v in pattern.items() if all(k not in pair for pair in pairs)}
-        more = {
-            p: v for p, v in said.items() if v is not None and v != pattern_value(left, p, None)
-        }
-        return {**more, **left}
+        return options_of(self, places)
 
     def in_peft(self, anatomy: Anatomy, places: Sequence[Place]) -> bool:
         # PEFT would change the weight that repeated blocks share once for each of them
@@ -432,35 +384,7 @@ class LowRank(Method):
     @classmethod
     def fields_from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """Our fields of a PEFT LoRA config."""
-        read = {
-            "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "rank_pattern", "alpha_pattern",
-            "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
-            "layer_replication", "init_lora_weights", "lora_ga_config", "eva_config", "corda_config", "loftq_config",
-            "lora_bias", cls.variant, *cls.peft_own,
-        }  # fmt: skip
-        refuse_unknown(config, PEFT_DEFAULTS, read, "LoRA")
-        layers, init = config.get("layers_to_transform"), again(config)
-        start = initialisation(init)
-        if config.get("layer_replication") and start and (start.away or start.beside):
-            raise UnsupportedError(
-                f"init_lora_weights={init!r} with layer_replication: PEFT changed the one weight that repeated layers "
-                "share once for each of them, so that none has the base that its factors were made for. Save it from "
-                "PEFT in converted form (path_initial_model_for_weight_conversion)."
-            )
-        return {
-            "targets": selectors(config.get("target_modules")),
-            "exclude": selectors(config.get("exclude_modules")),
-            "layers": (layers,) if isinstance(layers, int) else layers,
-            "rank": config.get("r", 8),
-            "alpha": float(config.get("lora_alpha", 8)),
-            "dropout": config.get("lora_dropout", 0.0),
-            "rslora": bool(config.get("use_rslora", False)),
-            "bias": config.get("bias", "none"),
-            "lora_bias": bool(config.get("lora_bias", False)),
-            "rank_pattern": config.get("rank_pattern") or {},
-            "alpha_pattern": config.get("alpha_pattern") or {},
-            "init": init,
-        }  # fmt: skip
+        return fields_of(config, {cls.variant, *cls.peft_own})
 
     def roles_in_file(self, path: str, slots: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
         factors = [""] if slots.keys() - set(SLOTS.values()) else []

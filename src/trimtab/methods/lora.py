@@ -37,6 +37,7 @@ from trimtab.adapt.in_peft import TIED
 from trimtab.adapt.invoked import invoked
 from trimtab.adapt.lowbit import SHORTEST, rounded
 from trimtab.adapt.lowrank import BIASES, LowRank
+from trimtab.adapt.lowrank_in_peft import projections
 from trimtab.adapt.tied import with_tied
 from trimtab.errors import UnsupportedError
 from trimtab.models.anatomy import Anatomy
@@ -122,7 +123,7 @@ class LoRA(LowRank):
 
     def in_peft(self, anatomy: Anatomy, places: Sequence[Place]) -> bool:
         # PEFT has one rank and one alpha for both projections of an nn.MultiheadAttention
-        pairs = self.projections(place.path for place in places)
+        pairs = projections(place.path for place in places)
         alike = all(self.at(one) == self.at(other) for one, other in pairs)
         # and refuses these together
         own = self._keeps_b and (self.lora_bias or bool(self.invocation))

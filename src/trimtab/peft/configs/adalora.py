@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from trimtab.adapt.contract import Init, Method, normal
-from trimtab.adapt.lowrank import VARIANTS
+from trimtab.adapt.lowrank_in_peft import VARIANTS
 from trimtab.errors import ConfigError
 from trimtab.peft.config import config, option
 from trimtab.peft.configs.lora import LoraConfig

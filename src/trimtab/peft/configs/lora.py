@@ -14,7 +14,7 @@ from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.contract import Init, Method, kaiming_uniform, normal, uniform
 from trimtab.adapt.factors import OFFSET
 from trimtab.adapt.initial import again
-from trimtab.adapt.lowrank import VARIANTS
+from trimtab.adapt.lowrank_in_peft import VARIANTS
 from trimtab.adapt.parse import methods
 from trimtab.adapt.repeat import repeat_blocks
 from trimtab.adapt.routed import routed
