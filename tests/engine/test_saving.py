@@ -20,8 +20,9 @@ from trimtab.engine import Engine, saving
 from trimtab.engine.saving import mlps, offloaded, recomputed
 from trimtab.errors import ConfigError, UnsupportedError
 from trimtab.optim import adam as adam_file
+from trimtab.optim import paged
 from trimtab.optim.adam import Adam
-from trimtab.optim.params import AdamParams, Memory
+from trimtab.optim.params import AdamParams, Memory, StatePlace
 
 IDS = torch.arange(3, 259).view(2, 128) % 90
 PARAMS = AdamParams(lr=1e-2, weight_decay=0.1, ema=0.9)
@@ -155,19 +156,21 @@ def test_weights_stay_and_a_shared_input_goes_over_once(monkeypatch: pytest.Monk
     assert a.grad is not None
 
 
-def stepped(host: bool, steps: int = 4, restart: bool = False) -> list[Tensor]:
+def stepped(
+    place: StatePlace, steps: int = 4, restart: bool = False, device: str = "cpu"
+) -> list[Tensor]:
     torch.manual_seed(0)
     shapes = {"a": (6, 4), "b": (40, 7), "c": (5,), "d": (3, 3)}
-    named = {key: nn.Parameter(torch.randn(shape)) for key, shape in shapes.items()}
-    optimiser = Adam(named, {"b": 4.0}, host=host)
+    named = {key: nn.Parameter(torch.randn(shape).to(device)) for key, shape in shapes.items()}
+    optimiser = Adam(named, {"b": 4.0}, place=place)
     for _ in range(steps):
         for key, parameter in named.items():
-            parameter.grad = None if key == "d" else torch.randn_like(parameter)
+            parameter.grad = None if key == "d" else torch.randn(parameter.shape).to(device)
         optimiser.step(PARAMS)
         optimiser.clear()
         if restart:
             state = optimiser.state()
-            optimiser = Adam(named, {"b": 4.0}, host=host)
+            optimiser = Adam(named, {"b": 4.0}, place=place)
             optimiser.restore(state)
     return [*named.values(), *(value for _, value in sorted(optimiser.state().items()))]
 
@@ -177,16 +180,48 @@ def stepped(host: bool, steps: int = 4, restart: bool = False) -> list[Tensor]:
 def test_moments_on_the_host_change_no_bit(
     piece: int, restart: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = stepped(False)
+    expected = stepped("device")
     monkeypatch.setattr(adam_file, "PIECE", piece)
-    found = stepped(True, restart=restart)
+    found = stepped("host", restart=restart)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
-@pytest.mark.parametrize("what", ["activations", "optimiser"])
-def test_a_model_on_the_host_has_nowhere_to_put_them(what: str) -> None:
-    with pytest.raises(ConfigError, match=f"memory.{what}: host moves it off a CUDA device"):
-        Engine(kit.base(), memory=Memory.model_validate({what: "host"}))
+@pytest.mark.parametrize(
+    ("what", "place"), [("activations", "host"), ("optimiser", "host"), ("optimiser", "paged")]
+)
+def test_a_model_on_the_host_has_nowhere_to_put_them(what: str, place: str) -> None:
+    with pytest.raises(ConfigError, match=f"memory.{what}: {place} moves it off a CUDA device"):
+        Engine(kit.base(), memory=Memory.model_validate({what: place}))
+
+
+def test_paged_memory_without_cuda_is_a_clear_error() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(ConfigError, match=r"paged needs CUDA's unified memory.* use host"):
+        paged._runtime()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("restart", [False, True])
+def test_on_a_gpu_paged_moments_change_no_bit(restart: bool) -> None:
+    expected = stepped("device", device="cuda")
+    found = stepped("paged", restart=restart, device="cuda")
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_paged_memory_is_freed_and_is_none_of_torchs() -> None:
+    like = torch.empty(1 << 26, device="cuda")
+    before = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
+    for _ in range(200):  # 50 GB, were it kept
+        moment = paged.paged_zeros_like(like)
+        assert moment.device == like.device and not bool(moment.any())
+        moment.add_(1)
+    assert float(moment.sum()) == like.numel()
+    del moment
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= before[0] + like.nbytes
+    assert torch.cuda.mem_get_info()[0] > before[1] - 2 * like.nbytes
 
 
 @pytest.mark.gpu

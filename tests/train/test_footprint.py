@@ -16,7 +16,7 @@ from tests.data import kit as data_kit
 from tests.train import kit
 from trimtab.adapt.acting import using
 from trimtab.engine import Engine
-from trimtab.errors import ModelError, UnknownNameError
+from trimtab.errors import ConfigError, ModelError, UnknownNameError
 from trimtab.models.load import load_hollow
 from trimtab.train import facts
 from trimtab.train.devices import GPUS, Device, named_gpu, this_device
@@ -159,6 +159,20 @@ def test_methods_are_counted_as_they_are_trained(home: Path, method: str) -> Non
     assert parts["adapter"] >= sum(own.values())
     # two moments of each trained number, and a count of steps of each tensor
     assert parts["optimiser"] == pytest.approx(2 * 4 * adapter.count, rel=0.01, abs=16 * len(own))
+
+
+@pytest.mark.parametrize("place", ["host", "paged"])
+def test_moments_that_wait_on_the_host_take_nothing_of_a_gpu(home: Path, place: str) -> None:
+    recipe = kit.recipe(home, "run", method={"kind": "full", "targets": "all"})
+    away = recipe.replace(memory={"optimiser": place})
+    before, after = (plan(one, gpu="24GB", dry=True) for one in (recipe, away))
+    assert before.phases["training"]["optimiser"] > 0 == after.phases["training"]["optimiser"]
+    assert after.peak < before.peak
+    if not torch.cuda.is_available():
+        with pytest.raises(
+            ConfigError, match=f"memory.optimiser: {place} moves it off a CUDA device"
+        ):
+            plan(away, dry=True)
 
 
 def test_nf4_takes_its_bits(tmp_path: Path) -> None:

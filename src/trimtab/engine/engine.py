@@ -372,8 +372,7 @@ class Engine:
         adapter = bank_of(self.model).require(name)
         tenant = self._tenants.get(name)
         if tenant is None or tenant.adapter is not adapter:
-            host = self.memory.optimiser == "host"
-            tenant = self._tenants[name] = Tenant(adapter, host=host)
+            tenant = self._tenants[name] = Tenant(adapter, self.memory.optimiser)
         return tenant
 
     def _gated(self, owners: Sequence[Who]) -> bool:

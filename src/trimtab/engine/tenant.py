@@ -11,16 +11,16 @@ from trimtab.adapt.stepper import Stepper
 from trimtab.engine.results import StepResult
 from trimtab.errors import NonFiniteLossError, TrainingError
 from trimtab.optim.adam import Adam
-from trimtab.optim.params import AdamParams
+from trimtab.optim.params import AdamParams, StatePlace
 
 SHOWN = 8
 
 
 class Tenant:
-    """An attached adapter; ``weight`` and ``origins`` say which tokens and examples its gradients hold. ``host``: its
-    moments wait in host memory."""
+    """An attached adapter; ``weight`` and ``origins`` say which tokens and examples its gradients hold. ``place`` is
+    where its moments lie between steps."""
 
-    def __init__(self, adapter: Adapter, *, host: bool = False) -> None:
+    def __init__(self, adapter: Adapter, place: StatePlace = "device") -> None:
         self.adapter = adapter
         named = {
             k: p
@@ -32,7 +32,7 @@ class Tenant:
                 f"adapter {adapter.name!r} has no tensor that requires a gradient; "
                 "attach it with trainable=True."
             )
-        self.adam = Adam(named, adapter.rates, host=host)
+        self.adam = Adam(named, adapter.rates, place=place)
         self.stepper = Stepper(adapter)
         self.weight = 0.0
         self.origins: list[str] = []

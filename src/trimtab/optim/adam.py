@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from trimtab.adapt.adapter import Adapter
 from trimtab.errors import FileFormatError, NonFiniteLossError
 from trimtab.optim.average import PREFIX, Average
-from trimtab.optim.params import AdamParams
+from trimtab.optim.paged import paged_zeros_like
+from trimtab.optim.params import AdamParams, StatePlace
 
 PARTS = ("step", "exp_avg", "exp_avg_sq", "average")
 PIECE = 64 * 2**20
@@ -30,8 +31,8 @@ class Adam:
     Args:
         named: its trained parameters by key, in a fixed order.
         rates: factors on the learning rate by key, where they are not 1 (`Adapter.rates`).
-        host: the moments wait in host memory (pinned, for a CUDA device), and a step fetches those of a few tensors at
-            a time; the arithmetic is the same.
+        place: where the moments lie between steps. host: in host memory (pinned, for a CUDA device), and a step fetches
+            those of a few tensors at a time; paged: in memory that CUDA moves itself. The arithmetic is the same.
     """
 
     def __init__(
@@ -39,14 +40,14 @@ class Adam:
         named: Mapping[str, nn.Parameter],
         rates: Mapping[str, float] | None = None,
         *,
-        host: bool = False,
+        place: StatePlace = "device",
     ) -> None:
         self.named = dict(named)
-        parts = pieces(self.named, PIECE) if host else [self.named]
+        parts = pieces(self.named, PIECE) if place == "host" else [self.named]
         self._inners = [
             torch.optim.AdamW(groups(part, rates or {}), lr=1.0, foreach=True) for part in parts
         ]
-        self._host = host
+        self._place = place
         self.average = Average(self.named)
 
     @property
@@ -87,7 +88,9 @@ class Adam:
                 group["betas"] = (params.beta1, params.beta2)
                 group["eps"] = params.eps
                 group["weight_decay"] = params.weight_decay if group["decays"] else 0.0
-            with visiting(inner) if self._host else nullcontext():
+            if self._place == "paged":
+                begin(inner)
+            with visiting(inner) if self._place == "host" else nullcontext():
                 inner.step()
         if params.ema is not None:
             self.average.update(params.ema)
@@ -124,10 +127,16 @@ class Adam:
             if part == PARTS[-1]:
                 continue
             # The count of steps stays on CPU, where AdamW keeps it.
-            placed = value.clone() if part == "step" else value.to(parameter.device).clone()
-            placed = _waiting(placed) if self._host and part != "step" else placed
+            placed = value.clone() if part == "step" else self._placed(value, parameter)
             owner[parameter].state[parameter][part] = placed
         self.average.restore(state)
+
+    def _placed(self, value: Tensor, parameter: Tensor) -> Tensor:
+        """A moment, where those of its parameter lie between steps."""
+        if self._place == "paged":
+            return paged_zeros_like(parameter).copy_(value)
+        here = value.to(parameter.device).clone()
+        return _waiting(here) if self._place == "host" else here
 
     def _kept(self) -> dict[nn.Parameter, dict[str, Tensor]]:
         found = {}
@@ -151,6 +160,14 @@ def pieces(named: Mapping[str, nn.Parameter], most: int) -> list[dict[str, nn.Pa
         found[-1][key] = parameter
         size += parameter.nbytes
     return found
+
+
+def begin(inner: torch.optim.Optimizer) -> None:
+    """Moments of parameters that are stepped for the first time, as AdamW begins them, in paged memory."""
+    for parameter in _parameters(inner):
+        if parameter.grad is not None and not inner.state[parameter]:
+            moments = {part: paged_zeros_like(parameter) for part in PARTS[1:3]}
+            inner.state[parameter] = {"step": torch.tensor(0.0), **moments}
 
 
 @contextmanager

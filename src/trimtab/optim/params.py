@@ -30,6 +30,7 @@ class AdamParams(Config):
 
 
 Place = Literal["device", "host"]
+StatePlace = Literal[Place, "paged"]
 
 
 class Memory(Config):
@@ -40,15 +41,16 @@ class Memory(Config):
     product), or all but its input."""
     activations: Place = "device"
     """host: what is kept for the backward waits in host memory (for a CUDA device)."""
-    optimiser: Place = "device"
-    """host: the optimiser's moments wait in host memory and visit the device a piece at a time (for a CUDA device)."""
+    optimiser: StatePlace = "device"
+    """host: the optimiser's moments wait in host memory and visit the device a piece at a time; paged: CUDA moves their
+    pages to the host while the device is full (both for a CUDA device)."""
 
     def check(self, device: str) -> None:
         """Raise `ConfigError` for memory that is to wait where the model lies already."""
         named = {"activations": self.activations, "optimiser": self.optimiser}
-        away = [name for name, place in named.items() if place == "host"]
-        if away and device == "cpu":
+        away = {name: place for name, place in named.items() if place != "device"}
+        for name, place in away.items() if device == "cpu" else ():
             raise ConfigError(
-                f"memory.{away[0]}: host moves it off a CUDA device, and this model is in host memory already; leave "
+                f"memory.{name}: {place} moves it off a CUDA device, and this model is in host memory already; leave "
                 "it out, or recompute instead."
             )

@@ -125,7 +125,10 @@ class _Run:
     def __init__(self, recipe: Recipe, base: Base, adapter: Adapter, account: Ledger) -> None:
         self.base, self.adapter, self.account = base, adapter, account
         account.phase("looking")
-        self.engine = Engine(base, micro_tokens=recipe.batch.micro_tokens, memory=recipe.memory)
+        memory = recipe.memory
+        if memory.optimiser == "paged":  # which makes room as moments on the host do
+            memory = memory.replace(optimiser="host")
+        self.engine = Engine(base, micro_tokens=recipe.batch.micro_tokens, memory=memory)
         self.recipe = resolved(recipe, base, adapter, None)
         context = self.engine.context(adapter.name)
         self.sources: Sources = read_sources(self.recipe, base.tokenizer, context)
@@ -163,7 +166,8 @@ class _Run:
         account.hold([t.grad for t in trained], "gradients")
         optim = self.recipe.optim
         engine.optim_step(name, optim.params(optim.lr or 1e-9, self.total))
-        account.hold(engine.optimiser_tensors(name), "optimiser")
+        moments = engine.optimiser_tensors(name)
+        account.hold([t for t in moments if t.is_meta], "optimiser")  # others wait on the host
         engine.packed = None
 
     def _measure(self) -> int:

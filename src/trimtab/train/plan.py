@@ -105,6 +105,8 @@ def plan(recipe: Recipe, gpu: str | None = None, *, dry: bool = False) -> Plan:
     """
     here = torch.device(recipe.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     device = this_device(here) if gpu is None else named_gpu(gpu)
+    if gpu is None:
+        recipe.memory.check(here.type)
     if gpu is not None:
         recipe = recipe.replace(dtype=recipe.dtype or "bfloat16", device="cpu")
     found = footprint(recipe, device.name)
