@@ -69,6 +69,27 @@ def test_a_step_in_few_bits_is_told_as_it_was_measured() -> None:
     assert told == measured
 
 
+def test_a_big_base_is_told_as_it_was_measured() -> None:
+    table = (ROOT / "benchmarks/results/big_base.md").read_text(encoding="utf-8")
+    fast, plain = (
+        [float(cell) for cell in row.split("|")[4:-1]]
+        for row in re.findall(r"^\| (?:bitsandbytes|plain torch) (\|.*)$", table, re.MULTILINE)
+    )
+    text = " ".join(README.split())
+    assert f"in {max(fast[0], plain[0]):.1f} GB of anonymous memory" in text
+    assert f"in {fast[1]:.0f} seconds each, and {plain[1]:.0f} without bitsandbytes" in text
+
+
+def test_quality_in_four_bits_is_told_as_it_was_measured() -> None:
+    table = (ROOT / "benchmarks/results/qlora_quality.md").read_text(encoding="utf-8")
+    found = re.search(r"Mean held-out loss: bf16 ([\d.]+), NF4 ([\d.]+);", table)
+    assert found is not None
+    dense, stored = (f"{float(loss):.3f}" for loss in found.groups())
+    assert f"the held-out loss is {stored} instead of {dense} on average" in " ".join(
+        README.split()
+    )
+
+
 def test_the_face_is_told_as_it_was_measured() -> None:
     parts = json.loads((ROOT / "benchmarks/results/face.json").read_text())["parts"]
     text = " ".join(README.split())
