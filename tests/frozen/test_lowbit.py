@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from trimtab.frozen.eightbit import Fp8Linear, Int8Linear
+from trimtab.frozen.formats import FORMATS
 from trimtab.frozen.fourbit import FourBitLinear
 from trimtab.frozen.lowbit import LowBitLinear
 
@@ -42,3 +43,21 @@ def test_a_gradient_that_nobody_asked_for_is_not_made() -> None:
     small.dense = lambda dtype: unpacked.append(dtype) or dense.weight.to(dtype)  # type: ignore[method-assign,assignment,func-returns-value]
     small(torch.randn(3, 128)).sum().backward()
     assert len(unpacked) == 1, "once in the forward, for nothing in the backward"
+
+
+@pytest.mark.parametrize("storage", FORMATS)
+@pytest.mark.parametrize("shape", [(128,), (3, 128), (2, 3, 128)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_what_it_gives_may_be_written_in_place(
+    storage: str, shape: tuple[int, ...], biased: bool
+) -> None:
+    """Falcon adds its residual so."""
+    bias = torch.randn(64) if biased else None
+    layer = FORMATS[storage](torch.randn(64, 128), bias)
+    x = torch.randn(shape, requires_grad=True)
+    expected = torch.nn.functional.linear(x, layer.dense(torch.float32), bias) + 1
+    y = layer(x)
+    y += 1
+    torch.testing.assert_close(y, expected)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, layer.dense(torch.float32).sum(0).expand(shape))

@@ -130,7 +130,9 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, module: LowBitLinear) -> Tensor:
         ctx.module = module
-        return F.linear(x, module.dense(x.dtype), bias)
+        y = F.linear(x.reshape(-1, x.shape[-1]), module.dense(x.dtype), bias)
+        # no view, which autograd would forbid to be written in place (Falcon adds to it so)
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], module.out_features))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
