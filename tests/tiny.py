@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -310,10 +312,18 @@ class Case:
         return self.decodes or self.given is _text_to_text
 
     def model(self, dtype: torch.dtype = torch.float64) -> nn.Module:
-        return self.make().to(dtype)
+        """A model of its own; a copy, because making one takes most of many a test's time."""
+        found = copy.deepcopy(_made(self, dtype))
+        torch.manual_seed(0)
+        return found
 
     def inputs(self, seed: int = 0) -> Inputs:
         return self.given(torch.Generator().manual_seed(seed), self.rows)
+
+
+@functools.cache
+def _made(case: Case, dtype: torch.dtype) -> nn.Module:
+    return case.make().to(dtype)
 
 
 def in_few_bits(case: Case, storage: str) -> Case:
