@@ -22,7 +22,7 @@ from trimtab.train import facts
 from trimtab.train.devices import GPUS, Device, named_gpu, this_device
 from trimtab.train.footprint import Footprint, footprint
 from trimtab.train.hollow import Hollow
-from trimtab.train.ledger import PARTS, Ledger
+from trimtab.train.ledger import LARGE, PARTS, Ledger
 from trimtab.train.plan import plan
 from trimtab.train.proposal import proposed
 from trimtab.train.recipe_file import make_recipe
@@ -66,6 +66,27 @@ def test_what_linear_layers_keep_is_the_sum_by_hand() -> None:
     # forward, and backward to all weights and to the inner activations
     assert found.flops == 2 * rows * (2 * weights + inner * out)
     assert set(found.parts) == set(PARTS)
+
+
+def test_large_blocks_and_small_ones_do_not_take_each_others_room() -> None:
+    account = Ledger(vocabulary=999)
+    with Hollow(account):
+        weight = torch.empty(100, device="meta")
+        account.hold([weight], "weights")
+        account.phase("step")
+        small = [torch.empty(1000, device="meta") for _ in range(3)]
+        del small
+        large = torch.empty(LARGE // 4, device="meta")
+        beside = torch.empty(10, device="meta")
+        del large, beside, weight
+    found = account.moments()["step"]
+    assert found.total == 400 + LARGE + 40
+    assert found.apart == 400 + 12_000 + LARGE
+    assert found.moving == 12_000
+    device = Device("", None, 1_000_000, 0.5)
+    parts = device.parts(found)
+    assert (parts["libraries"], parts["allocator"]) == (1_000_000, 12_000 - 40 + 6_000)
+    assert device.needs(found) == 1_000_000 + found.apart + 6_000
 
 
 def test_nothing_is_left_alive_but_what_is_held() -> None:
@@ -166,7 +187,11 @@ def test_moments_that_wait_on_the_host_take_nothing_of_a_gpu(home: Path, place: 
     recipe = kit.recipe(home, "run", method={"kind": "full", "targets": "all"})
     away = recipe.replace(memory={"optimiser": place})
     before, after = (plan(one, gpu="24GB", dry=True) for one in (recipe, away))
-    assert before.phases["training"]["optimiser"] > 0 == after.phases["training"]["optimiser"]
+    assert (
+        before.phases["training"].parts["optimiser"]
+        > 0
+        == after.phases["training"].parts["optimiser"]
+    )
     assert after.peak < before.peak
     if not torch.cuda.is_available():
         with pytest.raises(

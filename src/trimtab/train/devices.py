@@ -2,11 +2,12 @@
 
 A device adds to what the operations of a run need (`trimtab.train.footprint`) what none of them shows:
 
-    peak = bytes of the tensors + libraries + loss · (gradients, activations, logits, temporary)
+    peak = bytes of the tensors, small and large ones each at their heaviest + libraries + loss · small ones that move
 
 ``libraries`` are the process before the model: Python and its packages on a CPU, the context of CUDA on a GPU. ``loss``
-is what the allocator cannot use because freed memory lies in pieces of other sizes. On a CPU the first is measured, and
-the second fitted to other runs than those that the benchmark `plan_accuracy` then checks. On a GPU both are guesses.
+is what the allocator cannot use because freed memory lies in pieces of other sizes, as a share of the most that small
+blocks other than weights took. On a CPU both are fitted to other runs than those that the benchmark `plan_accuracy`
+then checks. On a GPU both are guesses.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from trimtab.errors import UnknownNameError, suggest
 from trimtab.train import facts
 from trimtab.train.ledger import Moment
 
-CPU_LIBRARIES, CPU_LOSS = 490 * 2**20, 0.4
-"""Measured, and fitted; see benchmarks/results/plan_accuracy.md."""
+CPU_LIBRARIES, CPU_LOSS = 567 * 2**20, 0.34
+"""Fitted; see benchmarks/results/plan_accuracy.md."""
 GPU_LIBRARIES, GPU_LOSS = 600 * 2**20, 0.08
 """Guessed."""
 USABLE = 0.98
@@ -57,8 +58,7 @@ class Device:
 
     def parts(self, moment: Moment) -> dict[str, int]:
         """The bytes of a moment by part, those of the libraries and of the allocator among them."""
-        moving = ("gradients", "activations", "logits", "temporary")
-        lost = round(self.loss * sum(moment.parts[part] for part in moving))
+        lost = moment.apart - moment.total + round(self.loss * moment.moving)
         return {**moment.parts, "libraries": self.libraries, "allocator": lost}
 
     def needs(self, moment: Moment) -> int:

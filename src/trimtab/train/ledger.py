@@ -20,20 +20,55 @@ from torch.utils.flop_counter import flop_registry
 PARTS = ("weights", "adapter", "gradients", "optimiser", "activations", "logits", "temporary")
 """What memory is for. ``activations`` are what a forward keeps for its backward; ``temporary`` is all that neither
 keeps: inner results, gradients of activations, weights that are unpacked."""
+LARGE = 32 * 2**20
+"""Blocks of so many bytes come from the system one by one, and go back to it; smaller ones share a heap, which does
+not shrink (`trimtab.engine.memory`)."""
 
 
 @dataclass(frozen=True)
 class Moment:
     """The heaviest moment of a phase: bytes by part; and how many floating-point operations the phase took for how
-    many cells (tokens, with padding)."""
+    many cells (tokens, with padding).
+
+    ``apart`` are the bytes of the phase with small and large blocks each at their own heaviest moment, because neither
+    can lie in what the other left; ``moving`` is the most that small blocks took at once, weights not counted."""
 
     parts: Mapping[str, int]
+    apart: int
+    moving: int
     flops: int = 0
     cells: int = 0
 
     @property
     def total(self) -> int:
         return sum(self.parts.values())
+
+
+@dataclass
+class _Heights:
+    """Bytes that are alive, or the most of each kind; ``index`` is the change after which all of them were most."""
+
+    whole: int = 0
+    small: int = 0
+    large: int = 0
+    moving: int = 0
+    index: int = 0
+
+    def add(self, size: int, *, large: bool, moves: bool) -> None:
+        self.whole += size
+        if large:
+            self.large += size
+            return
+        self.small += size
+        if moves:
+            self.moving += size
+
+    def raise_to(self, now: _Heights, index: int) -> None:
+        if now.whole > self.whole:
+            self.whole, self.index = now.whole, index
+        self.small = max(self.small, now.small)
+        self.large = max(self.large, now.large)
+        self.moving = max(self.moving, now.moving)
 
 
 class Ledger:
@@ -99,24 +134,31 @@ class Ledger:
 
     def moments(self) -> dict[str, Moment]:
         """The heaviest moment of each phase; a phase that came several times counts once."""
-        found: dict[str, tuple[int, int]] = {}  # phase -> (bytes, change after which)
-        alive = 0
+        found: dict[str, _Heights] = {}
+        now = _Heights()
         starts = [*self._phases, ("", len(self._changes) + 1)]
         place = -1
         for index, change in enumerate(self._changes):
             while place + 1 < len(starts) and starts[place + 1][1] <= index:
                 place += 1
                 if place < len(self._phases):
-                    name = starts[place][0]
-                    found[name] = max(found.get(name, (0, 0)), (alive, index))
-            alive += self._sizes[change] if change > 0 else -self._sizes[-change]
+                    found.setdefault(starts[place][0], _Heights()).raise_to(now, index)
+            number = abs(change)
+            size = self._sizes[number] if change > 0 else -self._sizes[number]
+            now.add(
+                size, large=self._sizes[number] >= LARGE, moves=self._parts[number] != "weights"
+            )
             if place >= 0:
-                name = starts[place][0]
-                if alive > found[name][0]:
-                    found[name] = (alive, index + 1)
+                found[starts[place][0]].raise_to(now, index + 1)
         return {
-            name: Moment(self._shared_out(index), self._flops.get(name, 0), self._cells[name])
-            for name, (_, index) in found.items()
+            name: Moment(
+                self._shared_out(most.index),
+                most.small + most.large,
+                most.moving,
+                self._flops.get(name, 0),
+                self._cells[name],
+            )
+            for name, most in found.items()
         }
 
     def _shared_out(self, index: int) -> dict[str, int]:

@@ -36,6 +36,7 @@ from trimtab.train.devices import (
     this_device,
 )
 from trimtab.train.footprint import Footprint, footprint, losses
+from trimtab.train.ledger import Moment
 from trimtab.train.proposal import Proposal, proposed
 from trimtab.train.recipe import Recipe
 from trimtab.train.setup import Rows, opened_base, resolved, saves, total_steps
@@ -68,8 +69,8 @@ class Times:
 class Plan:
     """``rows`` are the facts of the run by name, memory is in bytes.
 
-    ``parts`` are those of the peak, which comes in ``phase``; ``phases`` are the bytes of all phases by part, those of
-    the device left out. ``times`` is None where the rate of the device is not known.
+    ``parts`` are those of the peak, which comes in ``phase``; ``phases`` are the heaviest moments of all phases,
+    without what the device adds. ``times`` is None where the rate of the device is not known.
     """
 
     rows: Rows
@@ -79,7 +80,7 @@ class Plan:
     device: str
     phase: str
     parts: Mapping[str, int]
-    phases: Mapping[str, Mapping[str, int]]
+    phases: Mapping[str, Moment]
     flops: float
     available: int | None
     times: Times | None
@@ -124,7 +125,7 @@ def plan(recipe: Recipe, gpu: str | None = None, *, dry: bool = False) -> Plan:
         device=device.name,
         phase=phase,
         parts=parts,
-        phases={name: moment.parts for name, moment in found.moments.items()},
+        phases=found.moments,
         flops=sum(found.flops),
         available=device.memory,
         times=times,
