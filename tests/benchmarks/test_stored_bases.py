@@ -64,15 +64,16 @@ def test_the_difference_of_quality_is_that_of_the_means() -> None:
     interval = {"value": 0.9, "low": 0.8, "high": 0.95}
     runs = [
         {
-            "base": base, "seed": seed, "held_out_loss": {**interval, "value": loss},
+            "rows": 8, "base": base, "seed": seed, "held_out_loss": {**interval, "value": loss}, "commit": "c",
             "accuracy": interval, "forgetting": {}, "peak_bytes": 2**30,
         }
-        for base, losses in (("bf16", (0.2, 0.3)), ("NF4", (0.21, 0.31)))
+        for base, losses in (("bf16", (0.2, 0.3, 0.4)), ("NF4", (0.21, 0.31, 0.41)))
         for seed, loss in enumerate(losses)
     ]  # fmt: skip
-    found = {"rows": [8, 8], "machine": {"cpu": "a", "cores": 2}, "commit": "c", "runs": runs}
-    text = qlora_quality.table(found)
-    assert "bf16 0.2500, NF4 0.2600; difference +0.0100" in text
+    text = qlora_quality.table([*runs, {**runs[0], "rows": 16}])
+    assert "bf16 0.3000, accuracy 0.9000; NF4 0.3100 (+0.0100), accuracy 0.9000." in text
+    assert text.index("## 8 reviews") < text.index("bf16 0.3000") < text.index("## 16 reviews")
+    assert text.count("Means over") == 1, "not before all seeds are there"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
