@@ -20,6 +20,7 @@ NAMES = (
     "qlora_quality",
     "big_base",
     "quantisers",
+    "attention",
 )
 ON_CUDA = ("dequantise",)
 """Those that measure nothing without a GPU; they are run by name alone."""

@@ -1,6 +1,9 @@
-"""Packed rows: each document with its own adapter is what it is alone, and gates see only its prompt."""
+"""Packed rows: each document with its own adapter is what it is alone, whether a mask or attention itself keeps it
+apart, and gates see only its prompt."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
@@ -9,7 +12,9 @@ from torch import Tensor
 import trimtab as tt
 from tests.laws.cells import Cell, attached, law
 from tests.tiny import CASES
+from trimtab.adapt import attention
 from trimtab.adapt.bank import Plan, bank_of
+from trimtab.adapt.injected import DOCUMENTS, Documents, apart
 from trimtab.adapt.route import Route, Span
 
 LENGTHS = (5, 3, 6, 4)
@@ -44,9 +49,11 @@ def test_a_packed_document_is_the_document_alone(cell: Cell) -> None:
         prompt[span.row, span.start : span.start + 2] = True
     bank = bank_of(model)
     owners = tuple(bank.owner(name) for name in names)
-    for route in (Route(owners, SPANS), Route((("a",),) * 4, SPANS)):
-        with bank.scope(route, Plan(prompt=prompt)):
-            together = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    routes = Route(owners, SPANS), Route((("a",),) * 4, SPANS)
+    for route, told in itertools.product(routes, (None, Documents((5, 8, 10, 16, 20)))):
+        more = {} if told is None else {DOCUMENTS: told}
+        with bank.scope(route, Plan(prompt=prompt)), attention.ours(model), apart(told):
+            together = model(input_ids=ids, position_ids=positions, use_cache=False, **more).logits
         for document, span, owner in zip(documents, SPANS, route.owners, strict=True):
             alone_prompt = torch.zeros(1, len(document), dtype=torch.bool)
             alone_prompt[:, :2] = True

@@ -11,6 +11,8 @@ from __future__ import annotations
 import dis
 import inspect
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
@@ -86,6 +88,20 @@ def set_implementation(model: nn.Module, name: str) -> None:
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and part.config._attn_implementation != name:
             part.set_attn_implementation(name)
+
+
+@contextmanager
+def ours(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, attention is ours where it would be the one of torch: the faster one of the two is taken."""
+    before = model.config._attn_implementation
+    taken = OURS.get(before) if before == "sdpa" and model._can_set_attn_implementation() else None
+    if taken is not None:
+        set_implementation(model, taken)
+    try:
+        yield
+    finally:
+        if taken is not None:
+            set_implementation(model, before)
 
 
 def insert(model: nn.Module, bank: Bank, edit: Edit, anatomy: Anatomy) -> None:

@@ -15,7 +15,9 @@ Shapes: B rows, T queries, S keys, U units, P virtual tokens, H heads, G key hea
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -27,10 +29,44 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from trimtab.adapt.context import Context
 from trimtab.adapt.route import Owner, units_at
 from trimtab.errors import RouteError
+from trimtab.kernels.attention import causal_attention
 
 KEYWORD = "trimtab_injected"
+DOCUMENTS = "trimtab_documents"
+"""Where a model is told of packed documents (`Documents`); it hands the word on to its attention."""
 OURS = {"sdpa": "trimtab_sdpa", "eager": "trimtab_eager"}
 """Attention functions of transformers -> ours around them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """``ends`` are the places where the documents of the flattened (B · T) tokens end, none of them across a row."""
+
+    ends: tuple[int, ...]
+
+    @property
+    def longest(self) -> int:
+        return max(end - start for start, end in zip((0, *self.ends), self.ends, strict=False))
+
+    def mask(self, rows: int, length: int, device: torch.device) -> Tensor:
+        """(B, 1, T, T), true where a token is seen: those of the same document up to oneself."""
+        sizes = torch.tensor(self.ends).diff(prepend=torch.zeros(1, dtype=torch.long))
+        which = torch.arange(len(self.ends)).repeat_interleave(sizes).view(rows, length).to(device)
+        same = which[:, :, None] == which[:, None]
+        return same.tril()[:, None]
+
+
+_apart: ContextVar[Documents | None] = ContextVar("_apart", default=None)
+
+
+@contextmanager
+def apart(documents: Documents | None) -> Iterator[None]:
+    """Inside, a model that is told of these documents makes no mask to keep them apart: our attention does it."""
+    before = _apart.set(documents)
+    try:
+        yield
+    finally:
+        _apart.reset(before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +226,9 @@ def _own_mask(module: nn.Module, mask: Tensor | None, query: Tensor, key: Tensor
     if mask is not None:
         return mask, key, value
     length, keys = query.shape[2], key.shape[2]
+    documents: Documents | None = kwargs.get(DOCUMENTS)
+    if documents is not None:
+        return documents.mask(query.shape[0], length, query.device), key, value
     causal = kwargs.get("is_causal")
     causal = bool(module.__dict__.get("is_causal", True)) if causal is None else bool(causal)
     full = torch.ones(length, keys, dtype=torch.bool, device=query.device)
@@ -200,8 +239,52 @@ def _own_mask(module: nn.Module, mask: Tensor | None, query: Tensor, key: Tensor
     return full.tril()[None, None], key, value
 
 
+_OTHERS = (
+    "position_bias", "softcap", "cache", "s_aux", "sinks", "indices", "block_indices", "head_mask", "cu_seq_lens_q",
+)  # fmt: skip
+"""What models of transformers give their attention beside q, k, v and a mask that changes what it computes."""
+
+
+def _causal(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+            *args: Any, **kwargs: Any) -> Any:  # fmt: skip
+    """Scaled dot products: by ours for packed documents, and where it is the faster one, in bf16 on a CPU."""
+    documents: Documents | None = kwargs.pop(DOCUMENTS, None)
+    if mask is None and _fits(module, query, key, args, kwargs, packed=documents is not None):
+        scale = kwargs.get("scaling")
+        scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+        ends = None if documents is None else documents.ends
+        return causal_attention(query, key, value, scale, ends), None
+    if mask is None and documents is not None:
+        mask = documents.mask(query.shape[0], query.shape[2], query.device)
+    return AttentionInterface()["sdpa"](module, query, key, value, mask, *args, **kwargs)
+
+
+def _fits(module: nn.Module, query: Tensor, key: Tensor, args: Any, kwargs: Any, *, packed: bool) -> bool:  # fmt: skip
+    """Whether ours computes what is asked for."""
+    causal = kwargs.get("is_causal")
+    causal = module.__dict__.get("is_causal", True) if causal is None else causal
+    return (
+        (packed or query.dtype == torch.bfloat16)
+        and query.device.type in ("cpu", "meta")
+        and 1 < query.shape[2] == key.shape[2]
+        and bool(causal)
+        and not (args or kwargs.get("dropout") or torch.compiler.is_compiling())
+        and all(kwargs.get(name) is None for name in _OTHERS)
+    )
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """As torch's; none where `apart` says so, and no window is shorter than a document."""
+    if torch.compiler.is_compiling():  # Dynamo cannot read a ContextVar
+        return sdpa_mask(*args, **kwargs)
+    documents, window = _apart.get(), kwargs.get("local_size")
+    if documents is not None and (window is None or window >= documents.longest):
+        return None
+    return sdpa_mask(*args, **kwargs)
+
+
 def _sdpa(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return _attend(AttentionInterface()["sdpa"], module, *args, **kwargs)
+    return _attend(_causal, module, *args, **kwargs)
 
 
 def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -211,5 +294,5 @@ def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 AttentionInterface.register("trimtab_sdpa", _sdpa)
 AttentionInterface.register("trimtab_eager", _eager)
-AttentionMaskInterface.register("trimtab_sdpa", sdpa_mask)
+AttentionMaskInterface.register("trimtab_sdpa", _mask)
 AttentionMaskInterface.register("trimtab_eager", eager_mask)

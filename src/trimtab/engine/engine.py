@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trimtab.adapt import attention
 from trimtab.adapt.attach import attach
 from trimtab.adapt.bank import Bank, Plan, bank_of, find_bank
+from trimtab.adapt.injected import apart
 from trimtab.adapt.route import Route
 from trimtab.adapt.tree import anatomy_of
 from trimtab.data import Batch, Datum
@@ -284,7 +286,7 @@ class Engine:
         self._check(data, owners)
         sums, weights, hits = totals = [[0.0] * len(data) for _ in range(3)]
         auxiliary: dict[str, float] = defaultdict(float)
-        with self._mode(train=train), torch.set_grad_enabled(train):
+        with self._mode(train=train), attention.ours(self.model), torch.set_grad_enabled(train):
             for micro in self.micro_batches(data, owners):
                 with saving(self.model, self.memory) if train else nullcontext():
                     objective, found = self._forward(micro, data, auxiliary)
@@ -340,7 +342,7 @@ class Engine:
         """Route a forward of ``micro``, whose ``batch`` lies on the model's device."""
         route = micro.route(per_document=self._gated(micro.owners))
         plan = Plan(mask=batch.attention_mask, prompt=micro.prompt.to(self.model.device))
-        with self._scope(route, plan):
+        with self._scope(route, plan), apart(micro.apart):
             yield route
 
     def _placed(self, micro: Micro, kept: Kept) -> tuple[Batch, Kept]:

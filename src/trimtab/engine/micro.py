@@ -2,13 +2,14 @@
 
 A decoder may see documents as *rows* (one each, padded on the right; no mask is needed, since causal
 attention never looks right) or *packed* (several in a row, kept apart by their positions). Packing
-wastes no cell, but attention then runs under a dense mask over the row; which is cheaper depends on the
-lengths, so both are planned and the cheaper is taken:
+wastes no cell. Where attention can be told of the documents (`DOCUMENTS`) each costs what it costs alone; elsewhere it
+runs under a dense mask over the row. Which layout is cheaper depends on the lengths, so both are planned and the
+cheaper is taken:
 
-    cost = Σ cells · (1 + a · R / R0),   R the row's length, a = ½ where attention is plainly causal
+    cost = cells + Σ a · R² / R0,   over rows of R cells, a = ½ where attention is plainly causal and 1 under a mask
 
-with R0 the row length at which masked attention costs as much as the layers (from the model's widths).
-Anything that is not a decoder gets padded rows with a mask.
+(over documents instead of rows, where attention is told of them), with R0 the row length at which masked attention
+costs as much as the layers (from the model's widths). Anything that is not a decoder gets padded rows with a mask.
 
 Legend: R cells of a row.
 """
@@ -17,10 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
+from trimtab.adapt import attention
+from trimtab.adapt.injected import DOCUMENTS, OURS, Documents, apart
 from trimtab.adapt.route import Route, Span
 from trimtab.data import Batch, Datum, collate, pack, plan_batches
 from trimtab.errors import DataError
@@ -32,7 +37,8 @@ Who = str | None
 @dataclass(frozen=True)
 class Micro:
     """One micro-batch. ``members[d]`` is the index in the data of the batch's document d, and ``owners[d]``
-    its adapter; ``prompt`` (B, T) is true where a gate may look; ``masked`` whether padding needs a mask."""
+    its adapter; ``prompt`` (B, T) is true where a gate may look; ``masked`` whether padding needs a mask;
+    ``apart`` are the documents of packed rows, where attention is to be told of them."""
 
     batch: Batch
     members: tuple[int, ...]
@@ -40,10 +46,13 @@ class Micro:
     prompt: Tensor
     packed: bool
     masked: bool
+    apart: Documents | None = None
 
-    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+    def inputs(self, batch: Batch) -> dict[str, Any]:
         """Arguments of the model; ``batch`` is this micro-batch's, on the model's device."""
-        found = {"input_ids": batch.input_ids}
+        found: dict[str, Any] = {"input_ids": batch.input_ids}
+        if self.apart is not None:
+            found[DOCUMENTS] = self.apart
         if self.packed:
             found["position_ids"] = batch.position_ids
         if self.masked and batch.attention_mask is not None:
@@ -65,11 +74,13 @@ class Layout:
 
     Args:
         packs: documents may share rows (verified, see `separates`).
+        apart: attention can be told of them (verified likewise).
         causal: padding on the right needs no mask.
         balance: R0 of the module's cost.
     """
 
     packs: bool
+    apart: bool
     causal: bool
     balance: float
     pad_id: int
@@ -97,16 +108,19 @@ class Layout:
         if not packed:
             widths = [max(lengths[index] for index in members) for members in rows]
             pairs = zip(rows, widths, strict=True)
-            costs[0] = sum(self._cost(len(members) * width, width, 0.5) for members, width in pairs)
+            costs[0] = sum(len(members) * self._cost(width, width) for members, width in pairs)
         for width in sorted({min(max(lengths) * times, budget) for times in (1, 2, 4, budget)}):
-            costs[width] = self._cost(len(pack(lengths, width)) * width, width, 1.0)
+            cells = len(pack(lengths, width)) * width
+            alone = cells - sum(lengths) + sum(self._cost(length, length) for length in lengths)
+            costs[width] = alone if self.apart else self._cost(cells, 2 * width)
         best = min(costs, key=lambda width: costs[width])
         if best == 0:
             return self._rows(data, owners, rows)
         return self._packed(data, owners, lengths, best, budget)
 
-    def _cost(self, cells: int, width: int, share: float) -> float:
-        return cells * (1 + share * width / self.balance)
+    def _cost(self, cells: int, seen: int) -> float:
+        """Of cells each of which sees half of so many."""
+        return cells * (1 + seen / 2 / self.balance)
 
     def _rows(
         self, data: Sequence[Datum], owners: Sequence[Who], plan: list[list[int]]
@@ -147,47 +161,67 @@ class Layout:
             prompt=prompt,
             packed=width is not None,
             masked=not self.causal,
+            apart=_documents(batch) if self.apart and width is not None else None,
         )
 
 
-def layout_of(model: nn.Module, *, causal: bool, pad_id: int) -> Layout:
+def _documents(batch: Batch) -> Documents:
+    """Those of a batch; the padding that ends a row is one more."""
+    rows, width = batch.input_ids.shape
+    ends = {document.row * width + document.stop for document in batch.documents}
+    return Documents(tuple(sorted(ends | {width * (row + 1) for row in range(rows)})))
+
+
+def layout_of(model: PreTrainedModel, *, causal: bool, pad_id: int) -> Layout:
     """The layout that suits a model; call it on the bare base."""
-    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    config = model.config.get_text_config()
     width = int(getattr(config, "hidden_size", 512))
     inner = int(getattr(config, "intermediate_size", None) or 4 * width)
-    packs = causal and separates(model, int(config.vocab_size))
-    return Layout(packs=packs, causal=packs, balance=(2 * width + 1.5 * inner) / 4, pad_id=pad_id)
+    vocabulary = int(config.vocab_size)
+    packs = causal and separates(model, vocabulary)
+    return Layout(
+        packs=packs,
+        apart=packs and separates(model, vocabulary, told=True),
+        causal=packs,
+        balance=(2 * width + 1.5 * inner) / 4,
+        pad_id=pad_id,
+    )
 
 
 @torch.no_grad()
-def separates(model: nn.Module, vocabulary: int) -> bool:
-    """Whether positions that restart keep packed documents apart in this model.
+def separates(model: PreTrainedModel, vocabulary: int, *, told: bool = False) -> bool:
+    """Whether positions that restart keep packed documents apart in this model; or, where its attention is ``told`` of
+    them, that does.
 
     Change the first of two documents and see whether the second one's outputs change. Where nothing
     leaks they are bitwise the same; where rounding depends on the batch (experts) the change is far
     smaller than in one running text.
     """
     device = next(model.parameters()).device
+    implementation = model.config._attn_implementation
+    if told and (device.type == "cuda" or implementation not in ("sdpa", OURS["sdpa"])):
+        return False  # attention by documents is a CPU's so far, and ours
     ids = (torch.arange(3 * 6, device=device) * 7 + 5) % vocabulary
     first, other, second = ids.split(6)
     runs = torch.arange(6, device=device).repeat(2)[None]
     joined = torch.arange(12, device=device)[None]
 
-    def change(positions: Tensor) -> float:
-        outputs = [
-            model(
-                input_ids=torch.cat([head, second])[None], position_ids=positions, use_cache=False
-            )[0][0, 6:]
-            for head in (first, other)
-        ]
+    def change(positions: Tensor, documents: Documents | None = None) -> float:
+        more = {} if documents is None else {DOCUMENTS: documents}
+        outputs = []
+        for head in (first, other):
+            both = torch.cat([head, second])[None]
+            with attention.ours(model), apart(documents):
+                out = model(input_ids=both, position_ids=positions, use_cache=False, **more)
+            outputs.append(out[0][0, 6:])
         return float((outputs[0] - outputs[1]).abs().max())
 
     training = model.training
     try:
         model.eval()
-        apart = change(runs)
-        return apart == 0.0 or apart < 0.1 * change(joined)
-    except TypeError:  # it takes no position ids
+        leak = change(runs, Documents((6, 12)) if told else None)
+        return leak == 0.0 or leak < 0.1 * change(joined)
+    except TypeError:  # it takes no position ids, or hands no further word on
         return False
     finally:
         model.train(training)

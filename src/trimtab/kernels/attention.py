@@ -1,0 +1,200 @@
+"""Causal attention within documents, in blocks of queries, by matrix products: for CPUs that multiply bf16 fast.
+
+    P = softmax(s · Q Kᵀ + M),   O = P V
+    dV = Pᵀ dO,   dP = dO Vᵀ,   dS = P ∘ (dP − rowsum(P ∘ dP)),   dQ = s · dS K,   dK = s · dSᵀ Q
+
+A block of queries meets the keys up to its own end and no others, so that about half of a long document's products
+are never made; the query heads that share a key head are rows of one product. For backward q, k, v, the output and a
+number for each row of scores are kept. How fast that is beside torch's own: benchmarks/attention.py.
+
+Products of bf16 are rounded to bf16, which would cost large scores all their precision. So both products are rounded
+as differences from a number of their row: s · Q Kᵀ from its largest, found by a first product, and dP from rowsum(P ∘
+dP) = rowsum(dO ∘ O). Softmax and its backward do not change with such a number, whatever it is.
+
+Legend: B rows, H query heads, G key heads, R = H / G, T tokens, D head width, N queries of a block, S keys it meets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+QUERIES = 96
+SCORES = 2**22
+"""How many queries and how many scores a block may have (one key head's, at least)."""
+
+
+def causal_attention(
+    q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, scale: float, ends: Sequence[int] | None = None
+) -> Tensor:
+    """(B, T, H, D): the output of attention; each token sees those of its document up to itself.
+
+    ``ends`` are the places where the documents of the flattened (B · T) tokens end, none of them across a row; without
+    them a row is a document.
+    """
+    found: Tensor = _CausalAttention.apply(q_BHTD, k_BGTD, v_BGTD, scale, ends)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, ends: Sequence[int] | None
+    ) -> Tensor:
+        rows, heads, tokens, _ = q.shape
+        out = torch.empty(rows, tokens, heads, v.shape[-1], dtype=q.dtype, device=q.device)
+        out_BGRTD, q_BGRTD = (_grouped(t, k.shape[1]) for t in (out.transpose(1, 2), q))
+        most_BGRT = q.new_zeros(q_BGRTD.shape[:-1])
+        rounds = q.dtype not in (torch.float32, torch.float64)
+        blocks = list(_blocks(q_BGRTD, ends))
+        room = _room(q_BGRTD, blocks, 2)
+        for block in blocks:
+            queries, keys = _flat(q_BGRTD[block.queries]), _near(k, block)
+            scores = _scores(room[0], queries, keys, scale, block)
+            if rounds:
+                most = scores.amax(-1, keepdim=True)
+                most_BGRT[block.queries] = most.view(*most_BGRT[block.queries].shape)
+                scores = _scores(room[0], queries, keys, scale, block, most)
+            shares = torch.softmax(scores, -1, out=_shaped(room[1], scores))
+            made = torch.bmm(shares, _near(v, block))
+            out_BGRTD[block.queries] = made.view(*out_BGRTD[block.queries].shape)
+        ctx.save_for_backward(q, k, v, out, most_BGRT)
+        ctx.scale, ctx.ends = scale, ends
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, most_BGRT = ctx.saved_tensors
+        q_BGRTD, grad_BGRTD = (_grouped(t, k.shape[1]) for t in (q, outer[0].transpose(1, 2)))
+        mean_BGRT = _grouped((outer[0] * out).sum(-1).transpose(1, 2), k.shape[1])
+        wide = torch.promote_types(q.dtype, torch.float32)
+        dq_BGRTD = torch.empty_like(q_BGRTD)
+        dk, dv = (torch.zeros(t.shape, dtype=wide, device=t.device) for t in (k, v))
+        blocks = list(_blocks(q_BGRTD, ctx.ends))
+        room = _room(q_BGRTD, blocks, 3)
+        for block in blocks:
+            queries, grads = _flat(q_BGRTD[block.queries]), _flat(grad_BGRTD[block.queries])
+            keys = _near(k, block)
+            most, mean = (_column(t[block.queries]) for t in (most_BGRT, mean_BGRT))
+            scores = _scores(room[0], queries, keys, ctx.scale, block, most)
+            shares = torch.softmax(scores, -1, out=_shaped(room[1], scores))
+            _add(dv, block, torch.bmm(shares.mT, grads))
+            slopes = _product(room[0], grads, _near(v, block), 1.0, mean)
+            slopes = torch.ops.aten._softmax_backward_data.out(
+                slopes, shares, -1, shares.dtype, grad_input=_shaped(room[2], shares)
+            )
+            made = torch.bmm(slopes, keys)
+            dq_BGRTD[block.queries] = made.view(*dq_BGRTD[block.queries].shape)
+            _add(dk, block, torch.bmm(slopes.mT, queries))
+        dq, dk = dq_BGRTD.mul_(ctx.scale).flatten(1, 2), dk.mul_(ctx.scale)
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
+
+
+class _Block(NamedTuple):
+    """Queries from ``start`` to ``stop`` of documents that begin at ``first``, for some rows and key heads."""
+
+    rows: slice
+    heads: slice
+    first: int
+    start: int
+    stop: int
+
+    @property
+    def queries(self) -> tuple[slice, ...]:
+        return self.rows, self.heads, slice(None), slice(self.start, self.stop)
+
+    @property
+    def keys(self) -> tuple[slice, ...]:
+        return self.rows, self.heads, slice(self.first, self.stop)
+
+
+def _blocks(q_BGRTD: Tensor, ends: Sequence[int] | None) -> Iterator[_Block]:
+    rows, groups, heads, tokens, _ = q_BGRTD.shape
+    for some, first, last in _documents(rows, tokens, ends):
+        for start in range(first, last, QUERIES):
+            stop = min(start + QUERIES, last)
+            each = max(SCORES // (heads * (stop - start) * (stop - first)), 1)
+            for row in range(some.start, some.stop, max(each // groups, 1)):
+                beside = slice(row, min(row + max(each // groups, 1), some.stop))
+                for head in range(0, groups, each):
+                    yield _Block(beside, slice(head, min(head + each, groups)), first, start, stop)
+
+
+def _documents(
+    rows: int, tokens: int, ends: Sequence[int] | None
+) -> Iterator[tuple[slice, int, int]]:
+    """Rows, and where in them a document begins and ends."""
+    if ends is None:
+        yield slice(0, rows), 0, tokens
+        return
+    start = 0
+    for end in ends:
+        row = start // tokens
+        yield slice(row, row + 1), start - row * tokens, end - row * tokens
+        start = end
+
+
+def _grouped(x_BHTD: Tensor, groups: int) -> Tensor:
+    """(B, G, R, T, D): the query heads by their key head."""
+    return x_BHTD.unflatten(1, (groups, -1))
+
+
+def _flat(x_BGRND: Tensor) -> Tensor:
+    """(B · G, R · N, D)."""
+    return x_BGRND.flatten(2, 3).flatten(0, 1)
+
+
+def _near(x_BGTD: Tensor, block: _Block) -> Tensor:
+    """(B · G, S, D): what a block meets."""
+    return x_BGTD[block.keys].flatten(0, 1)
+
+
+def _add(sum_BGTD: Tensor, block: _Block, part: Tensor) -> None:
+    there = sum_BGTD[block.keys]
+    there += part.view(*there.shape)
+
+
+def _column(x_BGRN: Tensor) -> Tensor:
+    """(B · G, R · N, 1)."""
+    return x_BGRN.flatten(2, 3).flatten(0, 1).unsqueeze(-1)
+
+
+def _room(q_BGRTD: Tensor, blocks: Sequence[_Block], count: int) -> Tensor:
+    """Memory for the scores of any block, so many times: blocks take turns in it."""
+    heads = q_BGRTD.shape[2]
+    sizes = (
+        (b.rows.stop - b.rows.start)
+        * (b.heads.stop - b.heads.start)
+        * heads
+        * (b.stop - b.start)
+        * (b.stop - b.first)
+        for b in blocks
+    )
+    return torch.empty(count, max(sizes), dtype=q_BGRTD.dtype, device=q_BGRTD.device)
+
+
+def _shaped(room: Tensor, like: Tensor) -> Tensor:
+    return room[: like.numel()].view(like.shape)
+
+
+def _scores(
+    room: Tensor, q: Tensor, k: Tensor, scale: float, block: _Block, less: Tensor | None = None
+) -> Tensor:
+    """(B · G, R · N, S): −inf where a key comes later."""
+    scores = _product(room, q, k, scale, less)
+    count = block.stop - block.start
+    later = torch.ones(count, count, dtype=torch.bool, device=q.device).triu(1)
+    scores.unflatten(1, (-1, count))[..., -count:].masked_fill_(later, float("-inf"))
+    return scores
+
+
+def _product(room: Tensor, one: Tensor, other: Tensor, scale: float, less: Tensor | None) -> Tensor:
+    """scale · one otherᵀ − less, rounded once."""
+    out = room[: len(one) * one.shape[1] * other.shape[1]].view(*one.shape[:2], other.shape[1])
+    if less is None:
+        return torch.baddbmm(out, one, other.mT, beta=0, alpha=scale, out=out)
+    torch.neg(less.expand_as(out), out=out)
+    return out.baddbmm_(one, other.mT, alpha=scale)

@@ -1,0 +1,123 @@
+"""Attention in the engine: by documents without a mask, ours only inside, and the same loss and gradients."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.engine import kit
+from trimtab.adapt import injected
+from trimtab.adapt.attach import attach
+from trimtab.adapt.injected import Documents
+from trimtab.engine import Engine
+from trimtab.methods.lora import LoRA
+from trimtab.methods.prefix import Prefix
+from trimtab.optim.params import Memory
+
+METHODS = {"lora": LoRA(rank=2), "prefix": Prefix(length=3)}
+
+
+def gradients(
+    method: Any = METHODS["lora"],
+    *,
+    dtype: torch.dtype = torch.float64,
+    told: bool = True,
+    recompute: Any = "none",
+    attention_dropout: float = 0.0,
+    seed: int = 0,
+) -> list[Tensor]:
+    base = kit.base()
+    for layer in base.model.model.layers:
+        layer.self_attn.attention_dropout = attention_dropout
+    adapter = attach(base.model, method, "a")
+    base.model.to(dtype)
+    with torch.no_grad():
+        for number, parameter in enumerate(adapter.parameters()):
+            generator = torch.Generator().manual_seed(number)
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    engine = Engine(base, packed=True, memory=Memory(recompute=recompute))
+    assert engine._layout.apart
+    if not told:
+        engine._layout = replace(engine._layout, apart=False)
+    torch.manual_seed(0)
+    engine.forward_backward(kit.datums(seed=seed), "a")
+    return kit.gradients(list(adapter.parameters()))
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp", "blocks"])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_gradients_are_those_under_a_mask(method: Any, recompute: str) -> None:
+    for mine, other in zip(
+        gradients(method, recompute=recompute), gradients(method, told=False), strict=True
+    ):
+        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
+
+
+def test_no_mask_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a mask was made")
+
+    def never_told(self: Documents, *args: Any) -> None:
+        raise AssertionError("a mask was made")
+
+    base = kit.base(kit.llama())
+    attach(base.model, LoRA(rank=2), "a")
+    engine = Engine(base, packed=True)
+    monkeypatch.setattr(injected, "sdpa_mask", never)
+    monkeypatch.setattr(Documents, "mask", never_told)
+    engine.forward_backward(kit.datums(), "a")
+
+
+def test_dropout_inside_attention_is_left_to_torch_under_a_mask() -> None:
+    found = gradients(attention_dropout=0.1)
+    for mine, other in zip(found, gradients(attention_dropout=0.1, told=False), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
+    plain = gradients()
+    assert any(
+        float((mine - other).abs().max()) > 1e-3 for mine, other in zip(found, plain, strict=True)
+    )
+
+
+def test_in_bf16_gradients_are_near_those_of_torchs_attention(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On average over several data: the random model enlarges each rounding some hundred times."""
+
+    def errors() -> float:
+        found = []
+        for seed in range(5):
+            exact, near = (
+                torch.cat([g.flatten() for g in gradients(dtype=dtype, seed=seed)]).double()
+                for dtype in (torch.float64, torch.bfloat16)
+            )
+            found.append(float((near - exact).norm() / exact.norm()))
+        return statistics.median(found)
+
+    mine = errors()
+    monkeypatch.setattr(injected, "_fits", lambda *args, **kwargs: False)
+    assert mine < 2 * errors() < 1
+
+
+def test_the_model_is_called_as_before_afterwards() -> None:
+    base = kit.base(kit.llama())
+    attach(base.model, LoRA(rank=2), "a")
+    engine = Engine(base)
+    names = []
+    layer = base.model.model.layers[0]
+    hook = layer.register_forward_pre_hook(
+        lambda *_: names.append(base.model.config._attn_implementation)
+    )
+    engine.forward_backward(kit.datums(), "a")
+    hook.remove()
+    assert set(names) == {"trimtab_sdpa"}
+    assert base.model.config._attn_implementation == "sdpa"
+    hook = layer.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.forward_backward(kit.datums(), "a")
+    hook.remove()
+    assert base.model.config._attn_implementation == "sdpa"

@@ -1,0 +1,136 @@
+"""Attention by blocks against torch's own: outputs and gradients, documents, grouped queries, and what it keeps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trimtab.kernels import attention
+from trimtab.kernels.attention import causal_attention
+
+SHAPES = {
+    "one block": (2, 4, 4, 9, 8, 8),
+    "several blocks": (2, 4, 2, 150, 8, 8),
+    "all queries share a key head": (1, 6, 1, 70, 16, 16),
+    "values of another width": (3, 4, 2, 65, 8, 12),
+    "one token": (2, 2, 2, 1, 4, 4),
+}
+
+
+def drawn(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """q, k and v as models give them: heads were split off the last dimension."""
+    rows, heads, groups, tokens, width, out = shape
+    generator = torch.Generator().manual_seed(0)
+    sizes = (heads, width), (groups, width), (groups, out)
+    return [
+        torch.randn(rows, tokens, *size, generator=generator, dtype=torch.float64)
+        .to(dtype)
+        .transpose(1, 2)
+        .requires_grad_()
+        for size in sizes
+    ]
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, scale: float, ends: list[int] | None) -> Tensor:
+    """The same by torch, under a dense mask."""
+    rows, _, tokens, _ = q.shape
+    document = torch.zeros(rows * tokens, dtype=torch.long)
+    for end in ends or [tokens * (row + 1) for row in range(rows)]:
+        document[end:] += 1
+    document = document.view(rows, tokens)
+    mask = (document[:, :, None] == document[:, None]) & torch.ones(tokens, tokens).tril().bool()
+    return F.scaled_dot_product_attention(
+        q, k, v, mask[:, None], scale=scale, enable_gqa=True
+    ).transpose(1, 2)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_outputs_and_gradients_are_those_of_plain_attention(shape: tuple[int, ...]) -> None:
+    inputs = drawn(shape)
+    expected = plain(*inputs, 0.3, None)
+    outer = torch.randn(expected.shape, dtype=torch.float64)
+    found = causal_attention(*inputs, 0.3)
+    torch.testing.assert_close(found, expected)
+    for mine, other in zip(
+        torch.autograd.grad(found, inputs, outer),
+        torch.autograd.grad(expected, inputs, outer),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("scores", [1, 2**9, 2**13, 2**30])
+def test_documents_of_a_row_do_not_see_each_other(
+    scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "SCORES", scores)
+    inputs = drawn((3, 4, 2, 100, 8, 8))
+    ends = [1, 70, 100, 200, 237, 290, 300]
+    expected = plain(*inputs, 0.3, ends)
+    outer = torch.randn(expected.shape, dtype=torch.float64)
+    found = causal_attention(*inputs, 0.3, ends)
+    torch.testing.assert_close(found, expected)
+    for mine, other in zip(
+        torch.autograd.grad(found, inputs, outer),
+        torch.autograd.grad(expected, inputs, outer),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, other)
+
+
+def test_in_bf16_it_is_as_near_as_torchs_own() -> None:
+    mine, other = errors(drawn((2, 6, 2, 300, 64, 64), torch.bfloat16))
+    assert all(mine < 1.6 * other for mine, other in zip(mine, other, strict=True))
+
+
+def test_large_scores_and_values_far_from_zero_keep_their_precision() -> None:
+    """Scores of some thirty and values around four, in bf16: gradients are nearer to fp64's than torch's own are."""
+    generator = torch.Generator().manual_seed(0)
+    scale, shift = (6.0, 1.0, 1.0), (0.0, 0.0, 4.0)
+    inputs = [
+        (torch.randn(1, 200, 4, 64, generator=generator) * s + c).bfloat16().transpose(1, 2)
+        for s, c in zip(scale, shift, strict=True)
+    ]
+    mine, other = errors([tensor.requires_grad_() for tensor in inputs])
+    assert all(mine < 1.5 * other for mine, other in zip(mine, other, strict=True))
+    assert all(mine < 0.3 * other for mine, other in zip(mine[1:3], other[1:3], strict=True))
+
+
+def errors(inputs: list[Tensor]) -> tuple[list[float], list[float]]:
+    """How far the output and the gradients are from those in fp64: of ours, and of torch's kernel."""
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    rows, heads, tokens, _ = inputs[0].shape
+    generator = torch.Generator().manual_seed(1)
+    outer = torch.randn(rows, tokens, heads, inputs[2].shape[-1], generator=generator)
+    runs = {}
+    for name, given in {"exact": exact, "torch": inputs, "ours": inputs}.items():
+        if name == "ours":
+            out = causal_attention(*given, 0.125)
+        else:
+            out = F.scaled_dot_product_attention(
+                *given, is_causal=True, scale=0.125, enable_gqa=True
+            ).transpose(1, 2)
+        grads = torch.autograd.grad(out, given, outer.to(out.dtype))
+        runs[name] = [tensor.detach().double() for tensor in (out, *grads)]
+    ours, torchs = (
+        [
+            float((mine - right).norm() / right.norm())
+            for mine, right in zip(runs[name], runs["exact"], strict=True)
+        ]
+        for name in ("ours", "torch")
+    )
+    return ours, torchs
+
+
+def test_little_more_than_what_was_given_is_kept_for_backward() -> None:
+    inputs = drawn((1, 4, 2, 50, 8, 8))
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor) or tensor, lambda t: t
+    ):
+        out = causal_attention(*inputs, 0.3)
+    given = {t.untyped_storage().data_ptr() for t in (*inputs, out)}
+    more = [t for t in kept if t.untyped_storage().data_ptr() not in given]
+    assert [t.numel() for t in more] == [4 * 50]
