@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ import trimtab as tt
 from tests.engine import kit
 from tests.laws.test_laws import recompute_blocks
 from tests.tiny import CASES, mixtral
+from trimtab.adapt.lean import lean
 from trimtab.engine import Engine, saving
 from trimtab.engine.saving import mlps, offloaded, recomputed
 from trimtab.errors import ConfigError, UnsupportedError
+from trimtab.kernels import remade
 from trimtab.optim import adam as adam_file
 from trimtab.optim import paged
 from trimtab.optim.adam import Adam
@@ -258,3 +260,38 @@ def test_on_a_gpu_less_is_kept() -> None:
         peaks.append(torch.cuda.max_memory_allocated())
     assert peaks[1] < peaks[0]
     assert peaks[2] < peaks[0]
+
+
+# -- frozen norms and MLPs -----------------------------------------------------------------------------
+
+
+def test_a_lean_step_keeps_little_more_than_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the family's own code; what neither can spare (queries, keys, values, the loss) among it."""
+    model = CASES["llama"].model(torch.bfloat16).train()
+    tt.attach(model, tt.LoRA(rank=2, targets="all-linear"), "a")
+    plain = kept(model, lambda m: nullcontext())
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    found: dict[int, int] = {}
+
+    class Noted(remade._Kept):
+        def __init__(self, tensor: Tensor) -> None:
+            super().__init__(tensor)
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                found[storage.data_ptr()] = storage.nbytes()
+
+    monkeypatch.setattr(remade, "_Kept", Noted)
+    with lean(model), saving.saving(model, Memory()):
+        loss = model(input_ids=IDS).logits.sum()
+    assert loss.requires_grad
+    assert sum(found.values()) < 0.6 * plain
+
+
+def test_the_model_is_as_it_was_after_an_error() -> None:
+    model = kit.llama()
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(KeyError, match="stop"), lean(model):
+        assert kinds != [type(module) for module in model.modules()]
+        assert [kind.__name__ for kind in kinds] == [type(m).__name__ for m in model.modules()]
+        raise KeyError("stop")
+    assert kinds == [type(module) for module in model.modules()]

@@ -304,6 +304,7 @@ LAWS: Mapping[str, Where] = {
     "test_copies_are_independent": _anywhere,
     "test_checkpointed_gradients_are_plain_gradients": _anywhere,
     "test_recomputed_mlps_give_plain_gradients": _has_mlps,
+    "test_lean_gradients_are_plain_gradients": _anywhere,
     "test_mixed_rows_generate_as_each_alone": _generates,
     "test_beams_of_mixed_rows_are_the_beams_of_each_alone": _generates,
     "test_a_cache_changes_nothing": _generates,

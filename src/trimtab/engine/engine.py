@@ -17,6 +17,7 @@ from trimtab.adapt import attention
 from trimtab.adapt.attach import attach
 from trimtab.adapt.bank import Bank, Plan, bank_of, find_bank
 from trimtab.adapt.injected import apart
+from trimtab.adapt.lean import lean
 from trimtab.adapt.route import Route
 from trimtab.adapt.tree import anatomy_of
 from trimtab.data import Batch, Datum
@@ -286,7 +287,12 @@ class Engine:
         self._check(data, owners)
         sums, weights, hits = totals = [[0.0] * len(data) for _ in range(3)]
         auxiliary: dict[str, float] = defaultdict(float)
-        with self._mode(train=train), attention.ours(self.model), torch.set_grad_enabled(train):
+        with (
+            self._mode(train=train),
+            attention.ours(self.model),
+            lean(self.model),
+            torch.set_grad_enabled(train),
+        ):
             for micro in self.micro_batches(data, owners):
                 with saving(self.model, self.memory) if train else nullcontext():
                     objective, found = self._forward(micro, data, auxiliary)

@@ -25,6 +25,7 @@ from trimtab.adapt.bank import Bank, bank_of
 from trimtab.adapt.checkpoint import Capturing
 from trimtab.adapt.tree import anatomy_of, sites_of
 from trimtab.errors import UnsupportedError
+from trimtab.kernels.remade import remaking
 from trimtab.optim.params import Memory
 
 Recompute = Literal["none", "mlp", "blocks"]
@@ -36,7 +37,12 @@ SMALL = 1 << 16
 @contextmanager
 def saving(model: nn.Module, memory: Memory) -> Iterator[None]:
     """A forward inside keeps what ``memory`` says."""
-    away = offloaded(model) if memory.activations == "host" else nullcontext()
+    here = next(model.parameters()).device.type
+    away: AbstractContextManager[Any] = nullcontext()
+    if memory.activations == "host":
+        away = offloaded(model)
+    elif memory.recompute == "none" and here in ("cpu", "meta"):
+        away = remaking()
     with away, recomputed(model, memory.recompute):
         yield
 

@@ -1,0 +1,119 @@
+"""Tensors that a graph does not keep, because they are cheaply made again from others that it keeps anyway.
+
+Inside `remaking`, what was announced by `remade` is left out wherever an operation keeps it for backward (as it is, or
+as a view): the graph keeps the recipe. The value comes back bit for bit, because the same function makes it of the same
+tensors; a function whose result depends on anything else must not be announced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+
+class Recipe:
+    """How a tensor is made; shared by all that keep it, so that it is made once for all that want it at a time."""
+
+    def __init__(self, make: Callable[..., Tensor], given: tuple[Any, ...]) -> None:
+        self._make = make
+        self._given = tuple(v.detach() if isinstance(v, Tensor) else v for v in given)
+        self._versions = self._now()
+        self._wanted = 0
+        self._made: Tensor | None = None
+
+    def _now(self) -> list[int]:
+        return [value._version for value in self._given if isinstance(value, Tensor)]
+
+    @property
+    def holds(self) -> bool:
+        """Whether what it is made of is as it was."""
+        return self._now() == self._versions
+
+    def want(self) -> None:
+        self._wanted += 1
+
+    @torch.no_grad()
+    def make(self) -> Tensor:
+        if not self.holds:
+            raise RuntimeError(
+                "a tensor that is needed for backward was changed in place after a frozen norm or MLP had used it."
+            )
+        made = self._make(*self._given) if self._made is None else self._made
+        self._wanted -= 1
+        self._made = made if self._wanted > 0 else None
+        return made
+
+
+_announced: ContextVar[dict[StorageWeakRef, tuple[Recipe, int]] | None] = ContextVar(
+    "_announced", default=None
+)
+
+
+def remade(tensor: Tensor, make: Callable[..., Tensor], *given: Any) -> Tensor:
+    """``tensor`` itself, which is ``make(*given)``; inside `remaking`, that is remembered."""
+    known = _announced.get()
+    if known is not None:
+        for gone in [storage for storage in known if storage.expired()]:
+            del known[gone]
+        known[StorageWeakRef(tensor.untyped_storage())] = Recipe(make, given), tensor._version
+    return tensor
+
+
+@contextmanager
+def remaking() -> Iterator[None]:
+    """Graphs that are made inside keep no tensor that is announced by `remade`."""
+    known: dict[StorageWeakRef, tuple[Recipe, int]] = {}
+
+    def pack(tensor: Tensor) -> Callable[[], Tensor]:
+        found = known.get(StorageWeakRef(tensor.untyped_storage()))
+        if found is None:
+            return _Kept(tensor)
+        recipe, version = found
+        if version != tensor._version or not recipe.holds:
+            return _Kept(tensor)
+        return _Remade(recipe, tensor)
+
+    before = _announced.set(known)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed()):
+            yield
+    finally:
+        _announced.reset(before)
+
+
+class _Kept:
+    """A tensor that is kept as it is. (With hooks, torch itself no longer sees whether it was changed.)"""
+
+    __slots__ = ("_tensor", "_version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._version = tensor._version
+
+    def __call__(self) -> Tensor:
+        if self._tensor._version != self._version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+                f"tensor of shape {tuple(self._tensor.shape)}."
+            )
+        return self._tensor
+
+
+class _Remade:
+    """A tensor, or a view of one, that will be made again."""
+
+    __slots__ = ("_recipe", "_view")
+
+    def __init__(self, recipe: Recipe, tensor: Tensor) -> None:
+        recipe.want()
+        self._recipe = recipe
+        self._view = tensor.size(), tensor.stride(), tensor.storage_offset()
+
+    def __call__(self) -> Tensor:
+        return self._recipe.make().as_strided(*self._view)
