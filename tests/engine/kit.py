@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
 from transformers import (
@@ -16,6 +18,7 @@ from transformers import (
 
 from tests.data import kit
 from trimtab.data import Datum
+from trimtab.kernels import remade
 from trimtab.models.load import Base
 
 VOCABULARY = 400
@@ -68,6 +71,23 @@ def datums(count: int = 7, *, seed: int = 0, longest: int = 30) -> list[Datum]:
         weights = [0.0, 0.0, *(draw.choice([1.0, 1.0, 0.25, 0.0]) for _ in ids[3:]), 1.0]
         made.append(Datum.causal(ids, weights, origin=f"made.jsonl:{number + 1}"))
     return made
+
+
+@contextmanager
+def noting(model: torch.nn.Module) -> Iterator[dict[int, int]]:
+    """Bytes of each storage that a step inside keeps for backward, the model's own tensors apart."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    found: dict[int, int] = {}
+
+    class Noted(remade._Kept):
+        def __init__(self, tensor: torch.Tensor) -> None:
+            super().__init__(tensor)
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                found[storage.data_ptr()] = storage.nbytes()
+
+    with patch.object(remade, "_Kept", Noted):
+        yield found
 
 
 def gradients(parameters: Sequence[torch.nn.Parameter]) -> list[torch.Tensor]:

@@ -20,7 +20,6 @@ from trimtab.adapt.lean import lean
 from trimtab.engine import Engine, saving
 from trimtab.engine.saving import mlps, offloaded, recomputed
 from trimtab.errors import ConfigError, UnsupportedError
-from trimtab.kernels import remade
 from trimtab.optim import adam as adam_file
 from trimtab.optim import paged
 from trimtab.optim.adam import Adam
@@ -265,23 +264,12 @@ def test_on_a_gpu_less_is_kept() -> None:
 # -- frozen norms and MLPs -----------------------------------------------------------------------------
 
 
-def test_a_lean_step_keeps_little_more_than_half(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lean_step_keeps_little_more_than_half() -> None:
     """Beside the family's own code; what neither can spare (queries, keys, values, the loss) among it."""
     model = CASES["llama"].model(torch.bfloat16).train()
     tt.attach(model, tt.LoRA(rank=2, targets="all-linear"), "a")
     plain = kept(model, lambda m: nullcontext())
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    found: dict[int, int] = {}
-
-    class Noted(remade._Kept):
-        def __init__(self, tensor: Tensor) -> None:
-            super().__init__(tensor)
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                found[storage.data_ptr()] = storage.nbytes()
-
-    monkeypatch.setattr(remade, "_Kept", Noted)
-    with lean(model), saving.saving(model, Memory()):
+    with kit.noting(model) as found, lean(model), saving.saving(model, Memory()):
         loss = model(input_ids=IDS).logits.sum()
     assert loss.requires_grad
     assert sum(found.values()) < 0.6 * plain

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig
 
 from tests.data import kit as data_kit
+from tests.engine.kit import noting
 from tests.train import kit
 from trimtab.adapt.acting import using
 from trimtab.engine import Engine
@@ -121,19 +121,10 @@ def test_a_real_step_keeps_what_the_hollow_one_does(home: Path, recompute: str) 
     found = footprint(recipe).moments["training"].parts["activations"]
     _, base, adapter = opened_base(recipe)
     engine = Engine(base, memory=recipe.memory)
-    held = {t.untyped_storage().data_ptr() for t in base.model.parameters()}
     most = 0
     sources = read_sources(resolved(recipe, base, adapter, None), base.tokenizer, None)
     for members, _ in sources.feed.steps(1):
-        kept: dict[int, int] = {}
-
-        def pack(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in held:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with saved_tensors_hooks(pack, lambda tensor: tensor), using(base.model, adapter.name):
+        with noting(base.model) as kept, using(base.model, adapter.name):
             engine.forward_backward(members, adapter.name)
         engine.optim_step(adapter.name, recipe.optim.params(1e-3))
         most = max(most, sum(kept.values()))
