@@ -21,6 +21,7 @@ NAMES = (
     "big_base",
     "quantisers",
     "attention",
+    "context",
 )
 ON_CUDA = ("dequantise",)
 """Those that measure nothing without a GPU; they are run by name alone."""

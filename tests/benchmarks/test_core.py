@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 
 from benchmarks import core
@@ -36,8 +38,12 @@ def test_warm_up_is_not_counted(samples: list[Sample]) -> None:
 
 def test_ratios_and_rates(samples: list[Sample]) -> None:
     speed = core.ratio(samples, "ours", "peer", lambda sample: sample.rate)
-    assert 1.2 < speed.low <= speed.median <= speed.high < 8
-    assert all(sample.seconds >= 0.08 for sample in core.of_side(samples, "peer"))
+    ours, peer = (core.of_side(samples, name) for name in ("ours", "peer"))
+    ratios = [b.seconds / a.seconds for a, b in zip(ours, peer, strict=True)]
+    assert [a.step for a in ours] == [b.step for b in peer]
+    assert (speed.low, speed.high) == pytest.approx((min(ratios), max(ratios)))
+    assert speed.median == pytest.approx(statistics.median(ratios))
+    assert all(sample.seconds >= 0.08 for sample in peer)
 
 
 def test_memory_is_the_high_water_mark_of_the_step(samples: list[Sample]) -> None:
