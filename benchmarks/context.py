@@ -126,7 +126,7 @@ def table(found: dict[str, Any]) -> str:
     lines_of += [
         "",
         "Peak resident memory of the whole process; a token's bytes are the slope of a straight line through the "
-        "peaks, growth the slope on two logarithmic axes of what is above that line's value at no tokens (1 is linear).",
+        "peaks, growth the slope on two logarithmic axes of what is above its value at no tokens (1 is linear).",
         "",
     ]
     return "\n".join(lines_of)
