@@ -283,3 +283,16 @@ def test_the_model_is_as_it_was_after_an_error() -> None:
         assert [kind.__name__ for kind in kinds] == [type(m).__name__ for m in model.modules()]
         raise KeyError("stop")
     assert kinds == [type(module) for module in model.modules()]
+
+
+def test_a_part_may_be_called_by_the_name_of_its_argument() -> None:
+    model = kit.llama()
+    norm, mlp = model.model.norm, model.model.layers[0].mlp
+    x = torch.randn(2, 3, 64, requires_grad=True)
+    want = norm(hidden_states=x), mlp(x=x)
+    with lean(model):
+        assert all(
+            torch.equal(a, b) for a, b in zip((norm(hidden_states=x), mlp(x=x)), want, strict=True)
+        )
+        with torch.no_grad():
+            assert torch.equal(norm(hidden_states=x), want[0])

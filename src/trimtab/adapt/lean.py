@@ -51,7 +51,8 @@ def _lean(kind: Any) -> type[nn.Module]:
     """A subclass that looks like ``kind`` and has a forward of ours."""
     form = form_of(kind)
 
-    def forward(self: nn.Module, x: Tensor) -> Any:
+    def forward(self: nn.Module, *given: Tensor, **named: Tensor) -> Any:
+        (x,) = (*given, *named.values())  # families call it by names of their own
         fits = _fits(x)
         if fits and isinstance(form, Norm) and _frozen(self, x):
             rounding = cast(Literal["before", "after", "offset"], form.rounding)
@@ -61,7 +62,7 @@ def _lean(kind: Any) -> type[nn.Module]:
         if fits and isinstance(form, Plain) and _elementwise(self, form.activation):
             inner = activated(self.get_submodule(form.up)(x), self.get_submodule(form.activation))
             return self.get_submodule(form.down)(inner)
-        return kind.forward(self, x)
+        return kind.forward(self, *given, **named)
 
     body = {"forward": forward, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
     return cast(type[nn.Module], type(kind.__name__, (kind,), body))
