@@ -132,3 +132,25 @@ def test_a_checkpoint_inside_keeps_nothing_for_it() -> None:
         assert all(storage.expired() for storage in seen[:-1])
     x.sum().backward()
     assert weight.grad is not None and len(seen) == 8
+
+
+def test_what_has_no_storage_is_kept() -> None:
+    matrix = torch.eye(4).to_sparse_coo()
+    x = source().detach()[0].requires_grad_()
+    with remaking():
+        out = torch.sparse.mm(matrix, remade(doubled(x.mT), doubled, x.mT))
+    out.sum().backward()
+    want = source().detach()[0].requires_grad_()
+    doubled(want.mT).sum().backward()
+    assert torch.equal(x.grad, want.grad)  # type: ignore[arg-type]
+
+
+def test_the_same_bytes_read_as_another_dtype_are_kept() -> None:
+    x, weight = source().detach(), torch.ones(2, 3, 8, requires_grad=True)
+    with remaking():
+        y = remade(doubled(x), doubled, x)
+        halves = y.view(torch.bfloat16).float()
+        out = (y.view(torch.float16) * weight).nan_to_num().sum() + halves.sum() * 0
+    out.backward()
+    want = doubled(x).view(torch.float16)
+    torch.testing.assert_close(weight.grad.half(), want, equal_nan=True)  # type: ignore[union-attr]

@@ -13,14 +13,15 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 
 class Recipe:
     """How a tensor is made; shared by all that keep it, so that it is made once for all that want it at a time."""
 
-    def __init__(self, make: Callable[..., Tensor], given: tuple[Any, ...]) -> None:
+    def __init__(self, tensor: Tensor, make: Callable[..., Tensor], given: tuple[Any, ...]) -> None:
+        self._version, self._dtype = tensor._version, tensor.dtype
         self._make = make
         self._given = tuple(v.detach() if isinstance(v, Tensor) else v for v in given)
         self._versions = self._now()
@@ -30,17 +31,17 @@ class Recipe:
     def _now(self) -> list[int]:
         return [value._version for value in self._given if isinstance(value, Tensor)]
 
-    @property
-    def holds(self) -> bool:
-        """Whether what it is made of is as it was."""
-        return self._now() == self._versions
+    def gives(self, tensor: Tensor) -> bool:
+        """Whether it still makes this tensor, or one that this is a view of."""
+        same = (tensor._version, tensor.dtype) == (self._version, self._dtype)
+        return same and self._now() == self._versions
 
     def want(self) -> None:
         self._wanted += 1
 
     @torch.no_grad()
     def make(self) -> Tensor:
-        if not self.holds:
+        if self._now() != self._versions:
             raise RuntimeError(
                 "a tensor that is needed for backward was changed in place after a frozen norm or MLP had used it."
             )
@@ -50,9 +51,7 @@ class Recipe:
         return made
 
 
-_announced: ContextVar[dict[StorageWeakRef, tuple[Recipe, int]] | None] = ContextVar(
-    "_announced", default=None
-)
+_announced: ContextVar[dict[StorageWeakRef, Recipe] | None] = ContextVar("_announced", default=None)
 
 
 def remade(tensor: Tensor, make: Callable[..., Tensor], *given: Any) -> Tensor:
@@ -61,21 +60,20 @@ def remade(tensor: Tensor, make: Callable[..., Tensor], *given: Any) -> Tensor:
     if known is not None:
         for gone in [storage for storage in known if storage.expired()]:
             del known[gone]
-        known[StorageWeakRef(tensor.untyped_storage())] = Recipe(make, given), tensor._version
+        known[StorageWeakRef(tensor.untyped_storage())] = Recipe(tensor, make, given)
     return tensor
 
 
 @contextmanager
 def remaking() -> Iterator[None]:
     """Graphs that are made inside keep no tensor that is announced by `remade`."""
-    known: dict[StorageWeakRef, tuple[Recipe, int]] = {}
+    known: dict[StorageWeakRef, Recipe] = {}
 
     def pack(tensor: Tensor) -> Callable[[], Tensor]:
-        found = known.get(StorageWeakRef(tensor.untyped_storage()))
-        if found is None:
-            return _Kept(tensor)
-        recipe, version = found
-        if version != tensor._version or not recipe.holds:
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+            return _Kept(tensor)  # its values may lie in no storage
+        recipe = known.get(StorageWeakRef(tensor.untyped_storage()))
+        if recipe is None or not recipe.gives(tensor):
             return _Kept(tensor)
         return _Remade(recipe, tensor)
 
