@@ -117,8 +117,10 @@ def test_rows_of_python_and_of_datasets(home: Path) -> None:
 
 
 def test_a_stream_of_datasets(home: Path) -> None:
+    given = kit.rows(40)
+
     def rows() -> Any:
-        yield from kit.rows(40)
+        yield from given
 
     stream = datasets.IterableDataset.from_generator(rows)
     base = load(home / "model", dtype="float32")
