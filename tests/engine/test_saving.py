@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import trimtab as tt
 from tests.engine import kit
 from tests.laws.test_laws import recompute_blocks
 from tests.tiny import CASES, mixtral
-from trimtab.adapt.lean import lean
 from trimtab.engine import Engine, saving
 from trimtab.engine.saving import mlps, offloaded, recomputed
 from trimtab.errors import ConfigError, UnsupportedError
@@ -259,40 +258,3 @@ def test_on_a_gpu_less_is_kept() -> None:
         peaks.append(torch.cuda.max_memory_allocated())
     assert peaks[1] < peaks[0]
     assert peaks[2] < peaks[0]
-
-
-# -- frozen norms and MLPs -----------------------------------------------------------------------------
-
-
-def test_a_lean_step_keeps_little_more_than_half() -> None:
-    """Beside the family's own code; what neither can spare (queries, keys, values, the loss) among it."""
-    model = CASES["llama"].model(torch.bfloat16).train()
-    tt.attach(model, tt.LoRA(rank=2, targets="all-linear"), "a")
-    plain = kept(model, lambda m: nullcontext())
-    with kit.noting(model) as found, lean(model), saving.saving(model, Memory()):
-        loss = model(input_ids=IDS).logits.sum()
-    assert loss.requires_grad
-    assert sum(found.values()) < 0.6 * plain
-
-
-def test_the_model_is_as_it_was_after_an_error() -> None:
-    model = kit.llama()
-    kinds = [type(module) for module in model.modules()]
-    with pytest.raises(KeyError, match="stop"), lean(model):
-        assert kinds != [type(module) for module in model.modules()]
-        assert [kind.__name__ for kind in kinds] == [type(m).__name__ for m in model.modules()]
-        raise KeyError("stop")
-    assert kinds == [type(module) for module in model.modules()]
-
-
-def test_a_part_may_be_called_by_the_name_of_its_argument() -> None:
-    model = kit.llama()
-    norm, mlp = model.model.norm, model.model.layers[0].mlp
-    x = torch.randn(2, 3, 64, requires_grad=True)
-    want = norm(hidden_states=x), mlp(x=x)
-    with lean(model):
-        assert all(
-            torch.equal(a, b) for a, b in zip((norm(hidden_states=x), mlp(x=x)), want, strict=True)
-        )
-        with torch.no_grad():
-            assert torch.equal(norm(hidden_states=x), want[0])

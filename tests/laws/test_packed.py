@@ -52,7 +52,7 @@ def test_a_packed_document_is_the_document_alone(cell: Cell) -> None:
     routes = Route(owners, SPANS), Route((("a",),) * 4, SPANS)
     for route, told in itertools.product(routes, (None, Documents((5, 8, 10, 16, 20)))):
         more = {} if told is None else {DOCUMENTS: told}
-        with bank.scope(route, Plan(prompt=prompt)), attention.ours(model), apart(told):
+        with bank.scope(route, Plan(prompt=prompt)), attention.Ours(model), apart(told):
             together = model(input_ids=ids, position_ids=positions, use_cache=False, **more).logits
         for document, span, owner in zip(documents, SPANS, route.owners, strict=True):
             alone_prompt = torch.zeros(1, len(document), dtype=torch.bool)

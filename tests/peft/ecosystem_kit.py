@@ -97,7 +97,11 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor], atol: float = 0.0) -> None:
     """Two sets of tensors are equal."""
     assert a.keys() == b.keys() and a
     for name, tensor in a.items():
-        assert torch.allclose(tensor, b[name], rtol=0, atol=atol), name
+        assert torch.allclose(tensor, b[name], rtol=0, atol=atol), (
+            name,
+            float((tensor - b[name]).abs().max()),
+            float(tensor.abs().max()),
+        )
 
 
 def files(folder: Path) -> set[str]:

@@ -646,9 +646,8 @@ def test_ranks_of_adalora_are_shared_out_as_in_peft() -> None:
             model.update_and_allocate(step)
             optimiser.zero_grad()
             losses.append(float(loss.detach()))
-        assert losses[0] == pytest.approx(
-            losses[1], rel=1e-9
-        )  # the loss that keeps components apart is in both
+        # the loss that keeps components apart is in both; transformers rounds to fp32
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
         for name, p in right.items():
             torch.testing.assert_close(left[name], p, msg=f"{name} after step {step}")
     wanted = theirs.peft_config["default"].rank_pattern

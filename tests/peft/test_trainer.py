@@ -59,7 +59,7 @@ def test_a_script_gives_the_losses_that_it_gives_under_peft(
     close(losses(runs["trimtab.peft"]), losses(runs["peft"]))
     first, second = (learned(run.model) for run in runs.values())
     if "modules_to_save" not in options:
-        same(first, second, atol=1e-5)
+        same(first, second, atol=1e-4)
 
 
 def test_the_classification_head_is_trained_beside_the_adapter(tmp_path: Path) -> None:

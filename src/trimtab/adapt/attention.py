@@ -11,8 +11,6 @@ from __future__ import annotations
 import dis
 import inspect
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
@@ -33,6 +31,8 @@ if TYPE_CHECKING:
     from trimtab.models.anatomy import Anatomy
 
 ROLE = "attention"
+_CHOICE = "_attn_implementation_internal"
+"""Of a config alone, not of the configs inside it."""
 
 
 # -- attaching ----------------------------------------------------------------------------------------
@@ -90,18 +90,27 @@ def set_implementation(model: nn.Module, name: str) -> None:
             part.set_attn_implementation(name)
 
 
-@contextmanager
-def ours(model: PreTrainedModel) -> Iterator[None]:
+class Ours:
     """Inside, attention is ours where it would be the one of torch: the faster one of the two is taken."""
-    before = model.config._attn_implementation
-    taken = OURS.get(before) if before == "sdpa" and model._can_set_attn_implementation() else None
-    if taken is not None:
-        set_implementation(model, taken)
-    try:
-        yield
-    finally:
-        if taken is not None:
-            set_implementation(model, before)
+
+    def __init__(self, model: nn.Module) -> None:
+        parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+        configs = {id(p.config): p.config for p in parts if p._can_set_attn_implementation()}
+        self._configs: list[Any] = list(configs.values())
+        self._taken: list[Any] = []
+
+    def __enter__(self) -> None:
+        self._taken = [
+            config for config in self._configs if getattr(config, _CHOICE, None) == "sdpa"
+        ]
+        self._set(OURS["sdpa"])
+
+    def __exit__(self, *raised: object) -> None:
+        self._set("sdpa")
+
+    def _set(self, name: str) -> None:
+        for config in self._taken:
+            setattr(config, _CHOICE, name)
 
 
 def insert(model: nn.Module, bank: Bank, edit: Edit, anatomy: Anatomy) -> None:

@@ -8,7 +8,7 @@ model at a time; a recomputation in backward, on whatever thread, restores the c
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from trimtab.adapt import checkpoint, slots
 from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.context import Context
+from trimtab.adapt.lean import lean, leans
 from trimtab.adapt.route import Owner, Route
 from trimtab.errors import AttachError, RouteError, UnknownNameError, suggest
 
@@ -76,6 +77,7 @@ class Bank(nn.Module):
         self._depth = 0
         self._outermost: list[nn.Module] = []  # the module whose forward is open; no child of ours
         self._last: Context | None = None
+        self._open_lean: ExitStack | None = None
         self._encoded: tuple[Tensor, dict[Any, Any]] | None = None
         self._memories: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 
@@ -111,6 +113,7 @@ class Bank(nn.Module):
             "_context": None,
             "_depth": 0,
             "_outermost": [],
+            "_open_lean": None,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -172,6 +175,8 @@ class Bank(nn.Module):
             yield
         finally:  # the last two: torch closes no forward that a KeyboardInterrupt left
             self._scope, self.plan, self._depth, self._context = before
+            if not self._depth:
+                self.close()
 
     def keep_padding(self, modules: Iterable[nn.Module]) -> None:
         """Let torch's own encoders run on padded batches: edits need to know which row a position is of."""
@@ -202,7 +207,8 @@ class Bank(nn.Module):
             context.recomputing, runs = runs > 0, runs + 1
             context.again = {}
             try:
-                return function(*args, **kwargs)
+                with context.lean or nullcontext():
+                    return function(*args, **kwargs)
             finally:
                 self._context, self._scope = before
                 context.recomputing = False
@@ -221,8 +227,13 @@ class Bank(nn.Module):
         if self._depth > 1:
             return
         self._outermost[:] = [module]
+        self.close()
         try:
             self._context = self._open(module, args, kwargs)
+            if leans(module):
+                self._open_lean = stack = ExitStack()
+                loss = self._context.labels is not None
+                self._context.lean = stack.enter_context(lean(module, loss=loss))
         except Exception:
             self._depth -= 1
             raise
@@ -231,6 +242,7 @@ class Bank(nn.Module):
         """Entry hook: close it, whether the forward returned or raised."""
         self._depth = max(self._depth - 1, 0)
         if self._depth == 0:
+            self.close()
             states = getattr(out, "last_hidden_state", None)
             if self._context is not None and self._context.memory:
                 made = getattr(out, "past_key_values", None)
@@ -245,6 +257,12 @@ class Bank(nn.Module):
             self._outermost[
                 :
             ] = []  # as it was before, or a compiled model would be compiled once more
+
+    def close(self) -> None:
+        """Let the model be as it was before its forward."""
+        if self._open_lean is not None:
+            stack, self._open_lean = self._open_lean, None
+            stack.close()
 
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Context:
         for norm in self.norms:  # the base's running statistics are not ours to change

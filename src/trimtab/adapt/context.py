@@ -16,6 +16,7 @@ from trimtab.errors import RouteError
 
 if TYPE_CHECKING:
     from trimtab.adapt.interleave import Rows
+    from trimtab.adapt.lean import Lean
 
 KeysValues = dict[str, tuple[Tensor, Tensor]]
 """Path of an attention -> its keys and values, (length, C) for all rows alike or (B, length, C)."""
@@ -78,6 +79,8 @@ class Context:
         """Where adapters act that wait to be invoked; kept by `trimtab.adapt.invoked`."""
         self.losses: list[tuple[str, str, Tensor]] = []
         self.recomputing = False
+        self.lean: Lean | None = None
+        """What is changed in the model for this forward; so also where a part of it is recomputed."""
         self.again: dict[Any, Any] = {}
         """What gates have decided in this recomputation of a block."""
         self._prompt = prompt

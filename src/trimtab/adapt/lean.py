@@ -1,22 +1,29 @@
-"""Frozen norms and MLPs that keep little for backward, in place of the families' own, while an engine trains.
+"""Forwards with gradients that keep little for backward: frozen norms, MLPs, attention and output heads of ours.
 
-Inside `lean`, modules whose code is known (`trimtab.models.forms`) are instances of a subclass with a forward of ours,
-which calls their layers as before, so that sites, routes and hooks see what they would see. Outside, the model is as
-it was. On other devices than a CPU, without gradients, with a trained norm, and under a compiler, forward is the
-family's.
+For the length of such a forward (the bank opens `lean` around it), modules whose code is known
+(`trimtab.models.forms`) are instances of a subclass with a forward of ours, which calls their layers as before, so that
+sites, routes and hooks see what they would see; attention is ours where torch's would do it; and a model that takes the
+loss itself computes no logits that nobody looks at. Before and after, the model is as it was. On other devices than a
+CPU, without gradients, with a trained norm, and under a compiler, forward is the family's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import cache
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from transformers import PreTrainedModel
 
+from trimtab.adapt.attention import Ours
 from trimtab.kernels.frozen_blocks import activated, gated_product, rms_norm
+from trimtab.kernels.remade import remaking
+from trimtab.losses import promised_logits
 from trimtab.models.forms import Gated, Norm, Plain, form_of
 
 NARROW = (torch.bfloat16, torch.float16, torch.float32)
@@ -30,20 +37,94 @@ ELEMENTWISE = frozenset(
 """Activations that see each element by itself and have no parameters."""
 
 
+class Lean:
+    """What changes in a model for the length of a forward; entered again for what is recomputed of it.
+
+    Args:
+        loss: whether the model is to take a loss of its logits.
+    """
+
+    def __init__(self, model: nn.Module, *, loss: bool = False) -> None:
+        found: list[tuple[nn.Module, Any]] = [(module, type(module)) for module in model.modules()]
+        self._parts: list[tuple[nn.Module, Any, Any]] = [
+            (module, kind, _lean(kind)) for module, kind in found if form_of(kind) is not None
+        ]
+        head = _plain_head(model) if loss else None
+        if head is not None:
+            self._parts.append((head, nn.Linear, _Promising))
+        self._attention = Ours(model)
+        self._depth = 0
+
+    def __enter__(self) -> None:
+        self._depth += 1
+        if self._depth == 1:
+            self._attention.__enter__()
+            for module, _, leaner in self._parts:
+                module.__class__ = leaner
+
+    def __exit__(self, *raised: object) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            for module, kind, _ in self._parts:
+                module.__class__ = kind
+            self._attention.__exit__()
+
+
 @contextmanager
-def lean(model: nn.Module) -> Iterator[None]:
-    """Inside, known frozen parts of a model keep less for backward."""
-    before: list[tuple[nn.Module, type[nn.Module]]] = []
+def lean(model: nn.Module, *, loss: bool = False) -> Iterator[Lean]:
+    """A forward inside keeps less for backward, unless somebody else already says what it keeps."""
+    made = Lean(model, loss=loss)
+    free = torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+    with made, remaking() if free else nullcontext():
+        yield made
+
+
+_families: ContextVar[bool] = ContextVar("_families", default=False)
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """Inside, models run by the code of their families, and keep what that keeps."""
+    before = _families.set(True)
     try:
-        for module in model.modules():
-            kind: Any = type(module)
-            if form_of(kind) is not None:
-                before.append((module, kind))
-                module.__class__ = _lean(kind)
         yield
     finally:
-        for module, kind in before:
-            module.__class__ = kind
+        _families.reset(before)
+
+
+def leans(model: nn.Module) -> bool:
+    """Whether a forward that begins now has gradients, and nobody traces or transforms it."""
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+        and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+        and not _families.get()
+        and next((p.device.type for p in model.parameters()), "") in ("cpu", "meta")
+    )
+
+
+def _plain_head(model: nn.Module) -> nn.Module | None:
+    """The output head of a model, where it is a frozen linear layer that nobody watches."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    head = model.get_output_embeddings()
+    watched = type(head) is nn.Linear and (head._forward_hooks or head._forward_pre_hooks)
+    frozen = type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters())
+    return head if frozen and not watched else None
+
+
+class _Promising(nn.Linear):
+    """A head whose logits wait for somebody to look at them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        fits = _fits(x) and x.requires_grad
+        fits = fits and (x.dtype == self.weight.dtype or torch.is_autocast_enabled(x.device.type))
+        return promised_logits(x, self.weight, self.bias) if fits else super().forward(x)
+
+    __module__, __qualname__ = nn.Linear.__module__, nn.Linear.__qualname__
 
 
 @cache

@@ -17,7 +17,6 @@ from trimtab.adapt import attention
 from trimtab.adapt.attach import attach
 from trimtab.adapt.bank import Bank, Plan, bank_of, find_bank
 from trimtab.adapt.injected import apart
-from trimtab.adapt.lean import lean
 from trimtab.adapt.route import Route
 from trimtab.adapt.tree import anatomy_of
 from trimtab.data import Batch, Datum
@@ -289,8 +288,7 @@ class Engine:
         auxiliary: dict[str, float] = defaultdict(float)
         with (
             self._mode(train=train),
-            attention.ours(self.model),
-            lean(self.model),
+            attention.Ours(self.model),
             torch.set_grad_enabled(train),
         ):
             for micro in self.micro_batches(data, owners):

@@ -211,7 +211,7 @@ def separates(model: PreTrainedModel, vocabulary: int, *, told: bool = False) ->
         outputs = []
         for head in (first, other):
             both = torch.cat([head, second])[None]
-            with attention.ours(model), apart(documents):
+            with attention.Ours(model), apart(documents):
                 out = model(input_ids=both, position_ids=positions, use_cache=False, **more)
             outputs.append(out[0][0, 6:])
         return float((outputs[0] - outputs[1]).abs().max())

@@ -25,7 +25,6 @@ from trimtab.adapt.bank import Bank, bank_of
 from trimtab.adapt.checkpoint import Capturing
 from trimtab.adapt.tree import anatomy_of, sites_of
 from trimtab.errors import UnsupportedError
-from trimtab.kernels.remade import remaking
 from trimtab.optim.params import Memory
 
 Recompute = Literal["none", "mlp", "blocks"]
@@ -37,12 +36,7 @@ SMALL = 1 << 16
 @contextmanager
 def saving(model: nn.Module, memory: Memory) -> Iterator[None]:
     """A forward inside keeps what ``memory`` says."""
-    here = next(model.parameters()).device.type
-    away: AbstractContextManager[Any] = nullcontext()
-    if memory.activations == "host":
-        away = offloaded(model)
-    elif memory.recompute == "none" and here in ("cpu", "meta"):
-        away = remaking()
+    away = offloaded(model) if memory.activations == "host" else nullcontext()
     with away, recomputed(model, memory.recompute):
         yield
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 QUERIES = 96
 SCORES = 2**22
@@ -66,6 +67,7 @@ class _CausalAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, most_BGRT = ctx.saved_tensors
         q_BGRTD, grad_BGRTD = (_grouped(t, k.shape[1]) for t in (q, outer[0].transpose(1, 2)))

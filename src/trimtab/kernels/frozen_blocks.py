@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from trimtab.kernels.remade import remade
 
@@ -57,9 +56,12 @@ class _RmsNorm(torch.autograd.Function):
         return _normed(x, weight_C, epsilon, rounding)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_C = ctx.saved_tensors
+        (grad,) = outer
+        if torch.is_grad_enabled():  # somebody differentiates the gradient
+            y = _plainly_normed(x, weight_C, ctx.epsilon, ctx.rounding)
+            return *torch.autograd.grad(y, x, grad, create_graph=True), None, None, None
         wide_C = weight_C.float() + (1 if ctx.rounding == "offset" else 0)
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         for x_NC, grad_NC, dx_NC in _rows(x, grad, dx):
@@ -84,6 +86,15 @@ def _normed(x: Tensor, weight_C: Tensor, epsilon: float, rounding: Rounding) -> 
     return y
 
 
+def _plainly_normed(x: Tensor, weight_C: Tensor, epsilon: float, rounding: Rounding) -> Tensor:
+    """By operations that have derivatives of any order."""
+    wide = x.float()
+    normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    if rounding == "before":
+        return normal.to(x.dtype) * weight_C
+    return (normal * (weight_C if rounding == "after" else 1.0 + weight_C.float())).to(x.dtype)
+
+
 def _standardised(x_NC: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """x̂ in fp32, and what x was multiplied by."""
     wide_NC = x_NC.to(torch.float32, copy=True)
@@ -99,9 +110,16 @@ class _GatedProduct(torch.autograd.Function):
         return _gated(gate, up, activation)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
+        (grad,) = outer
+        if torch.is_grad_enabled():
+            y = ctx.activation(gate) * up
+            wanted = [
+                t for t, needed in zip((gate, up), ctx.needs_input_grad, strict=False) if needed
+            ]
+            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None
         dgate, dup = (
             torch.empty_like(t, memory_format=torch.contiguous_format) for t in (gate, up)
         )

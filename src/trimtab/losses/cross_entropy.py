@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 CHUNK_BYTES = 24 * 2**20
 """What a chunk of fp32 logits may take: small enough that its memory is reused, not mapped anew each time."""
@@ -97,6 +98,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (nll_N * weights_N.to(wide)).sum(), nll_N, best_N
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         (grad_NC,) = ctx.saved_tensors
         return grad_NC * outer[0].to(grad_NC.dtype), None, None, None, None, None

@@ -340,7 +340,12 @@ class Tuner(Asked, nn.Module):
         cast_adapter_dtype(self.model, adapter_name, autocast_adapter_dtype)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return with_losses(self.bank, self.model(*args, **kwargs))
+        try:
+            return with_losses(self.bank, self.model(*args, **kwargs))
+        except KeyboardInterrupt:
+            if self.bank is not None:
+                self.bank.close()
+            raise
 
     def update_and_allocate(self, global_step: int) -> None:
         """AdaLoRA's budget: call it after each step of the optimizer, before gradients are cleared."""
