@@ -28,6 +28,9 @@ def train(
     track: list[str] = typer.Option(
         None, "--track", help="tensorboard, mlflow, wandb or trackio; may be repeated."
     ),
+    profile: bool = typer.Option(
+        False, "--profile", help="Watch a few steps; say where time and memory went, by room."
+    ),
     quiet: bool = typer.Option(False, "--quiet", "-q", help="Print nothing but errors."),
 ) -> None:
     """Fine-tune an adapter.
@@ -54,5 +57,6 @@ def train(
 
     from trimtab.train.api import train_recipe
 
-    if train_recipe(recipe, resume=resume, quiet=quiet).status == "interrupted":
+    outcome = train_recipe(recipe, resume=resume, quiet=quiet, profile=profile)
+    if outcome.status == "interrupted":
         raise typer.Exit(INTERRUPTED)

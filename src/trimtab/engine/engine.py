@@ -25,6 +25,7 @@ from trimtab.engine.class_head import ClassHead
 from trimtab.engine.head import Head, Kept, TokenHead
 from trimtab.engine.micro import Layout, Micro, Who, layout_of
 from trimtab.engine.results import LossResult, StepResult
+from trimtab.engine.rooms import Rooms, Unwatched
 from trimtab.engine.sampling import Completion, SamplingParams
 from trimtab.engine.saving import saving
 from trimtab.engine.streaming import Stream
@@ -77,6 +78,8 @@ class Engine:
         self.packed = packed
         self.memory = memory or Memory()
         self.memory.check(self.model.device.type)
+        self.rooms: Rooms = Unwatched()
+        """Told of the parts of each training step (`trimtab.train.profiler`)."""
         self._tenants: dict[str, Tenant] = {}
         anatomy = anatomy_of(self.model)
         if anatomy.encoder_decoder:
@@ -135,7 +138,8 @@ class Engine:
 
     def optim_step(self, adapter: str, params: AdamParams) -> StepResult:
         """One step of one adapter on the gradients accumulated since its last; see `Tenant.step`."""
-        return self._tenant(adapter).step(params)
+        with self.rooms.inside("optimiser"):
+            return self._tenant(adapter).step(params)
 
     def optimiser_tensors(self, adapter: str) -> list[Tensor]:
         """What the optimiser of an adapter keeps between steps."""
@@ -291,26 +295,28 @@ class Engine:
             attention.Ours(self.model),
             torch.set_grad_enabled(train),
         ):
-            for micro in self.micro_batches(data, owners):
+            for micro in self.rooms.each("data", self.micro_batches(data, owners)):
                 with saving(self.model, self.memory) if train else nullcontext():
                     objective, found = self._forward(micro, data, auxiliary)
                 for place, member in enumerate(micro.members):
                     for total, values in zip(totals, found, strict=True):
                         total[member] = values[place]
                 if train and objective is not None:
-                    objective.backward()
+                    with self.rooms.backward(objective):
+                        objective.backward()
         return LossResult(sums, weights, hits, dict(auxiliary))
 
     def _forward(
         self, micro: Micro, data: Sequence[Datum], auxiliary: dict[str, float]
     ) -> tuple[Tensor | None, list[list[float]]]:
         """The objective of one micro-batch; and sums, weights and hits of its documents."""
-        kept = Kept.of(micro.batch)
         documents = len(micro.members)
-        if not len(kept.index):
-            return None, [[0.0] * documents for _ in range(3)]
-        batch, kept = self._placed(micro, kept)
-        with self._shown(micro, batch) as route:
+        with self.rooms.inside("data"):
+            kept = Kept.of(micro.batch)
+            if not len(kept.index):
+                return None, [[0.0] * documents for _ in range(3)]
+            batch, kept = self._placed(micro, kept)
+        with self._shown(micro, batch) as route, self.rooms.inside("head"):
             token = self._head.loss(micro.inputs(batch), kept, together=route.every)
             bank = find_bank(self.model)
             extras = [] if bank is None else bank.take_losses()

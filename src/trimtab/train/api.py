@@ -35,6 +35,7 @@ def train(
     options: Mapping[str, Any] | None = None,
     resume: bool = False,
     quiet: bool = False,
+    profile: bool = False,
 ) -> Outcome:
     """Train an attached adapter on a file of examples.
 
@@ -49,6 +50,7 @@ def train(
         options: any other option of the recipe by its dotted name, ``{"optim.schedule": "cosine"}``.
         resume: go on from the last checkpoint in ``out``.
         quiet: print nothing.
+        profile: watch a few of the steps, and say where time and memory went.
 
     Raises:
         TrimtabError: see `Run`. On a CPU the process keeps freed memory from here on (`keep_memory`).
@@ -79,6 +81,7 @@ def train(
         adapter,
         resume=resume,
         quiet=quiet,
+        profile=profile,
         data=_object(data),
         held_out=_object(held_out),
     )
@@ -94,10 +97,12 @@ def _named(data: object) -> str:
     return str(data) if isinstance(data, str | Path) else f"<{type(data).__name__}>"
 
 
-def train_recipe(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> Outcome:
+def train_recipe(
+    recipe: Recipe, *, resume: bool = False, quiet: bool = False, profile: bool = False
+) -> Outcome:
     """Load the base of a recipe, attach its method, and train."""
     recipe, base, adapter = opened_base(recipe)
-    return _run(recipe, base, adapter, resume=resume, quiet=quiet)
+    return _run(recipe, base, adapter, resume=resume, quiet=quiet, profile=profile)
 
 
 def _run(
@@ -107,11 +112,21 @@ def _run(
     *,
     resume: bool,
     quiet: bool,
+    profile: bool,
     data: object = None,
     held_out: object = None,
 ) -> Outcome:
     if base.model.device.type == "cpu":
         keep_memory()
     screen = Screen(Console(quiet=quiet, highlight=False))
-    run = Run(recipe, base, adapter, screen, resume=resume, data=data, held_out=held_out)
+    run = Run(
+        recipe,
+        base,
+        adapter,
+        screen,
+        resume=resume,
+        data=data,
+        held_out=held_out,
+        profile=profile,
+    )
     return run.go()

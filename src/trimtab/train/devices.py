@@ -98,7 +98,8 @@ def this_device(device: torch.device) -> Device:
 @torch.no_grad()
 def reached(dtype: torch.dtype, device: torch.device, size: int = 1024) -> float:
     """FLOP/s of products of square matrices here, the best of a few."""
-    one = torch.ones(size, size, dtype=dtype, device=device)
+    draw = torch.Generator(device).manual_seed(0)  # the process's own is a run's
+    one = torch.randn(size, size, dtype=torch.float32, device=device, generator=draw).to(dtype)
     best = float("inf")
     for _ in range(5):
         began = time.perf_counter()

@@ -14,6 +14,7 @@ from trimtab.train.advice import advice, forgetting_sentence, gap_sentence
 from trimtab.train.chart import Series, legend, line_chart, reach_of, smoothed
 from trimtab.train.events import Event
 from trimtab.train.page import write_page
+from trimtab.train.profile import Profile
 from trimtab.train.summary import Metric, RunSummary
 
 MIDDLES = 2
@@ -49,6 +50,7 @@ def _facts(run: RunSummary) -> dict[str, Any]:
         "unrelated": [(of, found) for of in ("base", "adapter") if (found := run.forgetting(of))],
         "text": run.unrelated[-1].get("text", "") if run.unrelated else "",
         "advice": advice(run),
+        "profile": None if run.profile is None else Profile.of(run.profile),
         "notes": [text for name, text in run.start["plan"] if name in ("data", "careful")],
     }
 

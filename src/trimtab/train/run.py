@@ -13,6 +13,7 @@ resumed run ends bitwise where an uninterrupted one does.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -24,6 +25,7 @@ import torch
 from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.export import exported
 from trimtab.data import Cursor, Datum, preview
+from trimtab.data.feed import Step
 from trimtab.engine import Engine, LossResult, StepResult
 from trimtab.errors import (
     DataError,
@@ -37,6 +39,7 @@ from trimtab.train.checkpoints import Checkpoints
 from trimtab.train.events import Events, read_events
 from trimtab.train.interrupt import Interrupt
 from trimtab.train.measure import EACH, Measure, Measured
+from trimtab.train.profiler import Profiler
 from trimtab.train.progress import Progress
 from trimtab.train.recipe import Recipe
 from trimtab.train.recipe_file import write_recipe
@@ -81,6 +84,7 @@ class Run:
         recipe: as the user gave it; `Run.recipe` is resolved.
         resume: go on from the last checkpoint in the recipe's folder.
         data, held_out: Python objects with rows, in the place of the recipe's paths.
+        profile: watch a few of the steps, and say where time and memory go.
     """
 
     def __init__(
@@ -93,6 +97,7 @@ class Run:
         resume: bool,
         data: object = None,
         held_out: object = None,
+        profile: bool = False,
     ) -> None:
         self.trackers = Trackers(recipe.track)
         self.base, self.adapter, self.screen = base, adapter, screen
@@ -100,6 +105,7 @@ class Run:
         self.engine = Engine(base, micro_tokens=recipe.batch.micro_tokens, memory=recipe.memory)
         screen.unit = "text" if self.engine.labels else "token"
         self.recipe = resolved(recipe, base, adapter, self.folder)
+        began = time.perf_counter()
         with screen.reading() as progress:
             self.sources: Sources = read_sources(
                 self.recipe,
@@ -109,6 +115,7 @@ class Run:
                 held_out=held_out,
                 progress=progress,
             )
+        self.profiler = self._profiler(time.perf_counter() - began) if profile else None
         self.total = total_steps(self.recipe, self.sources)
         self.measure = (
             Measure(self.engine, self.sources.held_out, base.tokenizer, self.recipe.eval)
@@ -196,6 +203,7 @@ class Run:
             before = self._before()
             self.unrelated.before(self.events, self.screen)
             stopped = self._loop()
+            profile = None if self.profiler is None else self.profiler.profile()
             after = None if stopped else self._finish(before)
         except BaseException as error:
             with suppress(StorageError):
@@ -204,9 +212,13 @@ class Run:
                 raise self._located(error) from error
             raise
         finally:
+            if self.profiler is not None:
+                self.profiler.close()
             with suppress(StorageError):
                 self.events.close()
         write_report(self.folder)
+        if self.profiler is not None:
+            self.screen.profile(profile)
         status: Literal["finished", "interrupted"] = "interrupted" if stopped else "finished"
         return Outcome(self.folder, status, self.progress.step, before, after)
 
@@ -231,9 +243,11 @@ class Run:
         recipe, progress = self.recipe, self.progress
         epochs = None if recipe.steps is not None else recipe.epochs
         left = 0 if progress.over else self.total - progress.step
-        steps = self.sources.feed.steps(epochs, progress.cursor)
+        steps: Iterator[Step] = islice(self.sources.feed.steps(epochs, progress.cursor), left)
+        if self.profiler is not None:
+            steps = self.profiler.watched(steps, left)
         with Interrupt() as interrupt, self.screen.progress(progress.step, self.total):
-            for members, cursor in islice(steps, left):
+            for members, cursor in steps:
                 self._step(members, cursor)
                 evaluated = self._due(recipe.eval.every) and self._evaluate()
                 if self._due(self.saves_every) or evaluated or interrupt.wanted:
@@ -282,6 +296,18 @@ class Run:
             loss.mean,
             sum(lengths) / seconds,
             facts.peak_memory(self.base.model.device),
+        )
+        if self.profiler is not None:
+            self.profiler.done(progress.step, members)
+
+    def _profiler(self, reading: float) -> Profiler:
+        """What watches the steps; ``reading`` are the seconds that the data took."""
+        return Profiler(
+            self.base,
+            self.engine,
+            self.adapter,
+            reading=reading,
+            note=lambda found: self.events.add("profile", found.fields()),
         )
 
     def _due(self, every: int | None) -> bool:

@@ -11,6 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from trimtab.train.measure import Measured
+from trimtab.train.page import sized
+from trimtab.train.profile import Profile
 
 READ_STEP = 100
 
@@ -28,17 +30,21 @@ class Screen:
 
     def plan(self, rows: Sequence[tuple[str, str]], previews: Sequence[Text]) -> None:
         """The facts of a run before it starts, and a few examples with trained tokens marked."""
+        self._facts(rows)
+        for preview in previews:
+            self.console.print()
+            self.console.print(preview)
+        if previews:
+            self.console.print()
+
+    def _facts(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Names and what is to be said of them."""
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         table.add_column(style="bold")
         table.add_column(overflow="fold")
         for name, value in rows:
             table.add_row(name, Text(value))
         self.console.print(table)
-        for preview in previews:
-            self.console.print()
-            self.console.print(preview)
-        if previews:
-            self.console.print()
 
     def note(self, text: str, style: str = "") -> None:
         """One line."""
@@ -80,6 +86,25 @@ class Screen:
                 Text(sample.answer.strip()),
             )
         self.console.print(table)
+
+    def profile(self, found: Profile | None) -> None:
+        """Where time and memory went, as a table and a few sentences."""
+        if found is None:
+            self.note("no step was left to profile.", "yellow")
+            return
+        table = Table(title=found.title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+        table.add_column("room", style="bold")
+        for name in ("seconds", "share", "of it backward", "kept for backward"):
+            table.add_column(name, justify="right")
+        for name, room in found.rows:
+            share = f"{room.seconds / found.seconds:.1%}"
+            kept = sized(room.kept) if room.kept else "–"
+            sizes = (f"{room.seconds:.4f}", share, f"{room.backward:.4f}", kept)
+            table.add_row(name, *sizes)
+        self.console.print()
+        self.console.print(table)
+        self.console.print()
+        self._facts(found.sentences)
 
     @contextmanager
     def reading(self) -> Iterator[Callable[[int, int | None], None]]:

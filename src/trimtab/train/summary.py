@@ -47,6 +47,7 @@ class RunSummary:
     evals: Sequence[Event]
     unrelated: Sequence[Event]
     end: Event | None
+    profile: Event | None = None
 
     @classmethod
     def read(cls, folder: Path) -> RunSummary:
@@ -77,6 +78,7 @@ class RunSummary:
             kinds.get("eval", []),
             kinds.get("forgetting", []),
             kinds.get("end", [None])[-1],
+            kinds.get("profile", [None])[-1],
         )
 
     # -- how far it came -----------------------------------------------------------------------------
