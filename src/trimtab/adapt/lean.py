@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 from transformers import PreTrainedModel
 
 from trimtab.adapt.attention import Ours
+from trimtab.kernels import products
 from trimtab.kernels.frozen_blocks import activated, gated_product, rms_norm
 from trimtab.kernels.remade import remaking
 from trimtab.losses import promised_logits
@@ -49,6 +50,8 @@ class Lean:
         self._parts: list[tuple[nn.Module, Any, Any]] = [
             (module, kind, _lean(kind)) for module, kind in found if form_of(kind) is not None
         ]
+        if products.fp32_is_faster():
+            self._parts += [(m, kind, _Widened) for m, kind in found if kind is nn.Linear]
         head = _plain_head(model) if loss else None
         if head is not None:
             self._parts.append((head, nn.Linear, _Promising))
@@ -114,6 +117,21 @@ def _plain_head(model: nn.Module) -> nn.Module | None:
     watched = type(head) is nn.Linear and (head._forward_hooks or head._forward_pre_hooks)
     frozen = type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters())
     return head if frozen and not watched else None
+
+
+class _Widened(nn.Linear):
+    """A frozen layer whose products are taken in fp32, where that is faster."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == self.weight.dtype:
+            x = x.to(self.weight.dtype)
+        frozen = not any(p.requires_grad for p in self._parameters.values() if p is not None)
+        if not (frozen and x.dtype == self.weight.dtype and products.widens(x)):
+            return super().forward(x)
+        return products.frozen_linear(x, self.weight, self.bias)
+
+    __module__, __qualname__ = nn.Linear.__module__, nn.Linear.__qualname__
 
 
 class _Promising(nn.Linear):

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trimtab.adapt import attention
 from trimtab.adapt.attach import attach
 from trimtab.adapt.bank import Bank, Plan, bank_of, find_bank
 from trimtab.adapt.injected import apart
+from trimtab.adapt.lean import Lean
 from trimtab.adapt.route import Route
 from trimtab.adapt.tree import anatomy_of
 from trimtab.data import Batch, Datum
@@ -292,7 +292,7 @@ class Engine:
         auxiliary: dict[str, float] = defaultdict(float)
         with (
             self._mode(train=train),
-            attention.Ours(self.model),
+            Lean(self.model),
             torch.set_grad_enabled(train),
         ):
             for micro in self.rooms.each("data", self.micro_batches(data, owners)):

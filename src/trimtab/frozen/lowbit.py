@@ -14,11 +14,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.errors import ModelError, UnsupportedError
 from trimtab.frozen.linear import LinearMap
+from trimtab.kernels import products
 
 
 class LowBit(nn.Module):
@@ -130,7 +130,7 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, module: LowBitLinear) -> Tensor:
         ctx.module = module
-        y = F.linear(x.reshape(-1, x.shape[-1]), module.dense(x.dtype), bias)
+        y = products.linear(x.reshape(-1, x.shape[-1]), module.dense(x.dtype), bias)
         # no view, which autograd would forbid to be written in place (Falcon adds to it so)
         return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], module.out_features))
 
@@ -139,7 +139,7 @@ class _Frozen(torch.autograd.Function):
         (grad,) = grads
         dx, db = ctx.needs_input_grad[:2]
         return (
-            grad @ ctx.module.dense(grad.dtype) if dx else None,
+            products.times(grad, ctx.module.dense(grad.dtype)) if dx else None,
             grad.sum_to_size(grad.shape[-1:]) if db else None,
             None,
         )

@@ -9,7 +9,8 @@ number for each row of scores are kept. How fast that is beside torch's own: ben
 
 Products of bf16 are rounded to bf16, which would cost large scores all their precision. So both products are rounded
 as differences from a number of their row: s · Q Kᵀ from its largest, found by a first product, and dP from rowsum(P ∘
-dP) = rowsum(dO ∘ O). Softmax and its backward do not change with such a number, whatever it is.
+dP) = rowsum(dO ∘ O). Softmax and its backward do not change with such a number, whatever it is. Where products in fp32
+are the faster ones (`trimtab.kernels.products`), blocks are fp32 inside, and need no first product.
 
 Legend: B rows, H query heads, G key heads, R = H / G, T tokens, D head width, N queries of a block, S keys it meets.
 """
@@ -23,9 +24,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from trimtab.kernels import products
+
 QUERIES = 96
-SCORES = 2**22
-"""How many queries and how many scores a block may have (one key head's, at least)."""
+SCORES = 2**23
+"""How many queries, and how many bytes of scores, a block may have (one key head's, at least)."""
 
 
 def causal_attention(
@@ -49,21 +52,22 @@ class _CausalAttention(torch.autograd.Function):
         out = torch.empty(rows, tokens, heads, v.shape[-1], dtype=q.dtype, device=q.device)
         out_BGRTD, q_BGRTD = (_grouped(t, k.shape[1]) for t in (out.transpose(1, 2), q))
         most_BGRT = q.new_zeros(q_BGRTD.shape[:-1])
-        rounds = q.dtype not in (torch.float32, torch.float64)
-        blocks = list(_blocks(q_BGRTD, ends))
-        room = _room(q_BGRTD, blocks, 2)
+        inner = torch.float32 if products.widens(q) else q.dtype
+        rounds = inner not in (torch.float32, torch.float64)
+        blocks = list(_blocks(q_BGRTD, ends, inner))
+        room = _room(q_BGRTD, blocks, 2, inner)
         for block in blocks:
-            queries, keys = _flat(q_BGRTD[block.queries]), _near(k, block)
+            queries, keys = _flat(q_BGRTD[block.queries]).to(inner), _near(k, block).to(inner)
             scores = _scores(room[0], queries, keys, scale, block)
             if rounds:
                 most = scores.amax(-1, keepdim=True)
                 most_BGRT[block.queries] = most.view(*most_BGRT[block.queries].shape)
                 scores = _scores(room[0], queries, keys, scale, block, most)
             shares = torch.softmax(scores, -1, out=_shaped(room[1], scores))
-            made = torch.bmm(shares, _near(v, block))
+            made = torch.bmm(shares, _near(v, block).to(inner))
             out_BGRTD[block.queries] = made.view(*out_BGRTD[block.queries].shape)
         ctx.save_for_backward(q, k, v, out, most_BGRT)
-        ctx.scale, ctx.ends = scale, ends
+        ctx.scale, ctx.ends, ctx.inner, ctx.rounds = scale, ends, inner, rounds
         return out
 
     @staticmethod
@@ -71,28 +75,27 @@ class _CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, most_BGRT = ctx.saved_tensors
         q_BGRTD, grad_BGRTD = (_grouped(t, k.shape[1]) for t in (q, outer[0].transpose(1, 2)))
-        mean_BGRT = _grouped((outer[0] * out).sum(-1).transpose(1, 2), k.shape[1])
-        wide = torch.promote_types(q.dtype, torch.float32)
+        inner, wide = ctx.inner, torch.promote_types(q.dtype, torch.float32)
+        mean_BGRT = _grouped((outer[0].to(inner) * out).sum(-1).transpose(1, 2), k.shape[1])
         dq_BGRTD = torch.empty_like(q_BGRTD)
         dk, dv = (torch.zeros(t.shape, dtype=wide, device=t.device) for t in (k, v))
-        blocks = list(_blocks(q_BGRTD, ctx.ends))
-        room = _room(q_BGRTD, blocks, 3)
+        blocks = list(_blocks(q_BGRTD, ctx.ends, inner))
+        room = _room(q_BGRTD, blocks, 3, inner)
         for block in blocks:
-            queries, grads = _flat(q_BGRTD[block.queries]), _flat(grad_BGRTD[block.queries])
-            keys = _near(k, block)
-            most, mean = (_column(t[block.queries]) for t in (most_BGRT, mean_BGRT))
+            queries, grads = (_flat(t[block.queries]).to(inner) for t in (q_BGRTD, grad_BGRTD))
+            keys, mean = _near(k, block).to(inner), _column(mean_BGRT[block.queries])
+            most = _column(most_BGRT[block.queries]) if ctx.rounds else None
             scores = _scores(room[0], queries, keys, ctx.scale, block, most)
             shares = torch.softmax(scores, -1, out=_shaped(room[1], scores))
             _add(dv, block, torch.bmm(shares.mT, grads))
-            slopes = _product(room[0], grads, _near(v, block), 1.0, mean)
+            slopes = _product(room[0], grads, _near(v, block).to(inner), 1.0, mean)
             slopes = torch.ops.aten._softmax_backward_data.out(
                 slopes, shares, -1, shares.dtype, grad_input=_shaped(room[2], shares)
             )
-            made = torch.bmm(slopes, keys)
+            made = torch.bmm(slopes, keys).mul_(ctx.scale)
             dq_BGRTD[block.queries] = made.view(*dq_BGRTD[block.queries].shape)
             _add(dk, block, torch.bmm(slopes.mT, queries))
-        dq, dk = dq_BGRTD.mul_(ctx.scale).flatten(1, 2), dk.mul_(ctx.scale)
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
+        return dq_BGRTD.flatten(1, 2), dk.mul_(ctx.scale).to(k.dtype), dv.to(v.dtype), None, None
 
 
 class _Block(NamedTuple):
@@ -113,12 +116,13 @@ class _Block(NamedTuple):
         return self.rows, self.heads, slice(self.first, self.stop)
 
 
-def _blocks(q_BGRTD: Tensor, ends: Sequence[int] | None) -> Iterator[_Block]:
+def _blocks(q_BGRTD: Tensor, ends: Sequence[int] | None, inner: torch.dtype) -> Iterator[_Block]:
     rows, groups, heads, tokens, _ = q_BGRTD.shape
+    most = SCORES // inner.itemsize
     for some, first, last in _documents(rows, tokens, ends):
         for start in range(first, last, QUERIES):
             stop = min(start + QUERIES, last)
-            each = max(SCORES // (heads * (stop - start) * (stop - first)), 1)
+            each = max(most // (heads * (stop - start) * (stop - first)), 1)
             for row in range(some.start, some.stop, max(each // groups, 1)):
                 beside = slice(row, min(row + max(each // groups, 1), some.stop))
                 for head in range(0, groups, each):
@@ -164,7 +168,7 @@ def _column(x_BGRN: Tensor) -> Tensor:
     return x_BGRN.flatten(2, 3).flatten(0, 1).unsqueeze(-1)
 
 
-def _room(q_BGRTD: Tensor, blocks: Sequence[_Block], count: int) -> Tensor:
+def _room(q_BGRTD: Tensor, blocks: Sequence[_Block], count: int, inner: torch.dtype) -> Tensor:
     """Memory for the scores of any block, so many times: blocks take turns in it."""
     heads = q_BGRTD.shape[2]
     sizes = (
@@ -175,7 +179,7 @@ def _room(q_BGRTD: Tensor, blocks: Sequence[_Block], count: int) -> Tensor:
         * (b.stop - b.first)
         for b in blocks
     )
-    return torch.empty(count, max(sizes), dtype=q_BGRTD.dtype, device=q_BGRTD.device)
+    return torch.empty(count, max(sizes), dtype=inner, device=q_BGRTD.device)
 
 
 def _shaped(room: Tensor, like: Tensor) -> Tensor:

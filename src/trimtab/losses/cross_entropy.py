@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from trimtab.kernels import products
+
 CHUNK_BYTES = 24 * 2**20
 """What a chunk of fp32 logits may take: small enough that its memory is reused, not mapped anew each time."""
 
@@ -82,16 +84,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         nll_N = torch.empty(len(hidden_NC), dtype=wide, device=hidden_NC.device)
         best_N = torch.empty(len(hidden_NC), dtype=torch.bool, device=hidden_NC.device)
         needed = ctx.needs_input_grad[0]
+        widens = products.widens(hidden_NC)
         grad_NC = torch.empty_like(hidden_NC) if needed else None
         for start in range(0, len(hidden_NC), rows):
             part = slice(start, start + rows)
-            logits = F.linear(hidden_NC[part], head_VC, bias_V)
+            given = hidden_NC[part].float() if widens else hidden_NC[part]
+            logits = (products.wide_linear if widens else F.linear)(given, head_VC, bias_V)
             nll_N[part], best_N[part], probabilities = _nll(logits, targets_N[part], wide)
             if grad_NC is not None:
                 # One is taken off before rounding to the head's dtype: where the model is sure, the
                 # difference is far smaller than either term.
                 probabilities[torch.arange(len(logits), device=logits.device), targets_N[part]] -= 1
-                grad = probabilities.to(head_VC.dtype) @ head_VC
+                if widens:
+                    grad = products.wide_times(probabilities, head_VC)
+                else:
+                    grad = probabilities.to(head_VC.dtype) @ head_VC
                 grad_NC[part] = grad * weights_N[part, None].to(grad.dtype)
         ctx.save_for_backward(*(() if grad_NC is None else (grad_NC,)))
         ctx.mark_non_differentiable(nll_N, best_N)
@@ -105,10 +112,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _nll(logits: Tensor, targets: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """nll, hits and probabilities from one softmax: logsumexp(z) = max z − log max softmax(z)."""
-    probabilities = torch.softmax(logits, dim=-1, dtype=wide)
+    """nll, hits and probabilities from one softmax: logsumexp(z) = max z − log max softmax(z). Logits are used up."""
     top = logits.max(dim=-1, keepdim=True)
-    largest = probabilities.gather(1, top.indices)
     chosen = logits.gather(1, targets[:, None])
+    if logits.dtype == wide:
+        probabilities = torch.softmax(logits, dim=-1, out=logits)
+    else:
+        probabilities = torch.softmax(logits, dim=-1, dtype=wide)
+    largest = probabilities.gather(1, top.indices)
     nll = (top.values.to(wide) - chosen.to(wide) - largest.log())[:, 0]
     return nll, top.indices[:, 0] == targets, probabilities

@@ -1,0 +1,115 @@
+"""Products of bf16 matrices in fp32, on machines where those are faster.
+
+x86 processors with AMX multiply bf16 several times as fast as fp32, and AMD's with AVX-512-BF16 twice as fast. Intel's
+without AMX have the same instruction at half its rate, older ones none: there a product of bf16 matrices costs up to
+twice what it costs to widen them first (benchmarks/results/lora_step.md and lora_step_xeon.md give the rates of both).
+Sums are taken in fp32 either way, and what comes out is rounded once.
+
+Legend: N rows, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 1 << 22
+"""Values of a weight that are widened at a time."""
+ROWS = 512
+"""Rows that are widened at a time."""
+FEWEST = 64
+"""Rows from which on widening the weight is cheap beside the product."""
+
+
+@cache
+def fp32_is_faster() -> bool:
+    """Whether this machine multiplies fp32 matrices faster than bf16 ones."""
+    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    if able.get("architecture") != "x86_64":
+        return False
+    fast = able.get("amx_bf16") or (able.get("avx512_bf16") and "AMD" in able.get("cpu_name", ""))
+    return not fast
+
+
+def widens(x: Tensor) -> bool:
+    """Whether products of ``x`` (its rows by the rows or columns of a weight) are taken in fp32."""
+    return (
+        x.dtype == torch.bfloat16
+        and x.device.type == "cpu"
+        and x.numel() >= FEWEST * x.shape[-1]
+        and fp32_is_faster()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``."""
+    if not widens(x):
+        return F.linear(x, weight_OI, bias_O)
+    return _by_rows(x, weight_OI, len(weight_OI), lambda some, w: wide_linear(some, w, bias_O))
+
+
+def times(x: Tensor, weight_OI: Tensor) -> Tensor:
+    """``x @ weight``."""
+    if not widens(x):
+        return x @ weight_OI
+    return _by_rows(x, weight_OI, weight_OI.shape[1], wide_times)
+
+
+def _by_rows(
+    x: Tensor, weight_OI: Tensor, width: int, product: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """A product of all rows, of which only some are wide at a time."""
+    weight_OI = weight_OI.float() if weight_OI.numel() <= BLOCK else weight_OI
+    flat = x.reshape(-1, x.shape[-1])
+    y = x.new_empty(len(flat), width)
+    for given, made in zip(flat.split(ROWS), y.split(ROWS), strict=True):
+        made.copy_(product(given.float(), weight_OI))
+    # no view, which autograd would forbid to be written in place
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], width))
+
+
+def wide_linear(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` of an fp32 x, in fp32; a large weight is widened by blocks of rows."""
+    rows = max(BLOCK // weight_OI.shape[1], 1)
+    if len(weight_OI) <= rows:
+        bias_O = None if bias_O is None else bias_O.float()
+        return F.linear(x_NI, weight_OI.float(), bias_O)
+    y_NO = x_NI.new_empty(len(x_NI), len(weight_OI))
+    for y, weight in zip(y_NO.split(rows, dim=1), weight_OI.split(rows), strict=True):
+        torch.mm(x_NI, weight.float().T, out=y)
+    return y_NO if bias_O is None else y_NO.add_(bias_O)
+
+
+def wide_times(x_NO: Tensor, weight_OI: Tensor) -> Tensor:
+    """``x @ weight`` of an fp32 x, in fp32; likewise."""
+    rows = max(BLOCK // weight_OI.shape[1], 1)
+    if len(weight_OI) <= rows:
+        return x_NO @ weight_OI.float()
+    y_NI = x_NO.new_zeros(len(x_NO), weight_OI.shape[1])
+    for x, weight in zip(x_NO.split(rows, dim=1), weight_OI.split(rows), strict=True):
+        y_NI.addmm_(x, weight.float())
+    return y_NI
+
+
+def frozen_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """`linear` of a frozen weight and bias, with a gradient for x alone."""
+    found: Tensor = _FrozenLinear.apply(x, weight_OI, bias_O)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight_OI)
+        return linear(x, weight_OI, bias_O)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        (weight_OI,) = ctx.saved_tensors
+        return times(outer[0], weight_OI), None, None
