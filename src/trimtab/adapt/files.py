@@ -35,6 +35,7 @@ from trimtab.adapt.peft_files import WEIGHTS as WEIGHTS
 from trimtab.adapt.slots import check_name
 from trimtab.config import Config
 from trimtab.errors import AttachError, ConfigError, FileFormatError
+from trimtab.models.families import ROLES
 
 SCHEMA: Literal[1] = 1
 OURS = "trimtab.json"
@@ -322,8 +323,20 @@ def _peft_config(adapter: Adapter, bits: int | None) -> dict[str, Any]:
     )
     if adapter.origin.transposed:
         targets["fan_in_fan_out"] = True
-    full: dict[str, Any] = {"modules_to_save": list(method.train)} if method.train else {}
+    full: dict[str, Any] = {"modules_to_save": _trained(adapter)} if method.train else {}
     return {**base, **targets, **full, **method.to_peft(places), **_rows(adapter)}
+
+
+def _trained(adapter: Adapter) -> list[str]:
+    """The modules that are trained in full, by names that PEFT finds: it knows no roles."""
+    names = [name for name in adapter.method.train if name not in ROLES]
+    if len(names) < len(adapter.method.train):
+        paths = [place.path for place in adapter.places(len(adapter.method.members))]
+        others = [p for p in paths if not any(f".{n}." in f".{p}." for n in names)]
+        tops = [path.partition(".")[0] for path in others]
+        # the layers of one head are named together, as PEFT does
+        names += [p if tops.count(top) == 1 else top for p, top in zip(others, tops, strict=True)]
+    return list(dict.fromkeys(names))
 
 
 def _rows(adapter: Adapter) -> dict[str, Any]:
