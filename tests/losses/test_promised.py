@@ -201,6 +201,13 @@ def test_no_operation_gives_as_much_as_the_logits() -> None:
     assert seen.most < ROWS * TOKENS * VOCABULARY
 
 
+def test_on_the_meta_device() -> None:
+    """Where memory is planned; autocast does not know it."""
+    hidden = torch.randn(2, 3, 8, device="meta", requires_grad=True)
+    x = promised_logits(hidden, torch.randn(40, 8, device="meta"), None)
+    assert x.view(-1, 40).shape == (6, 40) and (x * 2).device.type == "meta"
+
+
 def test_no_label_at_all() -> None:
     x, _ = logits("promised")
     nothing = torch.full((ROWS * TOKENS,), -100)

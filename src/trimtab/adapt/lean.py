@@ -123,8 +123,7 @@ class _Widened(nn.Linear):
     """A frozen layer whose products are taken in fp32, where that is faster."""
 
     def forward(self, x: Tensor) -> Tensor:
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == self.weight.dtype:
+        if products.autocast_dtype(x) == self.weight.dtype:
             x = x.to(self.weight.dtype)
         frozen = not any(p.requires_grad for p in self._parameters.values() if p is not None)
         if not (frozen and x.dtype == self.weight.dtype and products.widens(x)):
@@ -139,7 +138,7 @@ class _Promising(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         fits = _fits(x) and x.requires_grad
-        fits = fits and (x.dtype == self.weight.dtype or torch.is_autocast_enabled(x.device.type))
+        fits = fits and (x.dtype == self.weight.dtype or products.autocast_dtype(x) is not None)
         return promised_logits(x, self.weight, self.bias) if fits else super().forward(x)
 
     __module__, __qualname__ = nn.Linear.__module__, nn.Linear.__qualname__

@@ -11,6 +11,7 @@ Legend: N rows, I inputs, O outputs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -45,6 +46,20 @@ def widens(x: Tensor) -> bool:
         and fp32_is_faster()
         and not torch.compiler.is_compiling()
     )
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast computes products of ``x`` in, where it is on."""
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Inside, products of ``x`` are in its own dtype."""
+    kind = x.device.type
+    known = torch.amp.is_autocast_available(kind)
+    return torch.autocast(kind, enabled=False) if known else nullcontext()
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:

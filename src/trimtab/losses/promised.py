@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trimtab.kernels.products import autocast_dtype, no_autocast
 from trimtab.losses.cross_entropy import linear_cross_entropy
 
 Change = Callable[[Tensor], Tensor]
@@ -27,9 +28,7 @@ Change = Callable[[Tensor], Tensor]
 
 def promised_logits(hidden: Tensor, weight_VC: Tensor, bias_V: Tensor | None) -> Tensor:
     """``hidden @ weight.T + bias``, of a frozen head; in the dtype of autocast, where that is on."""
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
-        hidden = hidden.to(torch.get_autocast_dtype(kind))
+    hidden = hidden.to(autocast_dtype(hidden) or hidden.dtype)
     origin = _Origin(hidden, weight_VC.detach(), None if bias_V is None else bias_V.detach())
     return origin.promise(hidden, hidden.dtype, lambda logits: logits)
 
@@ -101,7 +100,7 @@ class _Origin:
         return made
 
     def logits(self, hidden: Tensor) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
+        with no_autocast(hidden):
             return F.linear(hidden, *self.head)
 
     @property
@@ -204,8 +203,7 @@ def _cross_entropy(
     loss: Tensor = _Loss.apply(
         logits._hidden, origin.hidden, target, (logits,), ignore_index, reduction
     )  # type: ignore[no-untyped-call]
-    wide = torch.is_autocast_enabled(logits.device.type)
-    return loss.to(torch.float32 if wide else logits.dtype)
+    return loss.to(logits.dtype if autocast_dtype(logits) is None else torch.float32)
 
 
 class _Loss(torch.autograd.Function):
@@ -221,7 +219,7 @@ class _Loss(torch.autograd.Function):
         picked = (hidden_NC[index] if some else hidden_NC.detach()).requires_grad_()
         targets = targets_N[index]
         weight_VC, bias_V = logits[0]._origin.head
-        with torch.enable_grad(), torch.autocast(picked.device.type, enabled=False):
+        with torch.enable_grad(), no_autocast(picked):
             ones = torch.ones_like(targets, dtype=torch.float32)
             loss = linear_cross_entropy(picked, weight_VC, targets, ones, bias_V).loss
         (grad,) = torch.autograd.grad(loss, picked)
