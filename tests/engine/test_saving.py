@@ -258,3 +258,17 @@ def test_on_a_gpu_less_is_kept() -> None:
         peaks.append(torch.cuda.max_memory_allocated())
     assert peaks[1] < peaks[0]
     assert peaks[2] < peaks[0]
+
+
+def test_recomputed_blocks_leave_the_embeddings_as_they_were() -> None:
+    """transformers' switch lets them require gradients, so that each block below an adapter had a backward."""
+    model = CASES["llama"].model(torch.float32).train()
+    tt.attach(model, tt.LoRA(rank=2, layers=(-1,)), "a")
+    embedding = model.get_input_embeddings()
+    with recomputed(model, "blocks"):
+        assert not embedding(IDS).requires_grad
+    model.enable_input_require_grads()
+    with recomputed(model, "blocks"):
+        assert embedding(IDS).requires_grad, "which its user asked for"
+    model.disable_input_require_grads()
+    assert not embedding(IDS).requires_grad

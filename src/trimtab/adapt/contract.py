@@ -266,6 +266,11 @@ class Method(InPeft, ABC):
         return shared
 
     @property
+    def counts_padding(self) -> bool:
+        """Whether what it learns depends on cells of padding too (a mean over all of a batch)."""
+        return any(part.counts_padding for part in self.members if part is not self)
+
+    @property
     def readies(self) -> bool:
         """Whether it makes something of its shared tensors in `ready`."""
         return self.overrides("ready")

@@ -138,6 +138,10 @@ class Gating(Method):
         return dict(self.inner.shared(anatomy, [p for p in places if self.edits(p.role)]))
 
     @property
+    def counts_padding(self) -> bool:
+        return bool(self.inner.counts_padding)
+
+    @property
     def readies(self) -> bool:
         return bool(self.inner.readies)
 

@@ -22,6 +22,7 @@ from trimtab.adapt.tree import anatomy_of
 from trimtab.data import Batch, Datum
 from trimtab.engine import sampling, state
 from trimtab.engine.class_head import ClassHead
+from trimtab.engine.frozen import Frozen
 from trimtab.engine.head import Head, Kept, TokenHead
 from trimtab.engine.micro import Layout, Micro, Who, layout_of
 from trimtab.engine.results import LossResult, StepResult
@@ -80,6 +81,8 @@ class Engine:
         self.memory.check(self.model.device.type)
         self.rooms: Rooms = Unwatched()
         """Told of the parts of each training step (`trimtab.train.profiler`)."""
+        self.frozen: Frozen | None = None
+        """What keeps hidden states below the adapters; by default they are computed each time."""
         self._tenants: dict[str, Tenant] = {}
         anatomy = anatomy_of(self.model)
         if anatomy.encoder_decoder:
@@ -216,7 +219,7 @@ class Engine:
         with self._mode(train=False), torch.no_grad():
             for micro in self._layout.plan(data, owners, budget, False) if data else ():
                 batch = micro.batch.to(self.model.device)
-                with self._shown(micro, batch):
+                with self._shown(micro, batch, data):
                     shares = head.logits(micro.inputs(batch)).double().softmax(-1)
                 found |= zip(micro.members, shares.tolist(), strict=True)
         return [found[number] for number in range(len(data))]
@@ -316,7 +319,7 @@ class Engine:
             if not len(kept.index):
                 return None, [[0.0] * documents for _ in range(3)]
             batch, kept = self._placed(micro, kept)
-        with self._shown(micro, batch) as route, self.rooms.inside("head"):
+        with self._shown(micro, batch, data) as route, self.rooms.inside("head"):
             token = self._head.loss(micro.inputs(batch), kept, together=route.every)
             bank = find_bank(self.model)
             extras = [] if bank is None else bank.take_losses()
@@ -348,11 +351,12 @@ class Engine:
         )
 
     @contextmanager
-    def _shown(self, micro: Micro, batch: Batch) -> Iterator[Route]:
+    def _shown(self, micro: Micro, batch: Batch, data: Sequence[Datum]) -> Iterator[Route]:
         """Route a forward of ``micro``, whose ``batch`` lies on the model's device."""
         route = micro.route(per_document=self._gated(micro.owners))
         plan = Plan(mask=batch.attention_mask, prompt=micro.prompt.to(self.model.device))
-        with self._scope(route, plan), apart(micro.apart):
+        begins = nullcontext() if self.frozen is None else self.frozen.around(micro, route, data)
+        with self._scope(route, plan), apart(micro.apart), begins:
             yield route
 
     def _placed(self, micro: Micro, kept: Kept) -> tuple[Batch, Kept]:

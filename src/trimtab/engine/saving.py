@@ -29,6 +29,8 @@ from trimtab.optim.params import Memory
 
 Recompute = Literal["none", "mlp", "blocks"]
 _SWITCH = "gradient_checkpointing"
+_INPUT_HOOKS = ("_require_grads_hooks", "_require_grads_hook")
+"""Where transformers keeps the hooks that make input embeddings require gradients."""
 SMALL = 1 << 16
 """Tensors of fewer bytes stay: moving them costs more than they take."""
 
@@ -103,7 +105,8 @@ def _blocks(model: nn.Module) -> Iterator[None]:
         raise UnsupportedError(f"{type(model).__name__} cannot recompute its blocks.")
     before = [module.__dict__.get(_SWITCH) for module in switches]
     if not any(before):
-        getattr(model, enable)({"use_reentrant": False})
+        with _without_input_gradients(model):
+            getattr(model, enable)({"use_reentrant": False})
     try:
         yield
     finally:
@@ -111,6 +114,21 @@ def _blocks(model: nn.Module) -> Iterator[None]:
             module.__dict__.pop(_SWITCH, None)
             if value is not None:
                 module.__dict__[_SWITCH] = value
+
+
+@contextmanager
+def _without_input_gradients(model: nn.Module) -> Iterator[None]:
+    """The switch also lets input embeddings require gradients, which reentrant checkpointing needs: every block below
+    the lowest site would then be computed again, and have a backward."""
+    before = {name: model.__dict__.pop(name, None) for name in _INPUT_HOOKS}
+    try:
+        yield
+    finally:
+        model.disable_input_require_grads()  # type: ignore[operator]
+        for name, hooks in before.items():
+            model.__dict__.pop(name, None)
+            if hooks is not None:
+                model.__dict__[name] = hooks
 
 
 class _Waiting:

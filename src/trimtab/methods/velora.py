@@ -48,6 +48,10 @@ class VeLoRA(Variant):
     def fixed(self) -> frozenset[str]:
         return super().fixed | {SLOT}
 
+    @property
+    def counts_padding(self) -> bool:
+        return self.direction != "random"
+
     def tensors(self, layer: Layer, role: str) -> dict[str, Spec]:
         shape = (group_width(layer.in_features, self.groups),)
         first = _drawn if self.direction == "random" else zeros

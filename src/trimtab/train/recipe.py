@@ -232,6 +232,14 @@ class CheckpointRecipe(Config):
     """Store that adapter in so many bits a value instead of 32; how far off it then is, trimtab inspect says."""
 
 
+class MemoryRecipe(Memory):
+    """Memory, disk and time, one for the other. Nothing that is learnt changes."""
+
+    frozen: Literal["none", "cache", "auto"] = "none"
+    """Of blocks below the lowest one in which the adapter acts: compute them each time, or (cache) once for each text,
+    and keep the hidden states on disk for later epochs, measurements and runs; auto: where that can be and pays."""
+
+
 TaskName = Literal["causal-lm", "sequence-classification"]
 
 
@@ -275,14 +283,21 @@ class Recipe(Config):
     """Keep the layers that four bits round worst in int8, up to so many bits a weight on average, scales included."""
     device: str | None = None
     """cpu, cuda, cuda:1; empty is the best there is."""
-    memory: Memory = Memory()
-    """Less memory for more time: what is computed again, and what waits in host memory."""
+    memory: MemoryRecipe = MemoryRecipe()
+    """Less memory for more time: what is computed again, and what waits in host memory; and less time for disk: what
+    is computed once and kept there."""
     seed: int = 0
     """Of the order of the examples, of new tensors, and of dropout."""
     out: str | None = None
     """Folder of the run; empty makes a new one below runs."""
     track: tuple[str, ...] = ()
     """Experiment trackers that follow the run: tensorboard, mlflow, wandb, trackio."""
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _memory(cls, value: Any) -> Any:
+        """An engine's memory will do: it says nothing of what lies on disk."""
+        return dict(value) if type(value) is Memory else value
 
     @field_validator("storage")
     @classmethod

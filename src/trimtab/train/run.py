@@ -37,6 +37,7 @@ from trimtab.models.load import Base
 from trimtab.train import facts
 from trimtab.train.checkpoints import Checkpoints
 from trimtab.train.events import Events, read_events
+from trimtab.train.frozen import kept_below
 from trimtab.train.interrupt import Interrupt
 from trimtab.train.measure import EACH, Measure, Measured
 from trimtab.train.profiler import Profiler
@@ -125,6 +126,15 @@ class Run:
         self.unrelated = Unrelated(
             self.engine, base.tokenizer, self.recipe.eval.forgetting, adapter.name
         )
+        self.engine.frozen, self.kept = kept_below(
+            self.recipe,
+            self.engine,
+            adapter,
+            self.sources,
+            self.unrelated.data,
+            total=self.total,
+            note=lambda text: screen.note(text, "yellow"),
+        )
         self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, self.recipe.checkpoint.keep)
         self.saves_every = saves_every(self.recipe, self.total)
         self.progress = Progress()
@@ -174,6 +184,7 @@ class Run:
             sources,
             total=self.total,
         )
+        rows += self.kept
         previews = [
             preview(datum, self.base.tokenizer, self.engine.labels)
             for datum in sources.sample[:PREVIEWS]
@@ -214,6 +225,8 @@ class Run:
         finally:
             if self.profiler is not None:
                 self.profiler.close()
+            if self.engine.frozen is not None:
+                self.engine.frozen.close()
             with suppress(StorageError):
                 self.events.close()
         write_report(self.folder)
