@@ -22,8 +22,12 @@ NAMES = (
     "quantisers",
     "attention",
     "context",
+    "growth",
+    "sft",
+    "classify",
+    "scoring",
 )
-ON_CUDA = ("dequantise",)
+ON_CUDA = ("dequantise", "gpu")
 """Those that measure nothing without a GPU; they are run by name alone."""
 
 

@@ -26,6 +26,16 @@ def parser(
     return made
 
 
+def add_run(made: argparse.ArgumentParser, *, warmup: int, rounds: int) -> None:
+    """The options of a benchmark whose rounds are parts of one run: one allocator, unless more are asked for."""
+    report.add_options(made)
+    made.set_defaults(warmup=warmup, rounds=rounds, allocator=["default"])
+    made.add_argument("--rank", type=int, default=16)
+    made.add_argument(
+        "--repeat", type=int, default=2, help="at most so many times the rounds, on a busy machine"
+    )
+
+
 def add_model(made: argparse.ArgumentParser) -> None:
     """The option of a real model."""
     made.add_argument("--model", help="folder of a causal model (default: SmolLM2-135M-Instruct)")
@@ -46,6 +56,16 @@ def take_turns(
         running, warmup=options.warmup, rounds=options.rounds,
         patience=Patience(seconds=options.patience), say=say,
     )  # fmt: skip
+
+
+def take_parts(
+    running: Mapping[str, Worker], options: argparse.Namespace, say: Callable[[Sample], None]
+) -> list[Sample]:
+    """As `take_turns`, with no more rounds than `add_run` lets the options say."""
+    patience = Patience(seconds=options.patience, factor=options.repeat)
+    return core.take_turns(
+        running, warmup=options.warmup, rounds=options.rounds, patience=patience, say=say
+    )
 
 
 def measured(name: str, options: argparse.Namespace, measure: Callable[[str], Row]) -> list[Row]:
