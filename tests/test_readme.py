@@ -68,6 +68,15 @@ def test_the_ratios_of_another_machine_are_those_that_were_measured() -> None:
     assert f"it takes {memory} × the memory" in text and f"it is {speed} × as fast" in text
 
 
+def test_the_trainer_of_another_machine_is_told_as_it_was_measured() -> None:
+    table = (ROOT / "benchmarks/results/face_trainer_xeon.md").read_text(encoding="utf-8")
+    ((speed, memory),) = re.findall(
+        r"\*\*ratio\*\* \| \*\*([\d.]+) \([^|]*\*\* \| \*\*([\d.]+) \(", table
+    )
+    text = " ".join(README.split())
+    assert f"it has {speed} times the tokens/s at {memory} times the peak memory" in text
+
+
 def test_a_step_in_few_bits_is_told_as_it_was_measured() -> None:
     said = " ".join(README.split()).partition("base in NF4, with the allocator as it comes: ")[2]
     told = re.findall(r"(\d\.\d\d) ×", said)[:6]
