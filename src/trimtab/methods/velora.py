@@ -70,14 +70,11 @@ class VeLoRA(Variant):
         """v, from now on too."""
         if self.direction == "random":
             return kept.clone()
-        new = mean_direction(x, self.groups).to(kept)
-        if self.direction == "batch_average_once":
-            new = torch.where(kept.any(), kept, new)
-        kept.copy_(new)
-        return new
+        mean = mean_direction(x, self.groups).to(kept)
+        once = self.direction == "batch_average_once"
+        return kept.copy_(torch.where(kept.any(), kept, mean) if once else mean).clone()
 
 
 def _drawn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """A random direction."""
-    drawn = torch.randn(shape, generator=generator)
-    return drawn / drawn.norm()
+    return F.normalize(torch.randn(shape, generator=generator), dim=0)
