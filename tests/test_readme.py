@@ -77,6 +77,15 @@ def test_the_trainer_of_another_machine_is_told_as_it_was_measured() -> None:
     assert f"it has {speed} times the tokens/s at {memory} times the peak memory" in text
 
 
+def test_fine_tuning_beside_trl_is_told_as_it_was_measured() -> None:
+    table = (ROOT / "benchmarks/results/sft.md").read_text(encoding="utf-8")
+    rows = re.findall(r"\*\*trimtab over [^|]*\| \*\*([\d.]+) [^|]*\| \| \*\*([\d.]+)\*\*", table)
+    text = " ".join(README.split())
+    (speed, memory), (kept_speed, kept_memory) = rows
+    assert f"{speed} × the examples/s" in text and f"at {memory} × its peak memory" in text
+    assert f"{kept_speed} × and {kept_memory} × with its checkpointing off" in text
+
+
 def test_a_step_in_few_bits_is_told_as_it_was_measured() -> None:
     said = " ".join(README.split()).partition("base in NF4, with the allocator as it comes: ")[2]
     told = re.findall(r"(\d\.\d\d) ×", said)[:6]
