@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.adapt.lean import Lean
+from trimtab.frozen.formats import maker
 from trimtab.kernels import products
 
 
@@ -117,3 +118,20 @@ def test_layers_inside_a_lean_forward() -> None:
     with Lean(model):
         model(x).float().sum().backward()
     assert model[0].weight.grad is not None
+
+
+def test_a_gradient_of_a_gradient() -> None:
+    """Of a dense layer and of one in few bits: torch takes what somebody differentiates."""
+    (weight,) = draws((37, 64))
+    few = maker("int8")(weight, None)
+    layers = {
+        "dense": (weight, lambda x: products.frozen_linear(x, weight)),
+        "int8": (few.dense(torch.bfloat16), few),
+    }
+    for own, layer in layers.values():
+        found = []
+        for product in (layer, lambda x, own=own: F.linear(x, own)):
+            x, y = (t.requires_grad_() for t in draws((100, 64), (100, 37)))
+            (first,) = torch.autograd.grad(product(x), x, y, create_graph=True)
+            found.append(torch.autograd.grad(first.float().square().sum(), y)[0])
+        assert torch.equal(*found)

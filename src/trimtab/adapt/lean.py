@@ -114,9 +114,15 @@ def _plain_head(model: nn.Module) -> nn.Module | None:
     if not isinstance(model, PreTrainedModel):
         return None
     head = model.get_output_embeddings()
-    watched = type(head) is nn.Linear and (head._forward_hooks or head._forward_pre_hooks)
-    frozen = type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters())
-    return head if frozen and not watched else None
+    if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
+        return None
+    return head if _plain(head) else None
+
+
+def _plain(layer: nn.Linear) -> bool:
+    """Whether its tensors are frozen, and are what they look like: no shards, and no values in another form."""
+    held = [tensor for tensor in layer._parameters.values() if tensor is not None]
+    return all(type(t) in (Tensor, nn.Parameter) and not t.requires_grad for t in held)
 
 
 class _Widened(nn.Linear):
@@ -125,8 +131,7 @@ class _Widened(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if products.autocast_dtype(x) == self.weight.dtype:
             x = x.to(self.weight.dtype)
-        frozen = not any(p.requires_grad for p in self._parameters.values() if p is not None)
-        if not (frozen and x.dtype == self.weight.dtype and products.widens(x)):
+        if not (_plain(self) and x.dtype == self.weight.dtype and products.widens(x)):
             return super().forward(x)
         return products.frozen_linear(x, self.weight, self.bias)
 

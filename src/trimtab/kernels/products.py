@@ -48,6 +48,12 @@ def widens(x: Tensor) -> bool:
     )
 
 
+def _plainly(x: Tensor) -> bool:
+    """Whether torch is to take a product: where that is no slower, or somebody differentiates it (a gradient of a
+    gradient)."""
+    return not widens(x) or (x.requires_grad and torch.is_grad_enabled())
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast computes products of ``x`` in, where it is on."""
     kind = x.device.type
@@ -64,14 +70,14 @@ def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``."""
-    if not widens(x):
+    if _plainly(x):
         return F.linear(x, weight_OI, bias_O)
     return _by_rows(x, weight_OI, len(weight_OI), lambda some, w: wide_linear(some, w, bias_O))
 
 
 def times(x: Tensor, weight_OI: Tensor) -> Tensor:
     """``x @ weight``."""
-    if not widens(x):
+    if _plainly(x):
         return x @ weight_OI
     return _by_rows(x, weight_OI, weight_OI.shape[1], wide_times)
 
