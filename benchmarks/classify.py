@@ -104,7 +104,7 @@ class Work:
 # -- the sides ---------------------------------------------------------------------------------------
 
 
-class Trimtab:
+class Trimtab(runs.Learns):
     """Our side: the reading and the verbs that `trimtab.train` is made of."""
 
     def __init__(self, **options: Any) -> None:
@@ -131,38 +131,10 @@ class Trimtab:
         config = ExampleConfig(context=self.engine.context(ADAPTER), too_long="right")
         self.data = load_examples(PythonRows(rows), ClassRenderer(base.tokenizer, labels), config)
         self.kept = runs.Kept(base.model)
-        self.done = 0  # fmt: skip
 
     def facts(self) -> dict[str, Any]:
         """Sizes, and how much is read."""
         return {**runs.size(self.model), "tokens": sum(map(len, self.data))}
-
-    def step(self, number: int) -> dict[str, Any]:
-        losses, tokens = [], 0
-        for _ in range(self.work.steps):
-            start = self.done * self.work.batch
-            members = list(self.data[start : start + self.work.batch])
-            losses.append(self._step(members))
-            tokens += sum(map(len, members))
-        if self.done == self.work.total:
-            self.kept.take()
-            self.done = 0
-        return {"units": self.work.steps * self.work.batch, "tokens": tokens, "losses": losses}
-
-    def _step(self, members: list[Any]) -> float:
-        from trimtab.optim.params import AdamParams
-
-        lr = runs.linear(self.work.lr, self.done, self.work.total)
-        loss = self.engine.forward_backward(members, ADAPTER).mean
-        params = AdamParams(lr=lr, beta1=0.9, beta2=0.999, weight_decay=0.0, clip=1.0)
-        self.engine.optim_step(ADAPTER, params)
-        self.done += 1
-        return loss
-
-    def save(self, folder: str) -> None:
-        """What was learnt by the end of the run."""
-        self.kept.put_back()
-        self.adapter.save(folder)
 
 
 class Peft:

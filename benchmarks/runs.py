@@ -138,6 +138,46 @@ def size(model: nn.Module, head: int = 0) -> dict[str, int]:
     return {"trained": sum(p.numel() for _, p in trained(model)), "P": base + head}
 
 
+class Learns:
+    """Our side of a run: the engine's verbs, with the optimiser and the rates that a `Trainer` has by default."""
+
+    work: Any
+    engine: Any
+    adapter: Any
+    kept: Kept
+    data: Any
+    done = 0
+
+    def step(self, number: int) -> dict[str, Any]:
+        """The next optimiser steps, on the next examples; after the last of the run, the first ones again."""
+        losses, tokens = [], 0
+        for _ in range(self.work.steps):
+            start = self.done * self.work.batch
+            members = list(self.data[start : start + self.work.batch])
+            losses.append(self._step(members))
+            tokens += sum(map(len, members))
+        if self.done == self.work.total:
+            self.kept.take()
+            self.done = 0
+        return {"units": self.work.steps * self.work.batch, "tokens": tokens, "losses": losses}
+
+    def _step(self, members: list[Any]) -> float:
+        from trimtab.optim.params import AdamParams
+
+        lr = linear(self.work.lr, self.done, self.work.total)
+        self.engine.micro_tokens = max(2048, *map(len, members))  # as a run does
+        loss: float = self.engine.forward_backward(members, self.adapter.name).mean
+        params = AdamParams(lr=lr, beta1=0.9, beta2=0.999, weight_decay=0.0, clip=1.0)
+        self.engine.optim_step(self.adapter.name, params)
+        self.done += 1
+        return loss
+
+    def save(self, folder: str) -> None:
+        """What was learnt by the end of the run."""
+        self.kept.put_back()
+        self.adapter.save(folder)
+
+
 class Kept:
     """Values of what is trained, from the end of the first run."""
 
