@@ -117,7 +117,7 @@ def test_the_model_is_as_it_was() -> None:
     model.model.layers[1].register_forward_pre_hook(lambda *_: seen.append(kinds(model)))
     model(input_ids=IDS, labels=IDS).loss.backward()
     with torch.no_grad():
-        model(input_ids=IDS)
+        model.eval()(input_ids=IDS)
     training, answering = seen
     assert kinds(model) == before == answering != training
     assert [str(kind) for kind in training[:-1]] == [str(kind) for kind in before[:-1]]
@@ -194,16 +194,82 @@ def test_blocks_that_are_recomputed(reentrant: bool, dtype: torch.dtype) -> None
     assert kinds(model) == before
 
 
-def test_a_checkpoint_of_the_whole_model() -> None:
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_of_the_whole_model(reentrant: bool) -> None:
     model = adapted()
     want = gradients(model, nullcontext)
-
-    def run(ids: Tensor) -> Tensor:
-        loss: Tensor = model(input_ids=ids, labels=ids).loss
-        return loss
-
-    checkpoint(run, IDS, use_reentrant=False).backward()  # type: ignore[no-untyped-call]
+    whole(model, reentrant).backward()  # type: ignore[no-untyped-call]
     same(want, learned(model), 1e-6)
+
+
+def whole(model: nn.Module, reentrant: bool) -> Tensor:
+    """The loss, of which nothing is kept."""
+
+    def run(given: Tensor) -> Tensor:
+        loss: Tensor = model(input_ids=IDS, labels=IDS).loss
+        return loss + 0 * given
+
+    given = torch.zeros((), requires_grad=True)
+    loss: Tensor = checkpoint(run, given, use_reentrant=reentrant)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def dropping() -> nn.Module:
+    """A model that drops attention and hidden states, with an adapter that drops what enters it."""
+    model = CASES["gpt2"].model(torch.float32).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.2
+    adapter = tt.attach(model, tt.LoRA(rank=2, targets="all-linear", dropout=0.3), "a")
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.copy_(torch.linspace(-0.1, 0.1, parameter.numel()).view_as(parameter))
+    return model
+
+
+def test_dropout_draws_from_torch_s_seed_and_is_none_in_eval_mode() -> None:
+    model, losses = dropping(), []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        losses.append(float(model(input_ids=IDS, labels=IDS).loss.detach()))
+    assert losses[0] == losses[1] != losses[2]
+    model.eval()
+    lean = model(input_ids=IDS, labels=IDS).loss
+    with plainly():
+        plain = model(input_ids=IDS, labels=IDS).loss
+    torch.testing.assert_close(lean, plain)
+
+
+def test_dropout_is_as_strong_as_the_family_s() -> None:
+    """Means and spreads of the loss over many draws, by ours and by the family's own code."""
+    model, ids = dropping(), IDS[:, :32]
+
+    def losses(count: int = 120) -> Tensor:
+        return torch.stack(
+            [model(input_ids=ids, labels=ids).loss.detach() for _ in range(count)]
+        ).double()
+
+    torch.manual_seed(0)
+    ours = losses()
+    with plainly():
+        theirs = losses()
+    error = ((ours.var() + theirs.var()) / len(ours)).sqrt()
+    assert abs(float(ours.mean() - theirs.mean())) < 4 * float(error)
+    assert 0.7 < float(ours.std() / theirs.std()) < 1.4
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_was_dropped_is_dropped_again_when_it_is_recomputed(reentrant: bool) -> None:
+    model = dropping()
+    torch.manual_seed(0)
+    want = gradients(model, nullcontext)
+    torch.manual_seed(0)
+    got = gradients(model, lambda: recomputed(model, reentrant=reentrant))
+    same(want, got, 1e-5)
+    model.activation_checkpointing_disable()  # type: ignore[operator]
+    torch.manual_seed(0)
+    whole(model, reentrant).backward()  # type: ignore[no-untyped-call]
+    same(want, learned(model), 1e-5)
 
 
 def test_whoever_keeps_what_a_graph_needs_goes_on_doing_so() -> None:

@@ -1,4 +1,4 @@
-"""Forwards with gradients that keep little for backward: frozen norms, MLPs, attention and output heads of ours.
+"""Forwards with gradients that keep little for backward: frozen norms, MLPs, attention, dropout and heads of ours.
 
 For the length of such a forward (the bank opens `lean` around it), modules whose code is known
 (`trimtab.models.forms`) are instances of a subclass with a forward of ours, which calls their layers as before, so that
@@ -16,14 +16,16 @@ from functools import cache
 from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from transformers import PreTrainedModel
 
 from trimtab.adapt.attention import Ours
 from trimtab.kernels import products
+from trimtab.kernels.dropout import dropout
 from trimtab.kernels.frozen_blocks import activated, gated_product, rms_norm
-from trimtab.kernels.remade import remaking
+from trimtab.kernels.remade import remade, remaking
+from trimtab.kernels.tracing import traced
 from trimtab.losses import promised_logits
 from trimtab.models.forms import Gated, Norm, Plain, form_of
 
@@ -50,6 +52,7 @@ class Lean:
         self._parts: list[tuple[nn.Module, Any, Any]] = [
             (module, kind, _lean(kind)) for module, kind in found if form_of(kind) is not None
         ]
+        self._parts += [(m, kind, _LEAN[kind]) for m, kind in found if kind in _LEAN]
         if products.fp32_is_faster():
             self._parts += [(m, kind, _Widened) for m, kind in found if kind is nn.Linear]
         head = _plain_head(model) if loss else None
@@ -96,13 +99,11 @@ def plainly() -> Iterator[None]:
 
 
 def leans(model: nn.Module) -> bool:
-    """Whether a forward that begins now has gradients, and nobody traces or transforms it."""
+    """Whether a forward that begins now has gradients (or will, when a checkpoint repeats it), and nobody traces or
+    transforms it."""
     return (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
+        (torch.is_grad_enabled() or model.training)
+        and not traced()
         and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
         and not _families.get()
         and next((p.device.type for p in model.parameters()), "") in ("cpu", "meta")
@@ -138,6 +139,31 @@ class _Widened(nn.Linear):
     __module__, __qualname__ = nn.Linear.__module__, nn.Linear.__qualname__
 
 
+class _Dropping(nn.Dropout):
+    """Dropout that keeps a seed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        drops = self.training and not self.inplace
+        return dropout(x, self.p) if drops else super().forward(x)
+
+    __module__, __qualname__ = nn.Dropout.__module__, nn.Dropout.__qualname__
+
+
+class _Centring(nn.LayerNorm):
+    """A norm of torch, whose output is made again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if not _fits(x) or y.dtype != x.dtype or products.autocast_dtype(x) is not None:
+            return y
+        return remade(y, F.layer_norm, x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+    __module__, __qualname__ = nn.LayerNorm.__module__, nn.LayerNorm.__qualname__
+
+
+_LEAN: dict[Any, type[nn.Module]] = {nn.Dropout: _Dropping, nn.LayerNorm: _Centring}
+
+
 class _Promising(nn.Linear):
     """A head whose logits wait for somebody to look at them."""
 
@@ -164,7 +190,7 @@ def _lean(kind: Any) -> type[nn.Module]:
             return _gated(self, form, x)
         if fits and isinstance(form, Plain) and _elementwise(self, form.activation):
             inner = activated(self.get_submodule(form.up)(x), self.get_submodule(form.activation))
-            return self.get_submodule(form.down)(inner)
+            return self.get_submodule(form.down)(inner) if form.down else inner
         return kind.forward(self, *given, **named)
 
     body = {"forward": forward, "__module__": kind.__module__, "__qualname__": kind.__qualname__}

@@ -17,7 +17,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
@@ -50,6 +49,7 @@ from trimtab.adapt.factors import (
 )
 from trimtab.adapt.initial import DEFAULT, Initialisation, initialisation
 from trimtab.adapt.lowrank_in_peft import VARIANTS, fields_of, options_of
+from trimtab.adapt.weight import dropped
 from trimtab.errors import TargetError, UnsupportedError
 from trimtab.frozen import Layer
 from trimtab.frozen.multihead import OUTPUT, PARAMETER
@@ -235,22 +235,15 @@ class LowRank(Method):
     def delta(self, p: Params, x: Tensor, at: At) -> Tensor | None:
         if at.role in BIASES:
             return None
-        given = x
-        if self.dropout and at.training:
-            if not x.is_floating_point():
-                raise UnsupportedError(
-                    "dropout before an embedding would drop token ids; set dropout=0 for it."
-                )
-            x = F.dropout(x, self.dropout)
-        change = self.change(p, x, at)
+        change = self.change(p, dropped(x, self.dropout, at), at)
         if "c" in p:
             change = change + at.layer.over_out(p["c"] * self.scaling)
         if "D" in p:
-            change = change + at.layer.apply(given, p["D"])
+            change = change + at.layer.apply(x, p["D"])
         if "A0" not in p:
             return change
         # twice the same operation, and no longer product, so that it is exactly zero at first
-        return change - at.layer.lowrank(given, p["A0"], p["B0"] * self.scaling)
+        return change - at.layer.lowrank(x, p["A0"], p["B0"] * self.scaling)
 
     def change(self, p: Params, x: Tensor, at: At) -> Tensor:
         """s · B A x, of an x that dropout has seen."""

@@ -13,13 +13,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, final
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from trimtab.adapt.biases import Biased
 from trimtab.adapt.contract import At, Layer, Params, Place, Spec, constant, zeros
-from trimtab.adapt.weight import columns
+from trimtab.adapt.weight import columns, dropped
 from trimtab.models.anatomy import Anatomy
 
 
@@ -80,8 +79,7 @@ class VeRA(Biased):
         return {**super().to_peft(places), "save_projection": False}
 
     def delta(self, p: Params, x: Tensor, at: At) -> Tensor | None:
-        if self.dropout and at.training:
-            x = F.dropout(x, self.dropout)
+        x = dropped(x, self.dropout, at)
         shape_a, shape_b = at.layer.factor_shapes(self.rank)
         shared = at.shared
         a = shared["A"][:, : math.prod(shape_a[1:])].reshape(shape_a)

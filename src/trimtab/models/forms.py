@@ -35,7 +35,7 @@ class Gated:
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """``down(activation(up(x)))``."""
+    """``down(activation(up(x)))``; where ``down`` is empty, another module follows."""
 
     up: str
     activation: str
@@ -68,6 +68,11 @@ x = self.activation_fn(x)
 x = self.fc2(x)
 return x
 """
+_BERT = """
+x = self.dense(x)
+x = self.intermediate_act_fn(x)
+return x
+"""
 
 _FORWARDS: tuple[tuple[str, Form], ...] = (
     (f"{_LLAMA}return self.weight * x.to(dtype)", Norm("variance_epsilon", "before")),
@@ -80,6 +85,7 @@ _FORWARDS: tuple[tuple[str, Form], ...] = (
     (_FUSED, Gated("", "gate_up_proj", "activation_fn", "down_proj")),
     ("return self.down_proj(self.act_fn(self.up_proj(x)))", Plain("up_proj", "act_fn", "down_proj")),
     (_FC, Plain("fc1", "activation_fn", "fc2")),
+    (_BERT, Plain("dense", "intermediate_act_fn", "")),
 )  # fmt: skip
 
 
