@@ -25,7 +25,7 @@ from torch import Tensor
 from benchmarks.core import ROOT
 from benchmarks.report import commit, machine
 from trimtab.engine.memory import keep_memory
-from trimtab.kernels.attention import causal_attention
+from trimtab.kernels.attention import blocked_attention
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def step(side: str, work: Work, given: Sequence[Tensor], apart: Tensor | None) -
     q, k, v, outer = given
     scale = work.width**-0.5
     if side == "trimtab":
-        out = causal_attention(q, k, v, scale, None if apart is None else work.ends)
+        out = blocked_attention(q, k, v, scale, None if apart is None else work.ends)
     else:
         more: dict[str, Any] = {"is_causal": True} if apart is None else {"attn_mask": apart}
         if apart is not None:  # as transformers does: torch has no grouped queries under a mask

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import pytest
@@ -144,6 +144,28 @@ def test_micro_batches(lengths: list[int], max_tokens: int, packed: bool) -> Non
     for batch in batches:
         sizes = [lengths[index] for index in batch]
         assert (sum(sizes) if packed else max(sizes) * len(sizes)) <= max_tokens
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=7), st.integers(9, 30), st.integers(0, 30))
+def test_padded_micro_batches_cost_least(lengths: list[int], max_tokens: int, each: int) -> None:
+    def cost(batches: list[list[int]]) -> int:
+        return sum(each + max(batch) * len(batch) for batch in batches)
+
+    def ways(rest: list[int]) -> Iterator[list[list[int]]]:
+        """All ways to cut a list in pieces that are small enough."""
+        if not rest:
+            yield []
+        for stop in range(1, len(rest) + 1):
+            if max(rest[:stop]) * stop <= max_tokens:
+                yield from ([rest[:stop], *others] for others in ways(rest[stop:]))
+
+    batches = [
+        [lengths[index] for index in batch]
+        for batch in plan_batches(lengths, max_tokens, each=each)
+    ]
+    assert cost(batches) == min(map(cost, ways(sorted(lengths))))
+    longest = [max(batch) for batch in batches]
+    assert longest == sorted(longest, reverse=True)
 
 
 def test_what_does_not_fit_is_an_error_that_names_it() -> None:

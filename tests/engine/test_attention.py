@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests import tiny
 from tests.engine import kit
 from trimtab.adapt import injected
 from trimtab.adapt.attach import attach
 from trimtab.adapt.injected import Documents
+from trimtab.data import Datum
 from trimtab.engine import Engine
 from trimtab.methods.lora import LoRA
 from trimtab.methods.prefix import Prefix
@@ -58,24 +60,35 @@ def test_gradients_are_those_under_a_mask(method: Any, recompute: str) -> None:
         torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
 
 
-def test_no_mask_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("encoder", [False, True])
+def test_no_mask_is_made(encoder: bool, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a mask was made")
 
-    def never_told(self: Documents, *args: Any) -> None:
+    def never_told(self: Documents, *args: Any, **kwargs: Any) -> None:
         raise AssertionError("a mask was made")
 
-    base = kit.base(kit.llama())
-    attach(base.model, LoRA(rank=2), "a")
-    engine = Engine(base, packed=True)
+    model = tiny.bert() if encoder else kit.llama()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = dropout
+    attach(model, LoRA(rank=2), "a")
+    engine = Engine(model, packed=None if encoder else True)
     monkeypatch.setattr(injected, "sdpa_mask", never)
     monkeypatch.setattr(Documents, "mask", never_told)
-    engine.forward_backward(kit.datums(), "a")
+    data = kit.datums()
+    if encoder:
+        data = [Datum.classified([1 + t % 90 for t in datum.tokens], 0) for datum in data]
+    engine.forward_backward(data, "a")
 
 
-def test_dropout_inside_attention_is_left_to_torch_under_a_mask() -> None:
+def test_dropout_inside_attention_is_the_same_when_blocks_are_recomputed() -> None:
     found = gradients(attention_dropout=0.1)
-    for mine, other in zip(found, gradients(attention_dropout=0.1, told=False), strict=True):
+    again = gradients(attention_dropout=0.1, recompute="blocks")
+    for mine, other in zip(found, again, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
     plain = gradients()
     assert any(

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.kernels import attention
-from trimtab.kernels.attention import causal_attention
+from trimtab.kernels.attention import blocked_attention
 
 SHAPES = {
     "one block": (2, 4, 4, 9, 8, 8),
@@ -33,25 +33,37 @@ def drawn(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Te
     ]
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, scale: float, ends: list[int] | None) -> Tensor:
+def plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    ends: list[int] | None,
+    causal: bool = True,
+) -> Tensor:
     """The same by torch, under a dense mask."""
     rows, _, tokens, _ = q.shape
     document = torch.zeros(rows * tokens, dtype=torch.long)
     for end in ends or [tokens * (row + 1) for row in range(rows)]:
         document[end:] += 1
     document = document.view(rows, tokens)
-    mask = (document[:, :, None] == document[:, None]) & torch.ones(tokens, tokens).tril().bool()
+    mask = document[:, :, None] == document[:, None]
+    if causal:
+        mask &= torch.ones(tokens, tokens).tril().bool()
     return F.scaled_dot_product_attention(
         q, k, v, mask[:, None], scale=scale, enable_gqa=True
     ).transpose(1, 2)
 
 
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "all see all"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_outputs_and_gradients_are_those_of_plain_attention(shape: tuple[int, ...]) -> None:
+def test_outputs_and_gradients_are_those_of_plain_attention(
+    shape: tuple[int, ...], causal: bool
+) -> None:
     inputs = drawn(shape)
-    expected = plain(*inputs, 0.3, None)
+    expected = plain(*inputs, 0.3, None, causal)
     outer = torch.randn(expected.shape, dtype=torch.float64)
-    found = causal_attention(*inputs, 0.3)
+    found = blocked_attention(*inputs, 0.3, causal=causal)
     torch.testing.assert_close(found, expected)
     for mine, other in zip(
         torch.autograd.grad(found, inputs, outer),
@@ -61,16 +73,17 @@ def test_outputs_and_gradients_are_those_of_plain_attention(shape: tuple[int, ..
         torch.testing.assert_close(mine, other)
 
 
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "all see all"])
 @pytest.mark.parametrize("scores", [1, 2**9, 2**13, 2**30])
 def test_documents_of_a_row_do_not_see_each_other(
-    scores: int, monkeypatch: pytest.MonkeyPatch
+    scores: int, causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "SCORES", scores)
     inputs = drawn((3, 4, 2, 100, 8, 8))
     ends = [1, 70, 100, 200, 237, 290, 300]
-    expected = plain(*inputs, 0.3, ends)
+    expected = plain(*inputs, 0.3, ends, causal)
     outer = torch.randn(expected.shape, dtype=torch.float64)
-    found = causal_attention(*inputs, 0.3, ends)
+    found = blocked_attention(*inputs, 0.3, ends, causal=causal)
     torch.testing.assert_close(found, expected)
     for mine, other in zip(
         torch.autograd.grad(found, inputs, outer),
@@ -78,6 +91,33 @@ def test_documents_of_a_row_do_not_see_each_other(
         strict=True,
     ):
         torch.testing.assert_close(mine, other)
+
+
+def test_dropout_leaves_out_shares_and_scales_up_the_others() -> None:
+    """Values that are the identity show the shares; the masks that they show give the gradients by plain code."""
+    rows, heads, tokens = 2, 4, 40
+    q, k, _ = drawn((rows, heads, heads, tokens, 8, 8))
+    v = torch.eye(tokens, dtype=torch.float64).expand(rows, heads, -1, -1).clone()
+    v.requires_grad_()
+    torch.manual_seed(0)
+    found = blocked_attention(q, k, v, 0.3, causal=False, dropout=0.25)
+    shares = torch.softmax(0.3 * q @ k.mT, -1)
+    mask = (found.transpose(1, 2) != 0).double() / 0.75
+    assert 0.7 < float(mask.mean()) * 0.75 < 0.8
+    expected = (shares * mask @ v).transpose(1, 2)
+    torch.testing.assert_close(found, expected)
+    outer = torch.randn(expected.shape, dtype=torch.float64)
+    for mine, other in zip(
+        torch.autograd.grad(found, [q, k, v], outer),
+        torch.autograd.grad(expected, [q, k, v], outer),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, other)
+    torch.manual_seed(0)
+    again = blocked_attention(q, k, v, 0.3, causal=False, dropout=0.25)
+    assert torch.equal(again, found)
+    other = blocked_attention(q, k, v, 0.3, causal=False, dropout=0.25)
+    assert not torch.equal(other, found)
 
 
 def test_in_bf16_it_is_as_near_as_torchs_own() -> None:
@@ -107,7 +147,7 @@ def errors(inputs: list[Tensor]) -> tuple[list[float], list[float]]:
     runs = {}
     for name, given in {"exact": exact, "torch": inputs, "ours": inputs}.items():
         if name == "ours":
-            out = causal_attention(*given, 0.125)
+            out = blocked_attention(*given, 0.125)
         else:
             out = F.scaled_dot_product_attention(
                 *given, is_causal=True, scale=0.125, enable_gqa=True
@@ -130,7 +170,7 @@ def test_little_more_than_what_was_given_is_kept_for_backward() -> None:
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: kept.append(tensor) or tensor, lambda t: t
     ):
-        out = causal_attention(*inputs, 0.3)
+        out = blocked_attention(*inputs, 0.3)
     given = {t.untyped_storage().data_ptr() for t in (*inputs, out)}
     more = [t for t in kept if t.untyped_storage().data_ptr() not in given]
     assert [t.numel() for t in more] == [4 * 50]

@@ -29,7 +29,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from trimtab.adapt.context import Context
 from trimtab.adapt.route import Owner, units_at
 from trimtab.errors import RouteError
-from trimtab.kernels.attention import causal_attention
+from trimtab.kernels.attention import blocked_attention
 
 KEYWORD = "trimtab_injected"
 DOCUMENTS = "trimtab_documents"
@@ -48,12 +48,12 @@ class Documents:
     def longest(self) -> int:
         return max(end - start for start, end in zip((0, *self.ends), self.ends, strict=False))
 
-    def mask(self, rows: int, length: int, device: torch.device) -> Tensor:
-        """(B, 1, T, T), true where a token is seen: those of the same document up to oneself."""
+    def mask(self, rows: int, length: int, device: torch.device, *, causal: bool) -> Tensor:
+        """(B, 1, T, T), true where a token is seen: those of the same document, if ``causal`` up to oneself."""
         sizes = torch.tensor(self.ends).diff(prepend=torch.zeros(1, dtype=torch.long))
         which = torch.arange(len(self.ends)).repeat_interleave(sizes).view(rows, length).to(device)
         same = which[:, :, None] == which[:, None]
-        return same.tril()[:, None]
+        return (same.tril() if causal else same)[:, None]
 
 
 _apart: ContextVar[Documents | None] = ContextVar("_apart", default=None)
@@ -227,10 +227,10 @@ def _own_mask(module: nn.Module, mask: Tensor | None, query: Tensor, key: Tensor
         return mask, key, value
     length, keys = query.shape[2], key.shape[2]
     documents: Documents | None = kwargs.get(DOCUMENTS)
+    causal = _is_causal(module, kwargs)
     if documents is not None:
-        return documents.mask(query.shape[0], length, query.device), key, value
-    causal = kwargs.get("is_causal")
-    causal = bool(module.__dict__.get("is_causal", True)) if causal is None else bool(causal)
+        seen = documents.mask(query.shape[0], length, query.device, causal=causal)
+        return seen, key, value
     full = torch.ones(length, keys, dtype=torch.bool, device=query.device)
     if not causal or length == 1:
         return full[None, None], key, value
@@ -245,30 +245,36 @@ _OTHERS = (
 """What models of transformers give their attention beside q, k, v and a mask that changes what it computes."""
 
 
-def _causal(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
-            *args: Any, **kwargs: Any) -> Any:  # fmt: skip
-    """Scaled dot products: by ours for packed documents, and where it is the faster one, in bf16 on a CPU."""
+def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    causal = kwargs.get("is_causal")
+    return bool(module.__dict__.get("is_causal", True) if causal is None else causal)
+
+
+def _blocked(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+             *args: Any, **kwargs: Any) -> Any:  # fmt: skip
+    """Scaled dot products: on a CPU by ours for documents, and where it is the faster one."""
     documents: Documents | None = kwargs.pop(DOCUMENTS, None)
-    if mask is None and _fits(module, query, key, args, kwargs, packed=documents is not None):
+    causal = _is_causal(module, kwargs)
+    dropout = float(kwargs.get("dropout") or 0.0)
+    # torch has no fused attention with dropout, and a slow one in bf16
+    faster = documents is not None or dropout > 0 or (causal and query.dtype == torch.bfloat16)
+    if mask is None and faster and _fits(query, key, args, kwargs):
         scale = kwargs.get("scaling")
         scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
         ends = None if documents is None else documents.ends
-        return causal_attention(query, key, value, scale, ends), None
+        out = blocked_attention(query, key, value, scale, ends, causal=causal, dropout=dropout)
+        return out, None
     if mask is None and documents is not None:
-        mask = documents.mask(query.shape[0], query.shape[2], query.device)
+        mask = documents.mask(query.shape[0], query.shape[2], query.device, causal=causal)
     return AttentionInterface()["sdpa"](module, query, key, value, mask, *args, **kwargs)
 
 
-def _fits(module: nn.Module, query: Tensor, key: Tensor, args: Any, kwargs: Any, *, packed: bool) -> bool:  # fmt: skip
+def _fits(query: Tensor, key: Tensor, args: Any, kwargs: Any) -> bool:
     """Whether ours computes what is asked for."""
-    causal = kwargs.get("is_causal")
-    causal = module.__dict__.get("is_causal", True) if causal is None else causal
     return (
-        (packed or query.dtype == torch.bfloat16)
-        and query.device.type in ("cpu", "meta")
+        query.device.type in ("cpu", "meta")
         and 1 < query.shape[2] == key.shape[2]
-        and bool(causal)
-        and not (args or kwargs.get("dropout") or torch.compiler.is_compiling())
+        and not (args or torch.compiler.is_compiling())
         and all(kwargs.get(name) is None for name in _OTHERS)
     )
 
@@ -284,7 +290,7 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
 
 
 def _sdpa(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return _attend(_causal, module, *args, **kwargs)
+    return _attend(_blocked, module, *args, **kwargs)
 
 
 def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -131,30 +131,43 @@ def pack(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
 
 
 def plan_batches(
-    lengths: Sequence[int], max_tokens: int, *, packed: bool = False
+    lengths: Sequence[int], max_tokens: int, *, packed: bool = False, each: int | None = None
 ) -> list[list[int]]:
     """Indices of ``lengths`` by micro-batch, each of at most ``max_tokens`` cells.
 
-    Padded: rows times the longest row counts, so data of like length go together (longest first, so
-    that what does not fit in memory shows at once). ``packed``: the sum of the lengths counts.
-    Every index occurs once; deterministic. Raises `DataError` for a length over ``max_tokens``.
+    Padded: rows times the longest row counts, so data of like length go together (longest first, so that what does
+    not fit in memory shows at once), in the batches that cost least: a batch costs its cells and ``each`` more (by
+    default as many as it may have, so that there are few). ``packed``: the sum of the lengths counts. Every index
+    occurs once; deterministic. Raises `DataError` for a length over ``max_tokens``.
     """
     if packed:
         return pack(lengths, max_tokens)
-    batches: list[list[int]] = []
-    longest = 0
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if lengths[index] > max_tokens:
-            raise DataError(
-                f"example {index} has {lengths[index]} tokens, more than a micro-batch may have "
-                f"({max_tokens}); raise that limit or shorten the example."
-            )
-        if batches and longest * (len(batches[-1]) + 1) <= max_tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-            longest = lengths[index]
-    return batches
+    each = max_tokens if each is None else each
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    if order and lengths[order[0]] > max_tokens:
+        raise DataError(
+            f"example {order[0]} has {lengths[order[0]]} tokens, more than a micro-batch may have "
+            f"({max_tokens}); raise that limit or shorten the example."
+        )
+    least, begins = (
+        [0],
+        [0],
+    )  # cost of the first so many in order, and where the last batch of them begins
+    for stop in range(1, len(order) + 1):
+        ways = []
+        for start in range(stop - 1, -1, -1):
+            cells = lengths[order[start]] * (stop - start)
+            if cells > max_tokens:
+                break
+            ways.append((least[start] + cells + each, start))
+        best, start = min(ways)
+        least.append(best)
+        begins.append(start)
+    batches, stop = [], len(order)
+    while stop:
+        batches.append(order[begins[stop] : stop])
+        stop = begins[stop]
+    return batches[::-1]
 
 
 def _check_fit(data: Sequence[Datum], row_tokens: int) -> None:

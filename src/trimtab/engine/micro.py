@@ -6,10 +6,12 @@ wastes no cell. Where attention can be told of the documents (`DOCUMENTS`) each 
 runs under a dense mask over the row. Which layout is cheaper depends on the lengths, so both are planned and the
 cheaper is taken:
 
-    cost = cells + Σ a · R² / R0,   over rows of R cells, a = ½ where attention is plainly causal and 1 under a mask
+    cost = cells + Σ a · R² / R0 + E · batches,   over rows of R cells, a = ½ where attention is plainly causal, else 1
 
 (over documents instead of rows, where attention is told of them), with R0 the row length at which masked attention
-costs as much as the layers (from the model's widths). Anything that is not a decoder gets padded rows with a mask.
+costs as much as the layers (from the model's widths), and E the cells that would take as long as what a micro-batch
+costs whatever its size. Anything that is not a decoder gets padded rows with a mask, which attention that can be told
+of documents does not need; rows of like length share a micro-batch, as far as E lets that pay.
 
 Legend: R cells of a row.
 """
@@ -33,12 +35,15 @@ from trimtab.errors import DataError
 Who = str | None
 """An adapter's name, or None: the bare base."""
 
+IDLE = {"cpu": 3e8, "cuda": 1.5e12}
+"""Operations on matrices that a device could do in the time that a block of a model costs beside those."""
+
 
 @dataclass(frozen=True)
 class Micro:
     """One micro-batch. ``members[d]`` is the index in the data of the batch's document d, and ``owners[d]``
     its adapter; ``prompt`` (B, T) is true where a gate may look; ``masked`` whether padding needs a mask;
-    ``apart`` are the documents of packed rows, where attention is to be told of them."""
+    ``apart`` are its documents, where attention is to be told of them."""
 
     batch: Batch
     members: tuple[int, ...]
@@ -77,12 +82,14 @@ class Layout:
         apart: attention can be told of them (verified likewise).
         causal: padding on the right needs no mask.
         balance: R0 of the module's cost.
+        each: E of it.
     """
 
     packs: bool
     apart: bool
     causal: bool
     balance: float
+    each: int
     pad_id: int
 
     def plan(
@@ -99,9 +106,9 @@ class Layout:
                 f"{longest.origin or 'an example'} has {len(longest)} tokens, more than a micro-batch may "
                 f"have ({budget}); raise micro_tokens, or shorten the example."
             )
+        rows = plan_batches(lengths, budget, each=self.each)
         if len(set(owners)) > 1 or packed is False or not self.packs:
-            return self._rows(data, owners, plan_batches(lengths, budget))
-        rows = plan_batches(lengths, budget)
+            return self._rows(data, owners, rows)
         costs: dict[
             int, float
         ] = {}  # by the width of packed rows; 0 stands for rows of one document
@@ -109,10 +116,13 @@ class Layout:
             widths = [max(lengths[index] for index in members) for members in rows]
             pairs = zip(rows, widths, strict=True)
             costs[0] = sum(len(members) * self._cost(width, width) for members, width in pairs)
+            costs[0] += len(rows) * self.each
         for width in sorted({min(max(lengths) * times, budget) for times in (1, 2, 4, budget)}):
-            cells = len(pack(lengths, width)) * width
+            count = len(pack(lengths, width))
+            cells = count * width
             alone = cells - sum(lengths) + sum(self._cost(length, length) for length in lengths)
             costs[width] = alone if self.apart else self._cost(cells, 2 * width)
+            costs[width] += -(-count // max(budget // width, 1)) * self.each
         best = min(costs, key=lambda width: costs[width])
         if best == 0:
             return self._rows(data, owners, rows)
@@ -161,7 +171,9 @@ class Layout:
             prompt=prompt,
             packed=width is not None,
             masked=not self.causal,
-            apart=_documents(batch) if self.apart and width is not None else None,
+            apart=_documents(batch)
+            if self.apart and (width is not None or not self.causal)
+            else None,
         )
 
 
@@ -178,12 +190,15 @@ def layout_of(model: PreTrainedModel, *, causal: bool, pad_id: int) -> Layout:
     width = int(getattr(config, "hidden_size", 512))
     inner = int(getattr(config, "intermediate_size", None) or 4 * width)
     vocabulary = int(config.vocab_size)
+    body = model if causal else model.base_model  # a classifier's output is of whole rows
     packs = causal and separates(model, vocabulary)
+    idle = IDLE.get(model.device.type, IDLE["cuda"]) / (4 * width * (4 * width + 2 * inner))
     return Layout(
         packs=packs,
-        apart=packs and separates(model, vocabulary, told=True),
+        apart=(packs or not causal) and separates(body, vocabulary, told=True),
         causal=packs,
         balance=(2 * width + 1.5 * inner) / 4,
+        each=max(int(idle), 1),
         pad_id=pad_id,
     )
 

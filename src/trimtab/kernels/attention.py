@@ -1,16 +1,17 @@
-"""Causal attention within documents, in blocks of queries, by matrix products: for CPUs that multiply bf16 fast.
+"""Attention within documents, in blocks of queries, by matrix products, on a CPU.
 
-    P = softmax(s · Q Kᵀ + M),   O = P V
-    dV = Pᵀ dO,   dP = dO Vᵀ,   dS = P ∘ (dP − rowsum(P ∘ dP)),   dQ = s · dS K,   dK = s · dSᵀ Q
+    P = softmax(s · Q Kᵀ + M),   O = (P ∘ D) V
+    dV = (P ∘ D)ᵀ dO,   dP = D ∘ (dO Vᵀ),   dS = P ∘ (dP − rowsum(P ∘ dP)),   dQ = s · dS K,   dK = s · dSᵀ Q
 
-A block of queries meets the keys up to its own end and no others, so that about half of a long document's products
-are never made; the query heads that share a key head are rows of one product. For backward q, k, v, the output and a
-number for each row of scores are kept. How fast that is beside torch's own: benchmarks/attention.py.
+A block of queries meets the keys of its document, where attention is causal those up to its own end, so that about half
+of a long document's products are never made; the query heads that share a key head are rows of one product. D is
+dropout, of which a seed is kept (`trimtab.kernels.dropout`). For backward q, k, v, the output and a number for each row
+of scores are kept. How fast that is beside torch's own: benchmarks/attention.py.
 
 Products of bf16 are rounded to bf16, which would cost large scores all their precision. So both products are rounded
 as differences from a number of their row: s · Q Kᵀ from its largest, found by a first product, and dP from rowsum(P ∘
 dP) = rowsum(dO ∘ O). Softmax and its backward do not change with such a number, whatever it is. Where products in fp32
-are the faster ones (`trimtab.kernels.products`), blocks are fp32 inside, and need no first product.
+are the faster ones (`trimtab.kernels.products`), and with dropout, blocks are fp32 inside, and need no first product.
 
 Legend: B rows, H query heads, G key heads, R = H / G, T tokens, D head width, N queries of a block, S keys it meets.
 """
@@ -25,49 +26,74 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trimtab.kernels import products
+from trimtab.kernels.dropout import Masks, drawn_seed
 
 QUERIES = 96
 SCORES = 2**23
 """How many queries, and how many bytes of scores, a block may have (one key head's, at least)."""
 
 
-def causal_attention(
-    q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, scale: float, ends: Sequence[int] | None = None
+def blocked_attention(
+    q_BHTD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTD: Tensor,
+    scale: float,
+    ends: Sequence[int] | None = None,
+    *,
+    causal: bool = True,
+    dropout: float = 0.0,
 ) -> Tensor:
-    """(B, T, H, D): the output of attention; each token sees those of its document up to itself.
+    """(B, T, H, D): the output of attention; each token sees those of its document, if ``causal`` up to itself.
 
     ``ends`` are the places where the documents of the flattened (B · T) tokens end, none of them across a row; without
-    them a row is a document.
+    them a row is a document. ``dropout`` is that of the shares that a token has in another.
     """
-    found: Tensor = _CausalAttention.apply(q_BHTD, k_BGTD, v_BGTD, scale, ends)  # type: ignore[no-untyped-call]
+    seed = drawn_seed() if dropout else 0
+    given = _How(scale, ends, causal, dropout, seed)
+    found: Tensor = _Attention.apply(q_BHTD, k_BGTD, v_BGTD, given)  # type: ignore[no-untyped-call]
     return found
 
 
-class _CausalAttention(torch.autograd.Function):
+class _How(NamedTuple):
+    scale: float
+    ends: Sequence[int] | None
+    causal: bool
+    dropout: float
+    seed: int
+
+    def masks(self) -> Masks | None:
+        return Masks(self.dropout, self.seed) if self.dropout else None
+
+    def inner(self, q: Tensor) -> torch.dtype:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        return wide if self.dropout or products.widens(q) else q.dtype
+
+
+class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, ends: Sequence[int] | None
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, how: _How) -> Tensor:
         rows, heads, tokens, _ = q.shape
         out = torch.empty(rows, tokens, heads, v.shape[-1], dtype=q.dtype, device=q.device)
         out_BGRTD, q_BGRTD = (_grouped(t, k.shape[1]) for t in (out.transpose(1, 2), q))
         most_BGRT = q.new_zeros(q_BGRTD.shape[:-1])
-        inner = torch.float32 if products.widens(q) else q.dtype
+        inner, masks = how.inner(q), how.masks()
         rounds = inner not in (torch.float32, torch.float64)
-        blocks = list(_blocks(q_BGRTD, ends, inner))
+        blocks = list(_blocks(q_BGRTD, how, inner))
         room = _room(q_BGRTD, blocks, 2, inner)
         for block in blocks:
             queries, keys = _flat(q_BGRTD[block.queries]).to(inner), _near(k, block).to(inner)
-            scores = _scores(room[0], queries, keys, scale, block)
+            scores = _scores(room[0], queries, keys, how, block)
             if rounds:
                 most = scores.amax(-1, keepdim=True)
                 most_BGRT[block.queries] = most.view(*most_BGRT[block.queries].shape)
-                scores = _scores(room[0], queries, keys, scale, block, most)
+                scores = _scores(room[0], queries, keys, how, block, most)
             shares = torch.softmax(scores, -1, out=_shaped(room[1], scores))
+            if masks is not None:
+                shares.mul_(masks.next_like(shares)).mul_(1 / (1 - how.dropout))
             made = torch.bmm(shares, _near(v, block).to(inner))
             out_BGRTD[block.queries] = made.view(*out_BGRTD[block.queries].shape)
         ctx.save_for_backward(q, k, v, out, most_BGRT)
-        ctx.scale, ctx.ends, ctx.inner, ctx.rounds = scale, ends, inner, rounds
+        ctx.how = how
         return out
 
     @staticmethod
@@ -75,35 +101,45 @@ class _CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, most_BGRT = ctx.saved_tensors
         q_BGRTD, grad_BGRTD = (_grouped(t, k.shape[1]) for t in (q, outer[0].transpose(1, 2)))
-        inner, wide = ctx.inner, torch.promote_types(q.dtype, torch.float32)
+        how: _How = ctx.how
+        inner, masks = how.inner(q), how.masks()
+        rounds = inner not in (torch.float32, torch.float64)
+        wide = torch.promote_types(q.dtype, torch.float32)
         mean_BGRT = _grouped((outer[0].to(inner) * out).sum(-1).transpose(1, 2), k.shape[1])
         dq_BGRTD = torch.empty_like(q_BGRTD)
         dk, dv = (torch.zeros(t.shape, dtype=wide, device=t.device) for t in (k, v))
-        blocks = list(_blocks(q_BGRTD, ctx.ends, inner))
+        blocks = list(_blocks(q_BGRTD, how, inner))
         room = _room(q_BGRTD, blocks, 3, inner)
         for block in blocks:
             queries, grads = (_flat(t[block.queries]).to(inner) for t in (q_BGRTD, grad_BGRTD))
             keys, mean = _near(k, block).to(inner), _column(mean_BGRT[block.queries])
-            most = _column(most_BGRT[block.queries]) if ctx.rounds else None
-            scores = _scores(room[0], queries, keys, ctx.scale, block, most)
+            most = _column(most_BGRT[block.queries]) if rounds else None
+            scores = _scores(room[0], queries, keys, how, block, most)
             shares = torch.softmax(scores, -1, out=_shaped(room[1], scores))
-            _add(dv, block, torch.bmm(shares.mT, grads))
-            slopes = _product(room[0], grads, _near(v, block).to(inner), 1.0, mean)
+            if masks is None:
+                _add(dv, block, torch.bmm(shares.mT, grads))
+                slopes = _product(room[0], grads, _near(v, block).to(inner), 1.0, mean)
+            else:
+                mask = masks.next_like(shares).mul_(1 / (1 - how.dropout))
+                given = torch.mul(shares, mask, out=_shaped(room[2], shares))
+                _add(dv, block, torch.bmm(given.mT, grads))
+                slopes = _product(room[0], grads, _near(v, block).to(inner), 1.0, None).mul_(mask)
             slopes = torch.ops.aten._softmax_backward_data.out(
                 slopes, shares, -1, shares.dtype, grad_input=_shaped(room[2], shares)
             )
-            made = torch.bmm(slopes, keys).mul_(ctx.scale)
+            made = torch.bmm(slopes, keys).mul_(how.scale)
             dq_BGRTD[block.queries] = made.view(*dq_BGRTD[block.queries].shape)
             _add(dk, block, torch.bmm(slopes.mT, queries))
-        return dq_BGRTD.flatten(1, 2), dk.mul_(ctx.scale).to(k.dtype), dv.to(v.dtype), None, None
+        return dq_BGRTD.flatten(1, 2), dk.mul_(how.scale).to(k.dtype), dv.to(v.dtype), None
 
 
 class _Block(NamedTuple):
-    """Queries from ``start`` to ``stop`` of documents that begin at ``first``, for some rows and key heads."""
+    """Queries from ``start`` to ``stop``, which meet keys from ``first`` to ``last``, for some rows and key heads."""
 
     rows: slice
     heads: slice
     first: int
+    last: int
     start: int
     stop: int
 
@@ -113,20 +149,23 @@ class _Block(NamedTuple):
 
     @property
     def keys(self) -> tuple[slice, ...]:
-        return self.rows, self.heads, slice(self.first, self.stop)
+        return self.rows, self.heads, slice(self.first, self.last)
 
 
-def _blocks(q_BGRTD: Tensor, ends: Sequence[int] | None, inner: torch.dtype) -> Iterator[_Block]:
+def _blocks(q_BGRTD: Tensor, how: _How, inner: torch.dtype) -> Iterator[_Block]:
     rows, groups, heads, tokens, _ = q_BGRTD.shape
     most = SCORES // inner.itemsize
-    for some, first, last in _documents(rows, tokens, ends):
-        for start in range(first, last, QUERIES):
-            stop = min(start + QUERIES, last)
-            each = max(most // (heads * (stop - start) * (stop - first)), 1)
+    for some, first, end in _documents(rows, tokens, how.ends):
+        for start in range(first, end, QUERIES):
+            stop = min(start + QUERIES, end)
+            last = stop if how.causal else end
+            each = max(most // (heads * (stop - start) * (last - first)), 1)
             for row in range(some.start, some.stop, max(each // groups, 1)):
                 beside = slice(row, min(row + max(each // groups, 1), some.stop))
                 for head in range(0, groups, each):
-                    yield _Block(beside, slice(head, min(head + each, groups)), first, start, stop)
+                    yield _Block(
+                        beside, slice(head, min(head + each, groups)), first, last, start, stop
+                    )
 
 
 def _documents(
@@ -176,7 +215,7 @@ def _room(q_BGRTD: Tensor, blocks: Sequence[_Block], count: int, inner: torch.dt
         * (b.heads.stop - b.heads.start)
         * heads
         * (b.stop - b.start)
-        * (b.stop - b.first)
+        * (b.last - b.first)
         for b in blocks
     )
     return torch.empty(count, max(sizes), dtype=inner, device=q_BGRTD.device)
@@ -187,10 +226,12 @@ def _shaped(room: Tensor, like: Tensor) -> Tensor:
 
 
 def _scores(
-    room: Tensor, q: Tensor, k: Tensor, scale: float, block: _Block, less: Tensor | None = None
+    room: Tensor, q: Tensor, k: Tensor, how: _How, block: _Block, less: Tensor | None = None
 ) -> Tensor:
-    """(B · G, R · N, S): −inf where a key comes later."""
-    scores = _product(room, q, k, scale, less)
+    """(B · G, R · N, S): −inf where a key may not be seen, because it comes later."""
+    scores = _product(room, q, k, how.scale, less)
+    if not how.causal:
+        return scores
     count = block.stop - block.start
     later = torch.ones(count, count, dtype=torch.bool, device=q.device).triu(1)
     scores.unflatten(1, (-1, count))[..., -count:].masked_fill_(later, float("-inf"))
