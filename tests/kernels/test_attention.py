@@ -93,6 +93,26 @@ def test_documents_of_a_row_do_not_see_each_other(
         torch.testing.assert_close(mine, other)
 
 
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "all see all"])
+@pytest.mark.parametrize("scores", [1, 2**13, 2**30])
+def test_padding_is_not_seen(scores: int, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "SCORES", scores)
+    inputs = drawn((3, 4, 2, 100, 8, 8))
+    lengths, ends = [100, 3, 97], [100, 103, 200, 297, 300]
+    expected = plain(*inputs, 0.3, ends, causal)
+    found = blocked_attention(*inputs, 0.3, lengths=lengths, causal=causal)
+    outer = torch.randn(expected.shape, dtype=torch.float64)
+    for row, length in enumerate(lengths):
+        torch.testing.assert_close(found[row, :length], expected[row, :length])
+        outer[row, length:] = 0
+    for mine, other in zip(
+        torch.autograd.grad(found, inputs, outer),
+        torch.autograd.grad(expected, inputs, outer),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, other)
+
+
 def test_dropout_leaves_out_shares_and_scales_up_the_others() -> None:
     """Values that are the identity show the shares; the masks that they show give the gradients by plain code."""
     rows, heads, tokens = 2, 4, 40

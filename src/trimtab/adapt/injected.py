@@ -40,9 +40,13 @@ OURS = {"sdpa": "trimtab_sdpa", "eager": "trimtab_eager"}
 
 @dataclass(frozen=True, slots=True)
 class Documents:
-    """``ends`` are the places where the documents of the flattened (B · T) tokens end, none of them across a row."""
+    """``ends`` are the places where the documents of the flattened (B · T) tokens end, none of them across a row.
+
+    Where each row is one and padding, ``lengths`` are their own.
+    """
 
     ends: tuple[int, ...]
+    lengths: tuple[int, ...] | None = None
 
     @property
     def longest(self) -> int:
@@ -261,8 +265,11 @@ def _blocked(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask:
     if mask is None and faster and _fits(query, key, args, kwargs):
         scale = kwargs.get("scaling")
         scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-        ends = None if documents is None else documents.ends
-        out = blocked_attention(query, key, value, scale, ends, causal=causal, dropout=dropout)
+        lengths = None if documents is None else documents.lengths
+        ends = None if documents is None or lengths is not None else documents.ends
+        out = blocked_attention(
+            query, key, value, scale, ends, lengths=lengths, causal=causal, dropout=dropout
+        )
         return out, None
     if mask is None and documents is not None:
         mask = documents.mask(query.shape[0], query.shape[2], query.device, causal=causal)

@@ -35,7 +35,7 @@ from trimtab.errors import DataError
 Who = str | None
 """An adapter's name, or None: the bare base."""
 
-IDLE = {"cpu": 3e8, "cuda": 1.5e12}
+IDLE = {"cpu": 7.5e8, "cuda": 1.5e12}
 """Operations on matrices that a device could do in the time that a block of a model costs beside those."""
 
 
@@ -171,17 +171,18 @@ class Layout:
             prompt=prompt,
             packed=width is not None,
             masked=not self.causal,
-            apart=_documents(batch)
+            apart=_documents(batch, width is not None)
             if self.apart and (width is not None or not self.causal)
             else None,
         )
 
 
-def _documents(batch: Batch) -> Documents:
+def _documents(batch: Batch, packed: bool) -> Documents:
     """Those of a batch; the padding that ends a row is one more."""
     rows, width = batch.input_ids.shape
     ends = {document.row * width + document.stop for document in batch.documents}
-    return Documents(tuple(sorted(ends | {width * (row + 1) for row in range(rows)})))
+    lengths = None if packed else tuple(document.stop for document in batch.documents)
+    return Documents(tuple(sorted(ends | {width * (row + 1) for row in range(rows)})), lengths)
 
 
 def layout_of(model: PreTrainedModel, *, causal: bool, pad_id: int) -> Layout:

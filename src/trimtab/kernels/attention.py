@@ -40,16 +40,20 @@ def blocked_attention(
     scale: float,
     ends: Sequence[int] | None = None,
     *,
+    lengths: Sequence[int] | None = None,
     causal: bool = True,
     dropout: float = 0.0,
 ) -> Tensor:
     """(B, T, H, D): the output of attention; each token sees those of its document, if ``causal`` up to itself.
 
     ``ends`` are the places where the documents of the flattened (B · T) tokens end, none of them across a row; without
-    them a row is a document. ``dropout`` is that of the shares that a token has in another.
+    them a row is a document, of which the first tokens may be seen, where ``lengths`` says how many. ``dropout`` is
+    that of the shares that a token has in another.
     """
     seed = drawn_seed() if dropout else 0
-    given = _How(scale, ends, causal, dropout, seed)
+    if lengths is not None and min(lengths) == q_BHTD.shape[2]:
+        lengths = None
+    given = _How(scale, ends, lengths, causal, dropout, seed)
     found: Tensor = _Attention.apply(q_BHTD, k_BGTD, v_BGTD, given)  # type: ignore[no-untyped-call]
     return found
 
@@ -57,6 +61,7 @@ def blocked_attention(
 class _How(NamedTuple):
     scale: float
     ends: Sequence[int] | None
+    lengths: Sequence[int] | None
     causal: bool
     dropout: float
     seed: int
@@ -230,6 +235,12 @@ def _scores(
 ) -> Tensor:
     """(B · G, R · N, S): −inf where a key may not be seen, because it comes later."""
     scores = _product(room, q, k, how.scale, less)
+    if how.lengths is not None:
+        seen = torch.tensor(how.lengths[block.rows], device=q.device)
+        places = torch.arange(block.first, block.last, device=q.device)
+        unseen_BS = places >= seen[:, None]
+        by_row = scores.unflatten(0, (len(seen), -1))
+        by_row.masked_fill_(unseen_BS[:, None, None], float("-inf"))
     if not how.causal:
         return scores
     count = block.stop - block.start
