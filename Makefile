@@ -6,6 +6,7 @@
 #   make laws         every law for every method on every architecture (make test takes a sample); slow
 #   make test-gpu     tests that need a CUDA device
 #   make test-torchao the tests of bases that torchao stores, in an environment that has it
+#   make test-triton  the kernels of CUDA devices, interpreted on the CPU and compiled, in an environment with Triton
 #   make test-oldest  the tests on the oldest supported torch and transformers; a large download
 #   make jobs         three real jobs, each from a file to a report (about twenty minutes on two cores)
 #   make bench        every benchmark, which takes hours; one of them: make bench ARGS=lora_step
@@ -21,7 +22,7 @@ ARGS   ?=
 TEST_ENV := TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest
 
-.PHONY: setup lint test laws test-gpu test-torchao test-oldest bench demo jobs clean
+.PHONY: setup lint test laws test-gpu test-torchao test-triton test-oldest bench demo jobs clean
 
 setup: $(STAMP)
 
@@ -57,6 +58,13 @@ test-torchao:
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test-torchao]'
 	$(TEST_ENV) $(VENV)/bin/python -m pytest tests/models/test_arrived.py -k torchao $(ARGS)
 
+test-triton: VENV := .venv-triton
+test-triton:
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test-triton]'
+	$(TEST_ENV) $(VENV)/bin/python -m pytest -m "not gpu" tests/kernels/test_fused.py tests/kernels/test_fused_blocks.py $(ARGS)
+
 test-oldest: VENV := .venv-oldest
 test-oldest:
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
@@ -75,5 +83,5 @@ jobs: setup
 	for job in instructions sentiment topics; do $(BIN)/trimtab train recipes/jobs/$$job.yaml || exit 1; done
 
 clean:
-	rm -rf .venv .venv-oldest .venv-torchao build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-oldest .venv-torchao .venv-triton build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -not -path './.cache/*' -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""Where Triton makes weights dense: chosen here for all formats."""
+"""Where Triton computes: chosen here for all kernels."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from torch import Tensor
 HAS_TRITON = find_spec("triton") is not None
 
 
-def triton_for(codes: Tensor) -> bool:
-    """Whether `trimtab.kernels.fused` is to be imported for these codes: they are on CUDA, and Triton is installed."""
-    return HAS_TRITON and codes.is_cuda
+def triton_for(tensor: Tensor) -> bool:
+    """Whether what imports Triton is to be imported for this tensor: it is on CUDA, and Triton is installed."""
+    return HAS_TRITON and tensor.is_cuda

@@ -4,9 +4,10 @@
                     dx = (a − x̂ · mean(a ∘ x̂)) / √(mean x² + ε),   a = w ∘ dy;   w is frozen and gets no gradient
     gated product   y = φ(g) ∘ u,   du = φ(g) ∘ dy,   dg = φ'(g) ∘ u ∘ dy
 
-Both go by blocks of rows that lie in a core's cache. A norm keeps x and a number for each row, a gated product g and u;
-what comes out is not kept even where a later layer needs it, if it is remade (`trimtab.kernels.remade`). Forwards are,
-bit for bit, those of the families' own code.
+On a CPU both go by blocks of rows that lie in a core's cache, and forwards are, bit for bit, those of the families' own
+code. On CUDA each is one kernel (`trimtab.kernels.fused_blocks`), within a rounding of that; where there is none, it is
+torch's operations on all rows at once. A norm keeps x, a gated product g and u; what comes out is not kept even where a
+later layer needs it, if it is remade (`trimtab.kernels.remade`).
 
 Legend: N rows, C channels.
 """
@@ -19,10 +20,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from trimtab.kernels.accelerators import triton_for
+from trimtab.kernels.activations import kind_of
 from trimtab.kernels.remade import remade
 
 BLOCK = 1 << 17
 """Elements of a block of rows."""
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+"""Of what the kernels take: they compute in fp32."""
+WIDEST = 1 << 14
+"""Elements of a row that a norm of theirs holds, at most."""
 
 Rounding = Literal["before", "after", "offset"]
 """Whether x̂ is rounded before or after it is multiplied by the weight; or after, by 1 + the weight (an offset)."""
@@ -62,6 +69,9 @@ class _RmsNorm(torch.autograd.Function):
         if torch.is_grad_enabled():  # somebody differentiates the gradient
             y = _plainly_normed(x, weight_C, ctx.epsilon, ctx.rounding)
             return *torch.autograd.grad(y, x, grad, create_graph=True), None, None, None
+        if (kernels := _kernels(x, weight_C, grad)) and x.shape[-1] <= WIDEST:
+            dx = kernels.rms_norm_grad(x, weight_C, grad, ctx.epsilon, ctx.rounding)
+            return dx, None, None, None
         wide_C = weight_C.float() + (1 if ctx.rounding == "offset" else 0)
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         for x_NC, grad_NC, dx_NC in _rows(x, grad, dx):
@@ -73,6 +83,8 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def _normed(x: Tensor, weight_C: Tensor, epsilon: float, rounding: Rounding) -> Tensor:
+    if (kernels := _kernels(x, weight_C)) and x.shape[-1] <= WIDEST:
+        return kernels.rms_norm(x, weight_C, epsilon, rounding)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     offset_C = 1.0 + weight_C.float() if rounding == "offset" else None
     for x_NC, y_NC in _rows(x, y):
@@ -120,6 +132,9 @@ class _GatedProduct(torch.autograd.Function):
             ]
             found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
             return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None
+        kind = kind_of(ctx.activation)
+        if kind is not None and (kernels := _kernels(gate, up, grad)):
+            return *kernels.gated_product_grad(gate, up, grad, kind), None
         dgate, dup = (
             torch.empty_like(t, memory_format=torch.contiguous_format) for t in (gate, up)
         )
@@ -134,13 +149,26 @@ class _GatedProduct(torch.autograd.Function):
 
 
 def _gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    kind = kind_of(activation)
+    if kind is not None and (kernels := _kernels(gate, up)):
+        return kernels.gated_product(gate, up, kind)
     y = torch.empty_like(up, memory_format=torch.contiguous_format)
     for gate_NC, up_NC, y_NC in _rows(gate, up, y):
         torch.mul(activation(gate_NC), up_NC, out=y_NC)
     return y
 
 
+def _kernels(*tensors: Tensor) -> Any:
+    """`trimtab.kernels.fused_blocks`, where it takes these: on CUDA, with Triton installed."""
+    if not (triton_for(tensors[0]) and all(tensor.dtype in FLOATS for tensor in tensors)):
+        return None
+    from trimtab.kernels import fused_blocks
+
+    return fused_blocks
+
+
 def _rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors of one shape, by blocks of rows."""
+    """Tensors of one shape, by blocks of rows; elsewhere than on a CPU in one piece."""
     flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
-    return zip(*(tensor.split(max(BLOCK // tensor.shape[-1], 1)) for tensor in flat), strict=True)
+    rows = max(BLOCK // flat[0].shape[-1], 1) if flat[0].device.type == "cpu" else len(flat[0])
+    return zip(*(tensor.split(max(rows, 1)) for tensor in flat), strict=True)
