@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -163,6 +164,42 @@ def test_a_part_may_be_called_by_the_name_of_its_argument() -> None:
         )
         with torch.no_grad():
             assert torch.equal(norm(hidden_states=x), want[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3"])
+def test_on_a_gpu(family: str) -> None:
+    """The same loss and gradients as by the family's code, everything kept or blocks recomputed, and less is kept."""
+    model = adapted(family=family).cuda()
+    before, ids = kinds(model), IDS.cuda()
+    found, kept = [], []
+    for way in (plainly, nullcontext, lambda: recomputed(model, reentrant=False)):
+        start = torch.cuda.memory_allocated()
+        with way():
+            out = model(input_ids=ids, labels=ids)
+        kept.append(torch.cuda.memory_allocated() - start)
+        out.loss.backward()
+        found.append((out.loss.detach(), learned(model)))
+        assert kinds(model) == before
+    assert isinstance(out.logits, PromisedLogits) and kept[1] < kept[0]
+    for loss, gradients in found[1:]:
+        torch.testing.assert_close(loss, found[0][0], rtol=1e-5, atol=0)
+        same(found[0][1], gradients, 1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [False, True])
+def test_on_a_gpu_in_bf16_gradients_are_as_near_as_by_the_familys_code(autocast: bool) -> None:
+    wide = adapted().cuda()
+    narrow = wide if autocast else copy.deepcopy(wide).bfloat16()
+    ids, found = IDS.cuda(), []
+    for model, way in ((wide, plainly), (narrow, plainly), (narrow, nullcontext)):
+        with way(), torch.autocast("cuda", torch.bfloat16, enabled=autocast and bool(found)):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        found.append(torch.cat([gradient.flatten().float() for gradient in learned(model)]))
+    theirs, ours = (float((one - found[0]).norm()) for one in found[1:])
+    assert ours < 1.5 * theirs
 
 
 # -- beside what others do with a model ----------------------------------------------------------------

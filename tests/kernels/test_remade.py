@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
+from trimtab.kernels import remade as remade_module
 from trimtab.kernels.remade import remade, remaking
 
 
@@ -40,6 +41,19 @@ def test_it_is_made_once_for_all_that_need_it() -> None:
         found.append([weight.grad for weight in own])
     assert make.calls == 1
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_another_stream_makes_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = iter([1, 2, 2])
+    monkeypatch.setattr(remade_module, "_stream", lambda device: next(streams))
+    x, make = source().detach(), Counted()
+    own = [torch.ones(5, 4, requires_grad=True) for _ in range(3)]
+    with remaking():
+        y = remade(doubled(x), make, x)
+        loss = torch.stack([F.linear(y, weight).sum() for weight in own]).sum()
+    loss.backward()
+    assert make.calls == 2
+    assert all(torch.equal(weight.grad, own[0].grad) for weight in own)  # type: ignore[arg-type]
 
 
 def test_the_memory_is_free_between_forward_and_backward() -> None:

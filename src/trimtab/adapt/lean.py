@@ -4,7 +4,8 @@ For the length of such a forward (the bank opens `lean` around it), modules whos
 (`trimtab.models.forms`) are instances of a subclass with a forward of ours, which calls their layers as before, so that
 sites, routes and hooks see what they would see; attention is ours where torch's would do it; and a model that takes the
 loss itself computes no logits that nobody looks at. Before and after, the model is as it was. On other devices than a
-CPU, without gradients, with a trained norm, and under a compiler, forward is the family's.
+CPU and CUDA, without gradients, with a trained norm, and under a compiler, forward is the family's; so it is on CUDA of
+an MLP whose activation is several operations to torch, which autocast there takes in fp32.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel
 
 from trimtab.adapt.attention import Ours
 from trimtab.kernels import products
+from trimtab.kernels.activations import kind_of
 from trimtab.kernels.dropout import dropout
 from trimtab.kernels.frozen_blocks import activated, gated_product, rms_norm
 from trimtab.kernels.remade import remade, remaking
@@ -29,6 +31,7 @@ from trimtab.kernels.tracing import traced
 from trimtab.losses import promised_logits
 from trimtab.models.forms import Gated, Norm, Plain, form_of
 
+DEVICES = ("cpu", "cuda", "meta")
 NARROW = (torch.bfloat16, torch.float16, torch.float32)
 """Of what norms take: they compute in fp32."""
 ELEMENTWISE = frozenset(
@@ -106,7 +109,7 @@ def leans(model: nn.Module) -> bool:
         and not traced()
         and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
         and not _families.get()
-        and next((p.device.type for p in model.parameters()), "") in ("cpu", "meta")
+        and next((p.device.type for p in model.parameters()), "") in DEVICES
     )
 
 
@@ -186,9 +189,9 @@ def _lean(kind: Any) -> type[nn.Module]:
         if fits and isinstance(form, Norm) and _frozen(self, x):
             rounding = cast(Literal["before", "after", "offset"], form.rounding)
             return rms_norm(x, self._parameters["weight"], self.__dict__[form.epsilon], rounding)  # type: ignore[arg-type]
-        if fits and isinstance(form, Gated) and _elementwise(self, form.activation):
+        if fits and isinstance(form, Gated) and _elementwise(self, form.activation, x):
             return _gated(self, form, x)
-        if fits and isinstance(form, Plain) and _elementwise(self, form.activation):
+        if fits and isinstance(form, Plain) and _elementwise(self, form.activation, x):
             inner = activated(self.get_submodule(form.up)(x), self.get_submodule(form.activation))
             return self.get_submodule(form.down)(inner) if form.down else inner
         return kind.forward(self, *given, **named)
@@ -212,7 +215,7 @@ def _gated(module: nn.Module, form: Gated, x: Tensor) -> Any:
 
 def _fits(x: Tensor) -> bool:
     return (
-        x.device.type in ("cpu", "meta")
+        x.device.type in DEVICES
         and x.is_floating_point()
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
@@ -220,12 +223,14 @@ def _fits(x: Tensor) -> bool:
 
 
 def _frozen(module: nn.Module, x: Tensor) -> bool:
-    weight = module._parameters["weight"]
-    frozen = weight is not None and not weight.requires_grad and weight.dtype == x.dtype
-    return frozen and x.dtype in NARROW
+    weight = module._parameters.get("weight")  # it may be held elsewhere, by who shards it
+    if weight is None or type(weight) not in (Tensor, nn.Parameter) or weight.requires_grad:
+        return False
+    return weight.dtype == x.dtype and x.dtype in NARROW
 
 
-def _elementwise(module: nn.Module, activation: str) -> bool:
+def _elementwise(module: nn.Module, activation: str, x: Tensor) -> bool:
     part = module.get_submodule(activation)
-    hooked = part._forward_hooks or part._forward_pre_hooks
-    return type(part).__name__ in ELEMENTWISE and not hooked
+    if part._forward_hooks or part._forward_pre_hooks:
+        return False
+    return kind_of(part) is not None if x.is_cuda else type(part).__name__ in ELEMENTWISE

@@ -26,7 +26,8 @@ class Recipe:
         self._given = tuple(v.detach() if isinstance(v, Tensor) else v for v in given)
         self._versions = self._now()
         self._wanted = 0
-        self._made: Tensor | None = None
+        self._device = tensor.device
+        self._made: tuple[int, Tensor] | None = None
 
     def _now(self) -> list[int]:
         return [value._version for value in self._given if isinstance(value, Tensor)]
@@ -45,10 +46,17 @@ class Recipe:
             raise RuntimeError(
                 "a tensor that is needed for backward was changed in place after a frozen norm or MLP had used it."
             )
-        made = self._make(*self._given) if self._made is None else self._made
+        stream = _stream(self._device)
+        before, known = self._made or (None, None)
+        made = known if known is not None and before == stream else self._make(*self._given)
         self._wanted -= 1
-        self._made = made if self._wanted > 0 else None
+        self._made = (stream, made) if self._wanted > 0 else None
         return made
+
+
+def _stream(device: torch.device) -> int:
+    """Where a tensor is made now; what one stream of CUDA makes is not there yet for another."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 _announced: ContextVar[dict[StorageWeakRef, Recipe] | None] = ContextVar("_announced", default=None)
