@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -29,6 +29,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from trimtab.adapt.context import Context
 from trimtab.adapt.route import Owner, units_at
 from trimtab.errors import RouteError
+from trimtab.kernels import varlen
 from trimtab.kernels.attention import blocked_attention
 
 KEYWORD = "trimtab_injected"
@@ -42,18 +43,38 @@ OURS = {"sdpa": "trimtab_sdpa", "eager": "trimtab_eager"}
 class Documents:
     """``ends`` are the places where the documents of the flattened (B · T) tokens end, none of them across a row.
 
-    Where each row is one and padding, ``lengths`` are their own.
+    Where each row is one and padding, ``lengths`` are their own. What is made of them for a device is made once, for
+    all layers.
     """
 
     ends: tuple[int, ...]
     lengths: tuple[int, ...] | None = None
+    _starts: dict[torch.device, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    _masks: dict[Any, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def longest(self) -> int:
         return max(end - start for start, end in zip((0, *self.ends), self.ends, strict=False))
 
-    def mask(self, rows: int, length: int, device: torch.device, *, causal: bool) -> Tensor:
+    @property
+    def masked(self) -> bool:
+        """Whether some attention needed a mask."""
+        return bool(self._masks)
+
+    def starts(self, device: torch.device) -> Tensor:
+        """(N + 1,) int32: where each begins, and the end."""
+        if device not in self._starts:
+            self._starts[device] = torch.tensor((0, *self.ends), dtype=torch.int32, device=device)
+        return self._starts[device]
+
+    def mask(self, rows: int, length: int, device: torch.device, causal: bool) -> Tensor:
         """(B, 1, T, T), true where a token is seen: those of the same document, if ``causal`` up to oneself."""
+        what = rows, length, device, causal
+        if what not in self._masks:
+            self._masks[what] = self._mask(*what)
+        return self._masks[what]
+
+    def _mask(self, rows: int, length: int, device: torch.device, causal: bool) -> Tensor:
         sizes = torch.tensor(self.ends).diff(prepend=torch.zeros(1, dtype=torch.long))
         which = torch.arange(len(self.ends)).repeat_interleave(sizes).view(rows, length).to(device)
         same = which[:, :, None] == which[:, None]
@@ -233,7 +254,7 @@ def _own_mask(module: nn.Module, mask: Tensor | None, query: Tensor, key: Tensor
     documents: Documents | None = kwargs.get(DOCUMENTS)
     causal = _is_causal(module, kwargs)
     if documents is not None:
-        seen = documents.mask(query.shape[0], length, query.device, causal=causal)
+        seen = documents.mask(query.shape[0], length, query.device, causal)
         return seen, key, value
     full = torch.ones(length, keys, dtype=torch.bool, device=query.device)
     if not causal or length == 1:
@@ -254,33 +275,43 @@ def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     return bool(module.__dict__.get("is_causal", True) if causal is None else causal)
 
 
-def _blocked(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
-             *args: Any, **kwargs: Any) -> Any:  # fmt: skip
-    """Scaled dot products: on a CPU by ours for documents, and where it is the faster one."""
+def _by_documents(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+                  *args: Any, **kwargs: Any) -> Any:  # fmt: skip
+    """Scaled dot products: for documents by ours or, on CUDA, by torch's kernel that is told of them; and on a CPU by
+    ours where it is the faster one."""
     documents: Documents | None = kwargs.pop(DOCUMENTS, None)
     causal = _is_causal(module, kwargs)
-    dropout = float(kwargs.get("dropout") or 0.0)
-    # torch has no fused attention with dropout, and a slow one in bf16
-    faster = documents is not None or dropout > 0 or (causal and query.dtype == torch.bfloat16)
-    if mask is None and faster and _fits(query, key, args, kwargs):
+    if mask is None and _plain(query, key, args, kwargs):
         scale = kwargs.get("scaling")
         scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-        lengths = None if documents is None else documents.lengths
-        ends = None if documents is None or lengths is not None else documents.ends
-        out = blocked_attention(
-            query, key, value, scale, ends, lengths=lengths, causal=causal, dropout=dropout
-        )
-        return out, None
+        dropout = float(kwargs.get("dropout") or 0.0)
+        told = documents is not None and documents.longest > 1 and causal and not dropout
+        if documents is not None and told and varlen.takes(query, key, value):
+            starts = documents.starts(query.device)
+            given = query, key, value, scale, starts, documents.longest
+            return varlen.documents_attention(*given), None
+        if _fits(query, documents=documents is not None, causal=causal, dropout=dropout):
+            lengths = None if documents is None else documents.lengths
+            ends = None if documents is None or lengths is not None else documents.ends
+            out = blocked_attention(
+                query, key, value, scale, ends, lengths=lengths, causal=causal, dropout=dropout
+            )
+            return out, None
     if mask is None and documents is not None:
-        mask = documents.mask(query.shape[0], query.shape[2], query.device, causal=causal)
+        mask = documents.mask(query.shape[0], query.shape[2], query.device, causal)
     return AttentionInterface()["sdpa"](module, query, key, value, mask, *args, **kwargs)
 
 
-def _fits(query: Tensor, key: Tensor, args: Any, kwargs: Any) -> bool:
-    """Whether ours computes what is asked for."""
+def _fits(query: Tensor, *, documents: bool, causal: bool, dropout: float) -> bool:
+    """Whether attention is to be ours. Torch has no fused one with dropout on a CPU, and a slow causal one in bf16."""
+    slow = dropout > 0 or (causal and query.dtype == torch.bfloat16)
+    return query.device.type in ("cpu", "meta") and (documents or slow)
+
+
+def _plain(query: Tensor, key: Tensor, args: Any, kwargs: Any) -> bool:
+    """Whether attention of a text to itself, and nothing beside it, is asked for."""
     return (
-        query.device.type in ("cpu", "meta")
-        and 1 < query.shape[2] == key.shape[2]
+        1 < query.shape[2] == key.shape[2]
         and not (args or torch.compiler.is_compiling())
         and all(kwargs.get(name) is None for name in _OTHERS)
     )
@@ -297,7 +328,7 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
 
 
 def _sdpa(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return _attend(_blocked, module, *args, **kwargs)
+    return _attend(_by_documents, module, *args, **kwargs)
 
 
 def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
