@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from trimtab.kernels import accelerators
 from trimtab.kernels.fourbit import block_scales, dequantise, quantise, unpacked
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -41,6 +42,12 @@ def test_triton_is_not_imported_before_there_is_a_cuda_tensor() -> None:
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_where_triton_does_not_run_plain_torch_computes() -> None:
+    """Not on a CPU; without a C compiler or for an unknown GPU neither."""
+    with pytest.warns(UserWarning, match="Triton is installed and does not run on cpu"):
+        assert not accelerators._runs.__wrapped__(torch.device("cpu"))
 
 
 @pytest.mark.gpu

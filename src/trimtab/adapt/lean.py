@@ -25,7 +25,7 @@ from trimtab.adapt.attention import Ours
 from trimtab.kernels import products
 from trimtab.kernels.activations import kind_of
 from trimtab.kernels.dropout import dropout
-from trimtab.kernels.frozen_blocks import activated, gated_product, rms_norm
+from trimtab.kernels.frozen_blocks import PLAIN, activated, gated_product, rms_norm
 from trimtab.kernels.remade import remade, remaking
 from trimtab.kernels.tracing import traced
 from trimtab.losses import promised_logits
@@ -126,7 +126,7 @@ def _plain_head(model: nn.Module) -> nn.Module | None:
 def _plain(layer: nn.Linear) -> bool:
     """Whether its tensors are frozen, and are what they look like: no shards, and no values in another form."""
     held = [tensor for tensor in layer._parameters.values() if tensor is not None]
-    return all(type(t) in (Tensor, nn.Parameter) and not t.requires_grad for t in held)
+    return all(type(t) in PLAIN and not t.requires_grad for t in held)
 
 
 class _Widened(nn.Linear):
@@ -215,7 +215,8 @@ def _gated(module: nn.Module, form: Gated, x: Tensor) -> Any:
 
 def _fits(x: Tensor) -> bool:
     return (
-        x.device.type in DEVICES
+        type(x) in PLAIN
+        and x.device.type in DEVICES
         and x.is_floating_point()
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
@@ -224,7 +225,7 @@ def _fits(x: Tensor) -> bool:
 
 def _frozen(module: nn.Module, x: Tensor) -> bool:
     weight = module._parameters.get("weight")  # it may be held elsewhere, by who shards it
-    if weight is None or type(weight) not in (Tensor, nn.Parameter) or weight.requires_grad:
+    if weight is None or type(weight) not in PLAIN or weight.requires_grad:
         return False
     return weight.dtype == x.dtype and x.dtype in NARROW
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab.kernels.accelerators import triton_for
 from trimtab.kernels.activations import kind_of
@@ -28,6 +28,8 @@ BLOCK = 1 << 17
 """Elements of a block of rows."""
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 """Of what the kernels take: they compute in fp32."""
+PLAIN = (Tensor, nn.Parameter)
+"""Whose values are what they look like: no shards, no values in another form."""
 WIDEST = 1 << 14
 """Elements of a row that a norm of theirs holds, at most."""
 
@@ -160,7 +162,8 @@ def _gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
 
 def _kernels(*tensors: Tensor) -> Any:
     """`trimtab.kernels.fused_blocks`, where it takes these: on CUDA, with Triton installed."""
-    if not (triton_for(tensors[0]) and all(tensor.dtype in FLOATS for tensor in tensors)):
+    known = all(type(t) in PLAIN and t.dtype in FLOATS for t in tensors)
+    if not known or not triton_for(tensors[0]):
         return None
     from trimtab.kernels import fused_blocks
 
