@@ -174,6 +174,7 @@ def test_on_a_gpu(family: str) -> None:
     before, ids = kinds(model), IDS.cuda()
     found, kept = [], []
     for way in (plainly, nullcontext, lambda: recomputed(model, reentrant=False)):
+        out = None  # what the last way kept is gone
         start = torch.cuda.memory_allocated()
         with way():
             out = model(input_ids=ids, labels=ids)
@@ -184,7 +185,7 @@ def test_on_a_gpu(family: str) -> None:
     assert isinstance(out.logits, PromisedLogits) and kept[1] < kept[0]
     for loss, gradients in found[1:]:
         torch.testing.assert_close(loss, found[0][0], rtol=1e-5, atol=0)
-        same(found[0][1], gradients, 1e-3)
+        same(found[0][1], gradients, 5e-3)
 
 
 @pytest.mark.gpu

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from tests.engine import kit
+from trimtab.adapt import injected
 from trimtab.adapt.attach import attach
 from trimtab.adapt.injected import Documents
-from trimtab.engine import Engine
+from trimtab.engine import Engine, micro
 from trimtab.engine.micro import separates
 from trimtab.kernels import varlen
 from trimtab.kernels.attention import causal_attention
@@ -127,6 +128,23 @@ def test_the_engine_gives_it_its_documents(recompute: Any, monkeypatch: pytest.M
     assert len({id(starts) for starts in calls}) <= len(calls) / layers, "made once for all layers"
     for mine, other in zip(*found, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
+
+
+def fails(*_: Any, **__: Any) -> Tensor:
+    raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+
+@pytest.mark.parametrize(("kernel", "told"), [(plain_kernel, True), (None, False), (fails, False)])
+def test_a_model_is_told_of_documents_where_the_kernel_is_there_and_works(
+    kernel: Any, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA, where nothing of ours takes its place."""
+    monkeypatch.setattr(micro, "_masks", lambda device: True)
+    monkeypatch.setattr(injected, "_fits", lambda *args, **kwargs: False)
+    monkeypatch.setattr(varlen, "takes", lambda *given: kernel is not None)
+    monkeypatch.setattr(varlen, "_kernel", lambda: kernel)
+    model = kit.llama()
+    assert separates(model, 60) and separates(model, 60, told=True) == told
 
 
 @pytest.mark.gpu

@@ -211,13 +211,13 @@ def separates(model: PreTrainedModel, vocabulary: int, *, told: bool = False) ->
 
     Change the first of two documents and see whether the second one's outputs change. Where nothing
     leaks they are bitwise the same; where rounding depends on the batch (experts) the change is far
-    smaller than in one running text. On CUDA it has to be a kernel that is told: a mask is the model's own as well.
+    smaller than in one running text. On CUDA a kernel of torch's has to do it: a mask is no gain over the model's own.
     """
     device = next(model.parameters()).device
     implementation = model.config._attn_implementation
     if told and implementation not in ("sdpa", OURS["sdpa"]):
         return False
-    by_kernel = told and device.type == "cuda"
+    by_kernel = told and _masks(device)
     documents = Documents((6, 12)) if told else None
     ids = (torch.arange(3 * 6, device=device) * 7 + 5) % vocabulary
     first, other, second = ids.split(6)
@@ -249,3 +249,8 @@ def separates(model: PreTrainedModel, vocabulary: int, *, told: bool = False) ->
         raise
     finally:
         model.train(training)
+
+
+def _masks(device: torch.device) -> bool:
+    """Whether attention that is told of documents makes a mask of them there, where torch's kernel does not take it."""
+    return device.type == "cuda"
