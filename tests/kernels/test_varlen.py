@@ -18,7 +18,7 @@ from trimtab.adapt.injected import Documents
 from trimtab.engine import Engine, micro
 from trimtab.engine.micro import separates
 from trimtab.kernels import varlen
-from trimtab.kernels.attention import causal_attention
+from trimtab.kernels.attention import blocked_attention
 from trimtab.methods.lora import LoRA
 from trimtab.optim.params import Memory
 
@@ -67,7 +67,7 @@ def ours(given: list[Tensor]) -> Tensor:
 def test_it_is_asked_for_what_the_twin_gives(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varlen, "_kernel", lambda: plain_kernel)
     given = drawn(4, groups, 16, torch.float64, "cpu")
-    found, expected = ours(given), causal_attention(*given, 0.3, ENDS)  # type: ignore[misc]
+    found, expected = ours(given), blocked_attention(*given, 0.3, ENDS)  # type: ignore[misc]
     torch.testing.assert_close(found, expected)
     outer = torch.randn_like(expected)
     for mine, other in zip(
@@ -97,7 +97,8 @@ def test_what_is_made_of_documents_is_made_once() -> None:
     documents, device = Documents(ENDS), torch.device("cpu")
     assert documents.starts(device) is documents.starts(device)
     assert documents.starts(device).tolist() == [0, *ENDS] and not documents.masked
-    assert documents.mask(2, 70, device) is documents.mask(2, 70, device) and documents.masked
+    assert documents.mask(2, 70, device, True) is documents.mask(2, 70, device, True)
+    assert documents.masked
     assert documents == Documents(ENDS) and hash(documents) == hash(Documents(ENDS))
 
 
@@ -157,7 +158,7 @@ def test_on_a_gpu_it_gives_what_the_twin_gives(
     if not varlen.takes(*given):
         pytest.skip("no flash attention here")
     exact = [tensor.detach().double().requires_grad_() for tensor in given]
-    found, expected = ours(given), causal_attention(*exact, 0.3, ENDS)  # type: ignore[misc]
+    found, expected = ours(given), blocked_attention(*exact, 0.3, ENDS)  # type: ignore[misc]
     outer = torch.randn_like(expected)
     pairs = [
         (found, expected),

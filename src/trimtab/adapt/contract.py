@@ -47,6 +47,7 @@ from trimtab.errors import UnsupportedError
 from trimtab.frozen import Layer as Layer
 
 if TYPE_CHECKING:
+    from trimtab.kernels.lowrank import Change
     from trimtab.models.anatomy import Anatomy
 
 Params = Mapping[str, Tensor]
@@ -225,6 +226,11 @@ class Method(InPeft, ABC):
 
     def delta(self, p: Params, x: Tensor, at: At) -> Tensor | None:
         """Add something beside the layer; None adds nothing."""
+        return None
+
+    def lowrank(self, p: Params, at: At) -> Change | None:
+        """A fast path: `delta` as two factors, where it is no more, for a kernel that computes the layer with them.
+        ``p`` are the tensors as they are trained, not cast."""
         return None
 
     def leave(self, p: Params, y: Tensor, at: At) -> Tensor:

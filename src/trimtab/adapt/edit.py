@@ -10,6 +10,7 @@ and where an edit is scaled: each of the three edits is moved that far from doin
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from trimtab.adapt.at import At, Held, cast_all
 from trimtab.adapt.contract import Method, Spec
+from trimtab.kernels.lowrank import Change
 
 
 class Edit:
@@ -53,6 +55,7 @@ class Edit:
         """The site whose tensors it reads, where it has none of its own (`trimtab.adapt.tied`)."""
         self.enters = method.overrides("enter")
         self.adds = method.overrides("delta")
+        self.fuses = method.overrides("lowrank")
         self.leaves = method.overrides("leave")
         self.readies = method.readies
         self.source = (adapter, *(held.name for held in self.shared.values()))
@@ -79,10 +82,10 @@ def enter(stack: Sequence[Bound], x: Tensor) -> Tensor:
     return x
 
 
-def leave(stack: Sequence[Bound], y: Tensor) -> Tensor:
-    """All additions and leaving edits of a stack, innermost first."""
-    for bound in stack:
-        if bound.edit.adds:
+def leave(stack: Sequence[Bound], y: Tensor, *, added: bool = False) -> Tensor:
+    """All additions and leaving edits of a stack, innermost first; the first addition may be ``added`` already."""
+    for place, bound in enumerate(stack):
+        if bound.edit.adds and not (added and place == 0):
             delta = bound.edit.method.delta(bound.params, bound.call.x, bound.call)
             if delta is not None:
                 y = y + (delta if bound.scale == 1.0 else delta * bound.scale).to(y.dtype)
@@ -94,13 +97,33 @@ def leave(stack: Sequence[Bound], y: Tensor) -> Tensor:
 class Bound:
     """An edit with its tensors and scale, for one call."""
 
-    __slots__ = ("call", "edit", "params", "scale")
+    __slots__ = ("_cast", "_params", "call", "edit", "scale")
 
-    def __init__(self, edit: Edit, params: Mapping[str, Tensor], scale: float, call: At) -> None:
+    def __init__(
+        self, edit: Edit, cast: Callable[[torch.dtype], dict[str, Tensor]], scale: float, call: At
+    ) -> None:
         self.edit = edit
-        self.params = params
         self.scale = scale
         self.call = call
+        self._cast = cast
+        self._params: dict[str, Tensor] | None = None
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        """The tensors, cast for computation."""
+        if self._params is None:
+            self._params = self._cast(self.call.dtype)
+        return self._params
+
+    def change(self) -> Change | None:
+        """What the edit adds to the frozen layer, where that is no more than a product of low rank."""
+        if not self.edit.fuses:
+            return None
+        exact = self._cast(torch.promote_types(self.call.dtype, torch.float32))
+        change = self.edit.method.lowrank(exact, self.call)
+        if change is None or self.scale == 1.0:
+            return change
+        return replace(change, scale=change.scale * self.scale)
 
     def scaled(self, before: Tensor, after: Tensor) -> Tensor:
         return (

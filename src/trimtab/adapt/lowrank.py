@@ -53,6 +53,7 @@ from trimtab.adapt.weight import dropped
 from trimtab.errors import TargetError, UnsupportedError
 from trimtab.frozen import Layer
 from trimtab.frozen.multihead import OUTPUT, PARAMETER
+from trimtab.kernels.lowrank import Change
 from trimtab.models.anatomy import Anatomy
 from trimtab.models.repeat import repeated
 
@@ -63,13 +64,15 @@ class LowRank(Method):
     """Fields and edits of LoRA; its variants add to it. Patterns map the end of a path to a rank or an alpha.
 
     ``variant`` is the option of PEFT's that makes its LoRA this method, ``peft_own`` others that it alone has;
-    ``offsets`` whether B may have a bias, ``halves`` whether one factor may stay as it begins.
+    ``offsets`` whether B may have a bias, ``halves`` whether one factor may stay as it begins; ``fuses`` whether what
+    is added is just the product of the factors.
     """
 
     variant: ClassVar[str] = ""
     peft_own: ClassVar[tuple[str, ...]] = ()
     offsets: ClassVar[bool] = True
     halves: ClassVar[bool] = False
+    fuses: ClassVar[bool] = False
     peft_type: ClassVar[str | None] = "LORA"
     disk: ClassVar[Mapping[str, str]] = {
         "lora_A.weight": "lora_A.weight",
@@ -244,6 +247,11 @@ class LowRank(Method):
             return change
         # twice the same operation, and no longer product, so that it is exactly zero at first
         return change - at.layer.lowrank(x, p["A0"], p["B0"] * self.scaling)
+
+    def lowrank(self, p: Params, at: At) -> Change | None:
+        if not self.fuses or at.role in BIASES or not {"c", "D", "A0"}.isdisjoint(p):
+            return None
+        return Change(p["A"], p["B"], self.scaling, self.dropout if at.training else 0.0)
 
     def change(self, p: Params, x: Tensor, at: At) -> Tensor:
         """s · B A x, of an x that dropout has seen."""

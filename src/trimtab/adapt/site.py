@@ -9,6 +9,8 @@ out on the way out and put back on the way in.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, final
 
@@ -25,6 +27,8 @@ from trimtab.errors import TargetError
 from trimtab.frozen import Layer, view
 from trimtab.frozen.experts import ExpertLayer, run
 from trimtab.frozen.sublayer import SubLayer
+from trimtab.kernels.lowrank import Inside
+from trimtab.kernels.tracing import traced
 
 if TYPE_CHECKING:
     from trimtab.adapt.bank import Bank
@@ -48,6 +52,8 @@ class SiteBase(Looks, nn.Module):
         self._bank = (bank,)
         self._covered: tuple[nn.Module, ...] = ()
         self.edits: dict[str, list[Edit]] = {}
+        self.inside: Inside = nullcontext
+        """Where the frozen layer computes (`trimtab.train.profiler` times what happens there)."""
         self.train(base_layer.training)
         self.register_state_dict_post_hook(_hide_base)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_show_base)  # type: ignore[no-untyped-call]
@@ -100,15 +106,19 @@ class SiteBase(Looks, nn.Module):
         bank = self.bank
         bound = []
         for edit in edits:
-            params = edit.params(holder or self.slots, dtype)
-            if expert is not None:
-                params = {short: tensor[expert] for short, tensor in params.items()}
+            cast = partial(self._cast, edit, holder or self.slots, expert)
             home = bank.home(edit.adapter)
             call = At(edit, layer, context, part, home, dtype, self.training)
             call.holder = edit.home or holder or self.slots if expert is None else None
             scale = bank.scales.get(edit.adapter, 1.0) * edit.scale
-            bound.append(Bound(edit, params, scale, call))
+            bound.append(Bound(edit, cast, scale, call))
         return bound
+
+    def _cast(
+        self, edit: Edit, holder: nn.Module, expert: int | None, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        params = edit.params(holder, dtype)
+        return params if expert is None else {short: t[expert] for short, t in params.items()}
 
     # A site stands in for its layer: code that peeks at `weight`, or ties it, sees the layer's own.
 
@@ -179,18 +189,33 @@ class LayerSite(SiteBase):
         if self._hooked and not self._enters():
             return self.base_layer(*args, **kwargs)
         stacks, split, x = self._stacks(x)
-        if self.covers(split.parts):
-            return self.base_layer(*args, **kwargs)
         if not any(stacks):
-            return self.frozen(*args, **kwargs)
+            with self.inside():
+                covered = self.covers(split.parts)
+                return (self.base_layer if covered else self.frozen)(*args, **kwargs)
         pieces = [part.take(x) for part in split.parts]
         entered = [enter(stack, piece) for stack, piece in zip(stacks, pieces, strict=True)]
         changed = any(new is not old for new, old in zip(entered, pieces, strict=True))
+        given = split.join(entered) if changed else x
         if not self._hooked:
-            return self._after(stacks, split, call(split.join(entered) if changed else x))
+            y = None if changed or kwargs or len(args) != 1 else self._fused(stacks, split, x)
+            if y is not None:
+                return leave(stacks[0], y, added=True)
+            with self.inside():
+                y = call(given)
+            return self._after(stacks, split, y)
         if changed:  # the hook must know what was given before
             self._entered = stacks, split
-        return call(split.join(entered) if changed else x)
+        return call(given)
+
+    def _fused(self, stacks: Sequence[Sequence[Bound]], split: Layout, x: Tensor) -> Tensor | None:
+        """The frozen layer and its innermost change by one operation, where there is one for both."""
+        if len(split.parts) != 1 or split.parts[0].flat:
+            return None
+        if traced() or not torch.is_grad_enabled():
+            return None
+        change = stacks[0][0].change()
+        return None if change is None else self.layer.changed(x, change, self.inside)
 
     def _enters(self) -> bool:
         return any(edit.enters for edits in self.edits.values() for edit in edits)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import TargetError, UnsupportedError
+from trimtab.kernels.lowrank import Change, Inside
 from trimtab.kernels.sparse import scattered
 from trimtab.registry import Registry
 
@@ -120,6 +121,10 @@ class Layer(ABC):
         return self.out_features, self.in_features
 
     # -- low-rank factors: ΔW = B A without building ΔW ------------------------------------------
+
+    def changed(self, x: Tensor, change: Change, inside: Inside) -> Tensor | None:
+        """The layer and a low-rank change of it in one operation, for training; None where that is not to be had."""
+        return None
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of A_RI and B_OR."""

@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
 from trimtab.frozen.layer import Layer, Push
+from trimtab.kernels import products
+from trimtab.kernels.lowrank import Change, Inside, changed_linear
 from trimtab.kernels.sparse import sparse_linear
 
 
@@ -59,6 +61,12 @@ class _Linear(LinearMap):
     @abstractmethod
     def _weight(self) -> Tensor: ...
 
+    def changed(self, x: Tensor, change: Change, inside: Inside) -> Tensor | None:
+        dtype = products.autocast_dtype(x) or x.dtype
+        if not bare(self.module) or dtype != self.dtype:
+            return None
+        return changed_linear(x.to(dtype), self.dense(), self.bias(), change, inside)
+
     @property
     def dtype(self) -> torch.dtype:
         return self._weight.dtype
@@ -66,6 +74,18 @@ class _Linear(LinearMap):
     @property
     def device(self) -> torch.device:
         return self._weight.device
+
+
+def bare(module: nn.Module) -> bool:
+    """Whether calling a layer is no more than its product, and its tensors are frozen and what they look like."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    held = [tensor for tensor in module._parameters.values() if tensor is not None]
+    return (
+        not any(hooks)
+        and not module._backward_pre_hooks
+        and "forward" not in module.__dict__
+        and all(type(t) in (Tensor, nn.Parameter) and not t.requires_grad for t in held)
+    )
 
 
 def hidden(weight: Tensor) -> bool:

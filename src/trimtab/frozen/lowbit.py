@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import ModelError, UnsupportedError
-from trimtab.frozen.linear import LinearMap
+from trimtab.frozen.linear import LinearMap, bare
 from trimtab.kernels import products
+from trimtab.kernels.lowrank import Change, Inside, changed_linear
 
 
 class LowBit(nn.Module):
@@ -159,6 +160,13 @@ class LowBitLayer(LinearMap):
     @classmethod
     def view(cls, module: nn.Module) -> LowBitLayer | None:
         return cls(module) if isinstance(module, LowBitLinear) else None
+
+    def changed(self, x: Tensor, change: Change, inside: Inside) -> Tensor | None:
+        module = self.module
+        plain = type(module).forward is LowBitLinear.forward and bare(module)
+        if not plain or (products.autocast_dtype(x) or x.dtype) != x.dtype:
+            return None
+        return changed_linear(x, module.dense, module.bias, change, inside)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -20,7 +20,7 @@ from torch import Tensor
 from trimtab.kernels.remade import remade
 from trimtab.kernels.tracing import traced
 
-BLOCK = 1 << 16
+BLOCK = 1 << 18
 """Elements of a block of rows."""
 
 
@@ -31,7 +31,7 @@ def dropout(x: Tensor, share: float) -> Tensor:
         return F.dropout(x, share)
     seed = drawn_seed()
     y: Tensor = _Dropout.apply(x, share, seed)  # type: ignore[no-untyped-call]
-    return remade(y, _dropped, x, share, seed)
+    return remade(y, dropped, x, share, seed)
 
 
 def drawn_seed() -> int:
@@ -60,17 +60,18 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, share: float, seed: int) -> Tensor:
         ctx.share, ctx.seed = share, seed
-        return _dropped(x, share, seed)
+        return dropped(x, share, seed)
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = outer
         if torch.is_grad_enabled():  # somebody differentiates the gradient
             return _Dropout.apply(grad, ctx.share, ctx.seed), None, None  # type: ignore[no-untyped-call]
-        return _dropped(grad, ctx.share, ctx.seed), None, None
+        return dropped(grad, ctx.share, ctx.seed), None, None
 
 
-def _dropped(x: Tensor, share: float, seed: int) -> Tensor:
+def dropped(x: Tensor, share: float, seed: int) -> Tensor:
+    """What `dropout` makes of x with that seed."""
     masks = Masks(share, seed)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     rows = [t.reshape(-1, t.shape[-1]) if t.dim() else t.reshape(1, 1) for t in (x, y)]

@@ -10,6 +10,8 @@ Legend: N rows, I inputs, O outputs.
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -21,7 +23,7 @@ from torch import Tensor
 
 BLOCK = 1 << 22
 """Values of a weight that are widened at a time."""
-ROWS = 512
+ROWS = 2048
 """Rows that are widened at a time."""
 FEWEST = 64
 """Rows from which on widening the weight is cheap beside the product."""
@@ -72,49 +74,75 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     """``x @ weight.T + bias``."""
     if _plainly(x):
         return F.linear(x, weight_OI, bias_O)
-    return _by_rows(x, weight_OI, len(weight_OI), lambda some, w: wide_linear(some, w, bias_O))
+    wide_OI = widened(weight_OI)
+    return _by_rows(x, len(weight_OI), lambda some, out: wide_linear(some, wide_OI, bias_O, out))
 
 
 def times(x: Tensor, weight_OI: Tensor) -> Tensor:
     """``x @ weight``."""
     if _plainly(x):
         return x @ weight_OI
-    return _by_rows(x, weight_OI, weight_OI.shape[1], wide_times)
+    wide_OI = widened(weight_OI)
+    return _by_rows(x, weight_OI.shape[1], lambda some, out: wide_times(some, wide_OI, out))
 
 
-def _by_rows(
-    x: Tensor, weight_OI: Tensor, width: int, product: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
+def _by_rows(x: Tensor, width: int, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """A product of all rows, of which only some are wide at a time."""
-    weight_OI = weight_OI.float() if weight_OI.numel() <= BLOCK else weight_OI
     flat = x.reshape(-1, x.shape[-1])
     y = x.new_empty(len(flat), width)
-    for given, made in zip(flat.split(ROWS), y.split(ROWS), strict=True):
-        made.copy_(product(given.float(), weight_OI))
+    with no_autocast(x):
+        for given, made in zip(flat.split(ROWS), y.split(ROWS), strict=True):
+            some = scratch("x", *given.shape).copy_(given)
+            made.copy_(product(some, scratch("y", *made.shape)))
     # no view, which autograd would forbid to be written in place
     return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], width))
 
 
-def wide_linear(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+class _Scratch(threading.local):
+    def __init__(self) -> None:
+        self.held: dict[str, Tensor] = {}
+
+
+_scratch = _Scratch()
+
+
+def scratch(name: str, *shape: int) -> Tensor:
+    """Memory in fp32 that is used over and over: new memory would have to be mapped by the system, page by page.
+    Whoever asks for the same name next, in this thread, writes over it."""
+    count = math.prod(shape)
+    held = _scratch.held.get(name)
+    if held is None or held.numel() < count:
+        with torch.inference_mode(False):
+            held = _scratch.held[name] = torch.empty(count)
+    return held[:count].view(shape)
+
+
+def widened(weight_OI: Tensor) -> Tensor:
+    """In fp32 (in `scratch`), unless it is so large that `wide_linear` and `wide_times` widen it by blocks."""
+    if weight_OI.numel() > BLOCK or weight_OI.dtype == torch.float32:
+        return weight_OI
+    return scratch("weight", *weight_OI.shape).copy_(weight_OI)
+
+
+def wide_linear(
+    x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """``x @ weight.T + bias`` of an fp32 x, in fp32; a large weight is widened by blocks of rows."""
+    y_NO = x_NI.new_empty(len(x_NI), len(weight_OI)) if out is None else out
     rows = max(BLOCK // weight_OI.shape[1], 1)
-    if len(weight_OI) <= rows:
-        bias_O = None if bias_O is None else bias_O.float()
-        return F.linear(x_NI, weight_OI.float(), bias_O)
-    y_NO = x_NI.new_empty(len(x_NI), len(weight_OI))
     for y, weight in zip(y_NO.split(rows, dim=1), weight_OI.split(rows), strict=True):
         torch.mm(x_NI, weight.float().T, out=y)
     return y_NO if bias_O is None else y_NO.add_(bias_O)
 
 
-def wide_times(x_NO: Tensor, weight_OI: Tensor) -> Tensor:
+def wide_times(x_NO: Tensor, weight_OI: Tensor, out: Tensor | None = None) -> Tensor:
     """``x @ weight`` of an fp32 x, in fp32; likewise."""
+    y_NI = x_NO.new_empty(len(x_NO), weight_OI.shape[1]) if out is None else out
     rows = max(BLOCK // weight_OI.shape[1], 1)
-    if len(weight_OI) <= rows:
-        return x_NO @ weight_OI.float()
-    y_NI = x_NO.new_zeros(len(x_NO), weight_OI.shape[1])
-    for x, weight in zip(x_NO.split(rows, dim=1), weight_OI.split(rows), strict=True):
-        y_NI.addmm_(x, weight.float())
+    for number, (x, weight) in enumerate(
+        zip(x_NO.split(rows, dim=1), weight_OI.split(rows), strict=True)
+    ):
+        y_NI.addmm_(x, weight.float(), beta=0 if number == 0 else 1)
     return y_NI
 
 

@@ -1,7 +1,7 @@
 """Causal attention within documents by torch's variable-length flash kernel: what CUDA has for `attention`.
 
 Queries, keys and values of all rows are one run of tokens, and where its documents begin is told by numbers on the
-device; so each document costs what it costs alone. The twin is `trimtab.kernels.attention.causal_attention`.
+device; so each document costs what it costs alone. The twin is `trimtab.kernels.attention.blocked_attention`.
 
 Legend: B rows, H query heads, G key heads, T tokens, D head width, N documents and one.
 """

@@ -31,6 +31,7 @@ class DoRA(LowRank):
     kind: ClassVar[str] = "dora"
     lr: ClassVar[float] = 1e-4
     variant: ClassVar[str] = "use_dora"
+    fuses: ClassVar[bool] = True
     offsets: ClassVar[bool] = False  # its output is rescaled, and an offset would be too
     disk: ClassVar[Mapping[str, str]] = {
         **LowRank.disk,

@@ -40,6 +40,7 @@ from trimtab.adapt.lowrank import BIASES, LowRank
 from trimtab.adapt.lowrank_in_peft import projections
 from trimtab.adapt.tied import with_tied
 from trimtab.errors import UnsupportedError
+from trimtab.kernels.lowrank import Change
 from trimtab.models.anatomy import Anatomy
 
 RANDOM = frozenset({"lora_A.weight", "lora_embedding_B"})
@@ -52,6 +53,7 @@ class LoRA(LowRank):
 
     kind: ClassVar[str] = "lora"
     halves: ClassVar[bool] = True
+    fuses: ClassVar[bool] = True
     peft_own: ClassVar[tuple[str, ...]] = ("alora_invocation_tokens", "ensure_weight_tying")
     lr: ClassVar[float] = 2e-4
 
@@ -151,6 +153,11 @@ class LoRA(LowRank):
             return specs
         # rounded before they are cast, as they are in a file
         return {k: replace(s, cast=False) if k in FACTORS else s for k, s in specs.items()}
+
+    def lowrank(self, p: Params, at: At) -> Change | None:
+        # of a frozen A the product is kept, and no x
+        plain = at.role != TIED and not (self.bits or self.invocation or self.frozen_a)
+        return super().lowrank(p, at) if plain else None
 
     def delta(self, p: Params, x: Tensor, at: At) -> Tensor | None:
         if at.role == TIED:

@@ -13,7 +13,8 @@ one because of the edits, so that all of it but their own products counts as the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -22,7 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from trimtab.adapt.attention import reachable
 from trimtab.adapt.bank import bank_of
 from trimtab.adapt.injected import OURS
-from trimtab.adapt.site import ExpertsSite
+from trimtab.adapt.site import ExpertsSite, LayerSite, SiteBase
 from trimtab.adapt.tree import anatomy_of, sites_of
 from trimtab.engine.rooms import Room
 from trimtab.frozen.experts import ExpertLayer
@@ -58,12 +59,20 @@ class _Hooks:
                 self._around(module, "base", last=True)
         for path, site in sites.items():
             self._around(site, "adapter")
-            self._around(site.frozen, "head" if path in heads else "base")
+            self._frozen(site, "head" if path in heads else "base")
             if isinstance(site, ExpertsSite):
                 self._expert_products(site, anatomy)
         for path in heads - set(sites):
             self._around(anatomy.modules[path], "head")
         self._attention(anatomy, set(sites))
+
+    def _frozen(self, site: SiteBase, room: Room) -> None:
+        """What the layer that a site wraps does."""
+        if not isinstance(site, LayerSite) or site.layer.kind == "sublayer":
+            self._around(site.frozen, room)
+            return
+        site.inside = partial(self._clock.inside, room)
+        self._stack.callback(setattr, site, "inside", nullcontext)
 
     def _around(self, module: nn.Module, room: Room, *, last: bool = False) -> None:
         """All of a module's call, or what comes before the hooks on its output (``last``: what comes after, too)."""

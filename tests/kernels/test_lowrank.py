@@ -1,0 +1,121 @@
+"""A frozen layer and its low-rank change at once, beside the two one after the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trimtab.kernels import products
+from trimtab.kernels.dropout import dropped
+from trimtab.kernels.lowrank import Change, changed_linear
+
+INPUTS, OUTPUTS, RANK, SCALE = 24, 40, 3, 1.7
+
+
+@pytest.fixture(params=[False, True], ids=["as it is", "in fp32"])
+def wide(request: Any, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether products of bf16 are taken in fp32, by blocks of few rows."""
+    monkeypatch.setattr(products, "fp32_is_faster", lambda: request.param)
+    monkeypatch.setattr(products, "ROWS", 70)
+    return bool(request.param)
+
+
+def drawn(dtype: torch.dtype, rows: tuple[int, ...] = (3, 67)) -> tuple[Tensor, ...]:
+    """x, W, b, A, B and the gradient of y; factors in fp32 at least."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    wide = torch.promote_types(dtype, torch.float32)
+    x, weight, bias = normal(*rows, INPUTS), normal(OUTPUTS, INPUTS), normal(OUTPUTS)
+    a, b = normal(RANK, INPUTS), normal(OUTPUTS, RANK)
+    factors = a.to(wide).requires_grad_(), b.to(wide).requires_grad_()
+    given = x.to(dtype).requires_grad_(), weight.to(dtype), bias.to(dtype)
+    return *given, *factors, normal(*rows, OUTPUTS).to(dtype)
+
+
+def exact(tensors: tuple[Tensor, ...], mask: Tensor | float = 1.0) -> list[Tensor]:
+    """y and the gradients of x, A and B in fp64, of the same values."""
+    x, weight, bias, a, b, grad = (t.detach().double() for t in tensors)
+    x, a, b = (t.requires_grad_() for t in (x, a, b))
+    y = F.linear(x, weight, bias) + SCALE * F.linear(F.linear(x * mask, a), b)
+    return [y.detach(), *torch.autograd.grad(y, (x, a, b), grad)]
+
+
+def found(tensors: tuple[Tensor, ...], share: float = 0.0, *, made: bool = False) -> list[Tensor]:
+    x, weight, bias, a, b, grad = tensors
+    source = (lambda dtype: weight.to(dtype)) if made else weight
+    y = changed_linear(x, source, bias, Change(a, b, SCALE, share))
+    return [y.detach(), *torch.autograd.grad(y, (x, a, b), grad)]
+
+
+def near(mine: list[Tensor], other: list[Tensor], dtype: torch.dtype) -> None:
+    within = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    for one, two in zip(mine, other, strict=True):
+        assert one.shape == two.shape
+        assert (one.double() - two).norm() <= within * two.norm()
+
+
+@pytest.mark.parametrize("made", [False, True], ids=["a tensor", "made when it is needed"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_values_and_gradients(dtype: torch.dtype, made: bool, wide: bool) -> None:
+    tensors = drawn(dtype)
+    mine = found(tensors, made=made)
+    near(mine, exact(tensors), dtype)
+    assert [t.dtype for t in mine] == [dtype, dtype, *(t.dtype for t in tensors[3:5])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dropout_is_of_what_enters_the_factors(dtype: torch.dtype, wide: bool) -> None:
+    tensors = drawn(dtype)
+    torch.manual_seed(5)
+    mine = found(tensors, 0.4)
+    torch.manual_seed(5)
+    seed = int(torch.randint(1 << 62, ()))
+    mask = dropped(torch.ones_like(tensors[0]), 0.4, seed).detach().double()
+    assert 0.5 < float((mask > 0).double().mean()) < 0.7
+    near(mine, exact(tensors, mask), dtype)
+
+
+def test_gradients_of_gradients() -> None:
+    x, weight, bias, a, b, _ = drawn(torch.float64, (5,))
+
+    def layer(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return changed_linear(x, weight, bias, Change(a, b, SCALE, 0.3))
+
+    assert torch.autograd.gradcheck(layer, (x, a, b))
+    assert torch.autograd.gradgradcheck(layer, (x, a, b))
+
+
+def test_only_what_learns_gets_gradients_and_little_is_kept() -> None:
+    x, weight, bias, a, b, grad = drawn(torch.float32)
+    kept: list[Tensor] = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    with hooks:
+        y = changed_linear(x.detach(), weight, bias, Change(a, b.detach(), SCALE))
+    own = {t.untyped_storage().data_ptr() for t in (x, weight, a, b)}
+    (inner,) = [t for t in kept if t.untyped_storage().data_ptr() not in own]
+    assert inner.shape == (x[..., 0].numel(), RANK)
+    (da,) = torch.autograd.grad(y, a, grad)
+    assert torch.allclose(da, exact((x, weight, bias, a, b, grad))[2].float(), atol=1e-4)
+
+
+def test_a_change_of_nothing_changes_no_bit() -> None:
+    x, weight, bias, a, b, _ = drawn(torch.float32)
+    y = changed_linear(x, weight, bias, Change(a, torch.zeros_like(b), SCALE))
+    assert torch.equal(y, F.linear(x, weight, bias))
+
+
+def test_under_autocast_products_are_in_the_dtype_of_the_layer(wide: bool) -> None:
+    tensors = drawn(torch.bfloat16)
+    plain = found(tensors)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = found(tensors)
+    for one, other in zip(plain, inside, strict=True):
+        assert torch.equal(one, other)
