@@ -341,7 +341,7 @@ def test_gradients_of_gradients() -> None:
             loss = model(input_ids=IDS[:, :20], labels=IDS[:, :20]).loss
         first = torch.autograd.grad(loss, trained, create_graph=True)
         found.append(list(torch.autograd.grad(sum(g.square().sum() for g in first), trained)))
-    same(*found, 1e-4)
+    same(*found, 1e-3)  # fp32: in fp64 they are the same to 1e-14
 
 
 def test_transformed_by_functorch() -> None:

@@ -148,7 +148,7 @@ def test_a_frozen_factor_needs_no_x_in_backward() -> None:
     plain = saved_bytes(tt.LoRA(rank=4, targets="0"))
     frozen = saved_bytes(tt.LoRA(rank=4, targets="0", frozen_a=True))
     assert plain >= x > 10 * frozen
-    assert plain - frozen == x
+    assert abs(plain - frozen - x) < x / 50
 
 
 def test_they_are_ordinary_lora_in_a_file(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from trimtab.data import Corpus
 from trimtab.engine import head
 from trimtab.engine.rooms import Unwatched
 from trimtab.frozen.experts import DenseExpert
+from trimtab.kernels import lowrank
 from trimtab.models.load import Base
 from trimtab.optim.adam import Adam
 from trimtab.train import clock, profile, profiler
@@ -156,12 +157,11 @@ def slow_attention_backward(patch: pytest.MonkeyPatch, run: Run) -> None:
 
 
 def slow_adapter(patch: pytest.MonkeyPatch, run: Run) -> None:
-    slowed(patch, tt.LoRA, "delta")
+    slowed(patch, tt.LoRA, "lowrank")
 
 
 def slow_adapter_backward(patch: pytest.MonkeyPatch, run: Run) -> None:
-    delta = tt.LoRA.delta
-    patch.setattr(tt.LoRA, "delta", lambda *args: Slow.apply(delta(*args)))
+    slowed(patch, lowrank, "_backward")
 
 
 def slow_norm(patch: pytest.MonkeyPatch, run: Run) -> None:

@@ -251,7 +251,8 @@ class LowRank(Method):
     def lowrank(self, p: Params, at: At) -> Change | None:
         if not self.fuses or at.role in BIASES or not {"c", "D", "A0"}.isdisjoint(p):
             return None
-        return Change(p["A"], p["B"], self.scaling, self.dropout if at.training else 0.0)
+        share = self.dropout if at.training else 0.0
+        return Change(p["A"], p["B"], self.scaling, share)
 
     def change(self, p: Params, x: Tensor, at: At) -> Tensor:
         """s · B A x, of an x that dropout has seen."""

@@ -52,7 +52,7 @@ class SiteBase(Looks, nn.Module):
         self._bank = (bank,)
         self._covered: tuple[nn.Module, ...] = ()
         self.edits: dict[str, list[Edit]] = {}
-        self.inside: Inside = nullcontext
+        self.room: Inside = nullcontext
         """Where the frozen layer computes (`trimtab.train.profiler` times what happens there)."""
         self.train(base_layer.training)
         self.register_state_dict_post_hook(_hide_base)  # type: ignore[no-untyped-call]
@@ -190,7 +190,7 @@ class LayerSite(SiteBase):
             return self.base_layer(*args, **kwargs)
         stacks, split, x = self._stacks(x)
         if not any(stacks):
-            with self.inside():
+            with self.room():
                 covered = self.covers(split.parts)
                 return (self.base_layer if covered else self.frozen)(*args, **kwargs)
         pieces = [part.take(x) for part in split.parts]
@@ -201,7 +201,7 @@ class LayerSite(SiteBase):
             y = None if changed or kwargs or len(args) != 1 else self._fused(stacks, split, x)
             if y is not None:
                 return leave(stacks[0], y, added=True)
-            with self.inside():
+            with self.room():
                 y = call(given)
             return self._after(stacks, split, y)
         if changed:  # the hook must know what was given before
@@ -212,10 +212,12 @@ class LayerSite(SiteBase):
         """The frozen layer and its innermost change by one operation, where there is one for both."""
         if len(split.parts) != 1 or split.parts[0].flat:
             return None
-        if traced() or not torch.is_grad_enabled():
+        if traced() or not (torch.is_grad_enabled() or self.training):
             return None
         change = stacks[0][0].change()
-        return None if change is None else self.layer.changed(x, change, self.inside)
+        if change is None or (change.share and x.device.type not in ("cpu", "meta")):
+            return None
+        return self.layer.changed(x, change, self.room)
 
     def _enters(self) -> bool:
         return any(edit.enters for edits in self.edits.values() for edit in edits)

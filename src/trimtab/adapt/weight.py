@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from trimtab.adapt.contract import At, Method, Params, Place, check_patterns, pattern_value
 from trimtab.errors import UnsupportedError
 from trimtab.frozen import Layer
-from trimtab.kernels.dropout import dropout
 from trimtab.models.anatomy import Anatomy
 
 
@@ -145,7 +145,7 @@ def dropped(x: Tensor, share: float, at: At) -> Tensor:
         raise UnsupportedError(
             f"{at.path}: dropout before an embedding would drop token ids; set dropout=0 for it."
         )
-    return dropout(x, share)
+    return F.dropout(x, share)
 
 
 def columns(layer: Layer) -> int:

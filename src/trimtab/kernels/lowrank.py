@@ -1,11 +1,12 @@
 """A frozen linear layer and a low-rank change of it as one operation.
 
-    y = W x + b + s · B A d(x),   d is dropout
-    S = A d(x),   dS = s · Bᵀ dy,   dx = Wᵀ dy + d'(Aᵀ dS),   dA = dS d(x)ᵀ,   dB = s · dy Sᵀ
+    y = W x + b + s · B A (x ∘ D),   D is dropout
+    S = A (x ∘ D),   dS = s · Bᵀ dy,   dx = Wᵀ dy + D ∘ (Aᵀ dS),   dA = dS (x ∘ D)ᵀ,   dB = s · dy Sᵀ
 
 Both products are added before they are rounded, x and dy are read (and widened, where products are taken in fp32) once
-for all of them, W and b get no gradients, and beside x only S is kept. The twin is the frozen
-layer with ``F.linear(F.linear(d(x), A), s · B)`` beside it.
+for all of them, W and b get no gradients, and beside x only S is kept. D is the one that
+``F.dropout`` would draw, drawn again in backward. The twin is the frozen layer with ``F.linear(F.linear(F.dropout(x),
+A), s · B)`` beside it.
 
 Legend: N rows, I inputs, O outputs, R rank.
 """
@@ -22,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.kernels import products
-from trimtab.kernels.dropout import drawn_seed, dropped
 
 Weight = Tensor | Callable[[torch.dtype], Tensor]
 """A frozen weight, or what makes it dense in a dtype."""
@@ -42,11 +42,11 @@ class Change:
 def changed_linear(
     x: Tensor, weight: Weight, bias_O: Tensor | None, change: Change, inside: Inside = nullcontext
 ) -> Tensor:
-    """The layer with its change; what the layer itself takes happens ``inside``."""
-    seed = drawn_seed() if change.share else 0
+    """The layer with its change; what the layer itself takes happens ``inside``. Dropout is on a CPU alone."""
+    state = torch.get_rng_state() if change.share else None
     source = weight if isinstance(weight, Tensor) else None
     made = None if isinstance(weight, Tensor) else weight
-    how = _How(made, bias_O, change.scale, change.share, seed, inside)
+    how = _How(made, bias_O, change.scale, change.share, state, inside)
     y: Tensor = _Changed.apply(x, source, change.a_RI, change.b_OR, how)  # type: ignore[no-untyped-call]
     return y
 
@@ -57,7 +57,8 @@ class _How:
     bias_O: Tensor | None
     scale: float
     share: float
-    seed: int
+    state: Tensor | None
+    """Of torch's generator, before the masks are drawn."""
     inside: Inside
 
     def weight(self, given: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -66,8 +67,13 @@ class _How:
         assert self.make is not None
         return self.make(dtype)
 
-    def dropped(self, x: Tensor) -> Tensor:
-        return dropped(x, self.share, self.seed) if self.share else x
+    def masks(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """D, of the generator that is given, or else as it was drawn before."""
+        if generator is None and self.state is not None:
+            generator = torch.Generator()
+            generator.set_state(self.state)
+        keeps = 1 - self.share
+        return torch.empty_like(x).bernoulli_(keeps, generator=generator).div_(keeps)
 
 
 class _Changed(torch.autograd.Function):
@@ -105,7 +111,9 @@ def _forward(
     wide = products.widens(x)
     a, b = (t.to(torch.float32 if wide else x.dtype) for t in (a_RI, b_OR))
     flat, weight = x.reshape(-1, x.shape[-1]), how.weight(weight_OI, x.dtype)
-    entering = how.dropped(x).reshape(flat.shape) if how.share else flat
+    entering = flat
+    if how.share:
+        entering = (x * how.masks(x, torch.default_generator)).reshape(flat.shape)
     bias = None if how.bias_O is None else how.bias_O.to(x.dtype)
     if wide:
         weight = products.widened(weight)
@@ -139,7 +147,8 @@ def _backward(
     wide = products.widens(x)
     a, b = (t.to(torch.float32 if wide else x.dtype) for t in (a_RI, b_OR))
     da, db = torch.zeros_like(a), torch.zeros_like(b.T, memory_format=torch.contiguous_format)
-    given = (how.dropped(x) if how.share else x).reshape(-1, x.shape[-1])
+    masks = how.masks(x) if how.share else None
+    given = (x if masks is None else x * masks).reshape(-1, x.shape[-1])
     dx, beside = x.new_empty(2, *given.shape)
     weight = products.widened(weight) if wide and weight is not None else weight
     rows = _rows(grad.reshape(-1, grad.shape[-1]), given, inner_NR, dx, beside, whole=not wide)
@@ -154,7 +163,7 @@ def _backward(
             continue
         with how.inside():
             part = products.wide_times(grad_NO, weight, given_NI) if wide else grad_NO @ weight
-        if how.share:
+        if masks is not None:
             beside_NI.copy_(slopes_NR @ a)
         else:
             part.addmm_(slopes_NR, a)
@@ -162,8 +171,8 @@ def _backward(
             dx_NI.copy_(part)
         else:
             dx = part
-    if how.share and weight is not None:
-        dx += how.dropped(beside.view(x.shape)).view(dx.shape)
+    if masks is not None and weight is not None:
+        dx += beside.mul_(masks.reshape(beside.shape))
     db = db.T.mul(how.scale).to(b_OR.dtype)
     return None if weight is None else dx.view(x.shape), da.to(a_RI.dtype), db
 
@@ -172,8 +181,8 @@ def _plainly(x: Tensor, weight_OI: Tensor | None, a_RI: Tensor, b_OR: Tensor, ho
     """By operations that have derivatives of any order."""
     bias = None if how.bias_O is None else how.bias_O.to(x.dtype)
     y = F.linear(x, how.weight(weight_OI, x.dtype), bias)
-    mask = how.dropped(torch.ones_like(x)) if how.share else 1
-    return y + F.linear(F.linear(x * mask, a_RI.to(x.dtype)), b_OR.to(x.dtype) * how.scale)
+    given = x * how.masks(x) if how.share else x
+    return y + F.linear(F.linear(given, a_RI.to(x.dtype)), b_OR.to(x.dtype) * how.scale)
 
 
 def _rows(*tensors: Tensor, whole: bool = False) -> Iterator[tuple[Tensor, ...]]:

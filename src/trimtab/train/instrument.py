@@ -71,8 +71,8 @@ class _Hooks:
         if not isinstance(site, LayerSite) or site.layer.kind == "sublayer":
             self._around(site.frozen, room)
             return
-        site.inside = partial(self._clock.inside, room)
-        self._stack.callback(setattr, site, "inside", nullcontext)
+        site.room = partial(self._clock.inside, room)
+        self._stack.callback(setattr, site, "room", nullcontext)
 
     def _around(self, module: nn.Module, room: Room, *, last: bool = False) -> None:
         """All of a module's call, or what comes before the hooks on its output (``last``: what comes after, too)."""
