@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 
 BASE = "base_layer"
 ORIGINAL = "original_module"
+HOSTS = ("cpu", "meta")
+"""Where dropout may be part of one operation with a layer."""
+FEWEST = 64
+"""Rows from which on it pays to compute the layer for each of several adapters by itself."""
 WRAPPED = (BASE, ORIGINAL)
 """What the wrapped layer is called in a site: by PEFT's names, the latter where it is trained in full."""
 
@@ -198,9 +202,10 @@ class LayerSite(SiteBase):
         changed = any(new is not old for new, old in zip(entered, pieces, strict=True))
         given = split.join(entered) if changed else x
         if not self._hooked:
-            y = None if changed or kwargs or len(args) != 1 else self._fused(stacks, split, x)
-            if y is not None:
-                return leave(stacks[0], y, added=True)
+            if not (changed or kwargs) and len(args) == 1:
+                made = self._fused(stacks, pieces)
+                if made is not None:
+                    return _whole_of(made, split)
             with self.room():
                 y = call(given)
             return self._after(stacks, split, y)
@@ -208,16 +213,30 @@ class LayerSite(SiteBase):
             self._entered = stacks, split
         return call(given)
 
-    def _fused(self, stacks: Sequence[Sequence[Bound]], split: Layout, x: Tensor) -> Tensor | None:
-        """The frozen layer and its innermost change by one operation, where there is one for both."""
-        if len(split.parts) != 1 or split.parts[0].flat:
-            return None
+    def _fused(
+        self, stacks: Sequence[Sequence[Bound]], pieces: Sequence[Tensor]
+    ) -> list[Tensor] | None:
+        """What comes out of each piece, where the frozen layer and its innermost change are one operation for all."""
         if traced() or not (torch.is_grad_enabled() or self.training):
             return None
-        change = stacks[0][0].change()
-        if change is None or (change.share and x.device.type not in ("cpu", "meta")):
+        if len(pieces) > 1 and min(piece.shape[:-1].numel() for piece in pieces) < FEWEST:
             return None
-        return self.layer.changed(x, change, self.room)
+        made = []
+        for stack, piece in zip(stacks, pieces, strict=True):
+            change = stack[0].change() if stack else None
+            if stack and (change is None or (change.share and piece.device.type not in HOSTS)):
+                return None
+            made.append(change)
+        found: list[Tensor | None] = [
+            None if change is None else self.layer.changed(piece, change, self.room)
+            for change, piece in zip(made, pieces, strict=True)
+        ]
+        if any(y is None and stack for y, stack in zip(found, stacks, strict=True)):
+            return None
+        return [
+            self.frozen(piece) if y is None else leave(stack, y, added=True)
+            for stack, piece, y in zip(stacks, pieces, found, strict=True)
+        ]
 
     def _enters(self) -> bool:
         return any(edit.enters for edits in self.edits.values() for edit in edits)
@@ -260,7 +279,7 @@ class LayerSite(SiteBase):
         if len(split.parts) == 1 and not split.parts[0].flat:
             return leave(stacks[0], y)
         left = [leave(stack, part.take(y)) for stack, part in zip(stacks, split.parts, strict=True)]
-        return split.join(left)
+        return _whole_of(left, split)
 
     def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
         """The tensor that edits see, and a function that calls the layer with another in its place."""
@@ -270,6 +289,11 @@ class LayerSite(SiteBase):
             if isinstance(value, Tensor):
                 return value, lambda x, key=key: self.frozen(**{**kwargs, key: x})
         raise TargetError(f"{self.path} was called without a tensor; it cannot hold an adapter.")
+
+
+def _whole_of(pieces: Sequence[Tensor], split: Layout) -> Tensor:
+    alone = len(split.parts) == 1 and not split.parts[0].flat
+    return pieces[0] if alone else split.join(pieces)
 
 
 @final
