@@ -115,7 +115,7 @@ def test_the_factor_is_kept_without_gradients_until_a_tensor_changes() -> None:
     def products() -> tuple[int, Tensor]:
         with torch.no_grad(), Watch() as watch:
             y = model(x)
-        return sum(watch.calls[name] for name in ("mm", "bmm", "addmm", "sqrt")), y
+        return sum(watch.calls[name] for name in ("mm", "bmm", "addmm", "addmm_", "sqrt")), y
 
     first, again = products(), products()
     assert again[0] == 3 < first[0]  # the layer and its two factors
