@@ -31,7 +31,6 @@ Bytes above those of the process before its first step, where p = r L (11 d + 3 
     kept       N L (12 d + 4 m + 14 r + d / 32)      a token of a block in bf16: x and x after attention (norms are made
                                                      again), q, k, v, attention's output, gate and up (their product is
                                                      made again), seven r; and a number a head
-               2 p                                   the factors in bf16
     head       V max(8 C, 4 C + 6 C') + 6 N d        a chunk of C positions: logits in bf16, probabilities in fp32 and
                                                      bf16 (the last chunk's are still there when the next one's, of C'
                                                      positions, are made); C V is at most 24 MiB / 4. Hidden states,
@@ -42,12 +41,12 @@ Bytes above those of the process before its first step, where p = r L (11 d + 3 
 
     peak = always + max( kept + the larger of head and block,  4 p + …, optimiser )
 
-The middle of the maximum is the end of backward: all gradients (4 p), the factors and activations of the first block
-that are still there. Where the machine's products are taken in fp32 (`trimtab.kernels.products`), head and block
-need w(V d, C, 2 d) and w(d m, N, d + m) more, of a weight of some values and a product of some rows and columns, and
-logits are the probabilities, 4 V (C + C'):
+The middle of the maximum is the end of backward: all gradients (4 p), and activations of the first block that are still
+there. Where the machine's products are taken in fp32 (`trimtab.kernels.products`), the head needs w(V d, C, 2 d) more,
+of a weight of some values and a product of some rows and columns, logits are the probabilities, 4 V (C + C'), and
+w(d m, N, 3 m) is always held, for a weight, x, y and dy:
 
-    w(values, rows, columns) = 4 min(values, 2²²) + 4 min(rows, 512) columns
+    w(values, rows, columns) = 4 min(values, 2²²) + 4 min(rows, 2048) columns
 
 Weights are bytes of the process before its first step; they are a line of their own:
 
@@ -158,10 +157,10 @@ def step_bytes(sizes: Sizes, *, widened: bool | None = None) -> float:
     if widened:
         head = 4 * sizes.vocabulary * (chunk + following) + 6 * n * d
         head += _widened(sizes.vocabulary * d, chunk, 2 * d)
-        block += _widened(d * m, n, d + m)
-    top = layers * kept + 2 * p + max(head, block)
-    end = 4 * p + 2 * p / layers + kept + block
-    return 8 * p + max(top, end, 8 * p)
+    top = layers * kept + max(head, block)
+    end = 4 * p + kept + block
+    always = 8 * p + (_widened(d * m, n, 3 * m) if widened else 0)
+    return always + max(top, end, 8 * p)
 
 
 def _widened(values: int, rows: int, columns: int) -> int:

@@ -22,6 +22,9 @@ from benchmarks.lines import slope
 SMALL = Sizes(layers=2, width=64, rank=4, vocabulary=128, tokens=32, rows=2)
 
 
+IN_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm}
+
+
 class Counted(TorchDispatchMode):
     """Operations of products."""
 
@@ -29,7 +32,8 @@ class Counted(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        count = flop_registry.get(func.overloadpacket)
+        packet = func.overloadpacket
+        count = flop_registry.get(IN_PLACE.get(packet, packet))
         self.flops += 0 if count is None else int(count(*args, **(kwargs or {}), out_val=out))
         return out
 

@@ -149,7 +149,8 @@ def _backward(
     da, db = torch.zeros_like(a), torch.zeros_like(b.T, memory_format=torch.contiguous_format)
     masks = how.masks(x) if how.share else None
     given = (x if masks is None else x * masks).reshape(-1, x.shape[-1])
-    dx, beside = x.new_empty(2, *given.shape)
+    dx = x.new_empty(given.shape)
+    beside = dx if masks is None else torch.empty_like(dx)
     weight = products.widened(weight) if wide and weight is not None else weight
     rows = _rows(grad.reshape(-1, grad.shape[-1]), given, inner_NR, dx, beside, whole=not wide)
     for grad_NO, given_NI, kept_NR, dx_NI, beside_NI in rows:
