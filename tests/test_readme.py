@@ -77,6 +77,22 @@ def test_the_trainer_of_another_machine_is_told_as_it_was_measured() -> None:
     assert f"it has {speed} times the tokens/s at {memory} times the peak memory" in text
 
 
+def test_classification_is_told_as_it_was_measured() -> None:
+    table = (ROOT / "benchmarks/results/classify.md").read_text(encoding="utf-8")
+    found = re.findall(
+        r"\| (\w+) \| (\w+) \|[^|]*\| \*\*ratio\*\* \| \*\*([\d.]+) \([^|]*\| \| \*\*([\d.]+)\*\*",
+        table,
+    )
+    speed = {(task, dtype): ratio for task, dtype, ratio, _ in found}
+    memory = {(task, dtype): ratio for task, dtype, _, ratio in found}
+    wide, narrow = ("articles", "float32"), ("articles", "bfloat16")
+    text = " ".join(README.split())
+    first = f"{speed[narrow]} × the examples/s at {memory[narrow]} × the memory in bf16"
+    assert f"{first}, {speed[wide]} × and {memory[wide]} × in fp32" in text
+    short = (speed["reviews", dtype] for dtype in ("bfloat16", "float32"))
+    assert "calls cost more than numbers, {} × and {} ×".format(*short) in text
+
+
 def test_fine_tuning_beside_trl_is_told_as_it_was_measured() -> None:
     table = (ROOT / "benchmarks/results/sft.md").read_text(encoding="utf-8")
     rows = re.findall(r"\*\*trimtab over [^|]*\| \*\*([\d.]+) [^|]*\| \| \*\*([\d.]+)\*\*", table)
