@@ -123,7 +123,7 @@ def _plain_head(model: nn.Module) -> nn.Module | None:
     return head if _plain(head) else None
 
 
-def _plain(layer: nn.Linear) -> bool:
+def _plain(layer: nn.Module) -> bool:
     """Whether its tensors are frozen, and are what they look like: no shards, and no values in another form."""
     held = [tensor for tensor in layer._parameters.values() if tensor is not None]
     return all(type(t) in PLAIN and not t.requires_grad for t in held)
@@ -153,11 +153,12 @@ class _Dropping(nn.Dropout):
 
 
 class _Centring(nn.LayerNorm):
-    """A norm of torch, whose output is made again."""
+    """A frozen norm of torch, whose output is made again."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
-        if not _fits(x) or y.dtype != x.dtype or products.autocast_dtype(x) is not None:
+        fits = _fits(x) and _plain(self) and products.autocast_dtype(x) is None
+        if not fits or y.dtype != x.dtype:
             return y
         return remade(y, F.layer_norm, x, self.normalized_shape, self.weight, self.bias, self.eps)
 
