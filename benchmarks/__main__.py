@@ -11,6 +11,7 @@ from recipes import assets
 NAMES = (
     "lora_step",
     "dora_step",
+    "other_steps",
     "full_vs_peft",
     "plan_accuracy",
     "stream",
