@@ -110,14 +110,16 @@ class _Attention(torch.autograd.Function):
         inner, masks = how.inner(q), how.masks()
         rounds = inner not in (torch.float32, torch.float64)
         wide = torch.promote_types(q.dtype, torch.float32)
-        mean_BGRT = _grouped((outer[0].to(inner) * out).sum(-1).transpose(1, 2), k.shape[1])
+        shares_BTH = (outer[0].to(inner) * out).sum(-1) if rounds else None
+        mean_BGRT = None if shares_BTH is None else _grouped(shares_BTH.mT, k.shape[1])
         dq_BGRTD = torch.empty_like(q_BGRTD)
         dk, dv = (torch.zeros(t.shape, dtype=wide, device=t.device) for t in (k, v))
         blocks = list(_blocks(q_BGRTD, how, inner))
         room = _room(q_BGRTD, blocks, 3, inner)
         for block in blocks:
             queries, grads = (_flat(t[block.queries]).to(inner) for t in (q_BGRTD, grad_BGRTD))
-            keys, mean = _near(k, block).to(inner), _column(mean_BGRT[block.queries])
+            keys = _near(k, block).to(inner)
+            mean = None if mean_BGRT is None else _column(mean_BGRT[block.queries])
             most = _column(most_BGRT[block.queries]) if rounds else None
             scores = _scores(room[0], queries, keys, how, block, most)
             shares = torch.softmax(scores, -1, out=_shaped(room[1], scores))
@@ -244,8 +246,8 @@ def _scores(
     if not how.causal:
         return scores
     count = block.stop - block.start
-    later = torch.ones(count, count, dtype=torch.bool, device=q.device).triu(1)
-    scores.unflatten(1, (-1, count))[..., -count:].masked_fill_(later, float("-inf"))
+    later = torch.full((count, count), float("-inf"), dtype=scores.dtype, device=q.device).triu(1)
+    scores.unflatten(1, (-1, count))[..., -count:].add_(later)
     return scores
 
 

@@ -119,7 +119,11 @@ def scratch(name: str, *shape: int) -> Tensor:
 
 def widened(weight_OI: Tensor) -> Tensor:
     """In fp32 (in `scratch`), unless it is so large that `wide_linear` and `wide_times` widen it by blocks."""
-    if weight_OI.numel() > BLOCK or weight_OI.dtype == torch.float32:
+    return weight_OI if weight_OI.numel() > BLOCK else _wide(weight_OI)
+
+
+def _wide(weight_OI: Tensor) -> Tensor:
+    if weight_OI.dtype == torch.float32:
         return weight_OI
     return scratch("weight", *weight_OI.shape).copy_(weight_OI)
 
@@ -131,7 +135,7 @@ def wide_linear(
     y_NO = x_NI.new_empty(len(x_NI), len(weight_OI)) if out is None else out
     rows = max(BLOCK // weight_OI.shape[1], 1)
     for y, weight in zip(y_NO.split(rows, dim=1), weight_OI.split(rows), strict=True):
-        torch.mm(x_NI, weight.float().T, out=y)
+        torch.mm(x_NI, _wide(weight).T, out=y)
     return y_NO if bias_O is None else y_NO.add_(bias_O)
 
 
@@ -142,7 +146,7 @@ def wide_times(x_NO: Tensor, weight_OI: Tensor, out: Tensor | None = None) -> Te
     for number, (x, weight) in enumerate(
         zip(x_NO.split(rows, dim=1), weight_OI.split(rows), strict=True)
     ):
-        y_NI.addmm_(x, weight.float(), beta=0 if number == 0 else 1)
+        y_NI.addmm_(x, _wide(weight), beta=0 if number == 0 else 1)
     return y_NI
 
 
