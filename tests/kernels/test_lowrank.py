@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.kernels import products
-from trimtab.kernels.lowrank import Change, changed_linear
+from trimtab.kernels.lowrank import Change, Changed, Frozen, changed_linear
 
 INPUTS, OUTPUTS, RANK, SCALE = 24, 40, 3, 1.7
 
@@ -38,6 +38,11 @@ def drawn(dtype: torch.dtype, rows: tuple[int, ...] = (3, 67)) -> tuple[Tensor, 
     return *given, *factors, normal(*rows, OUTPUTS).to(dtype)
 
 
+def alone(x: Tensor, weight: Any, bias: Tensor, change: Change) -> Tensor:
+    (y,) = changed_linear(x, Changed(Frozen(weight, bias), change))
+    return y
+
+
 def exact(tensors: tuple[Tensor, ...], mask: Tensor | float = 1.0) -> list[Tensor]:
     """y and the gradients of x, A and B in fp64, of the same values."""
     x, weight, bias, a, b, grad = (t.detach().double() for t in tensors)
@@ -49,7 +54,7 @@ def exact(tensors: tuple[Tensor, ...], mask: Tensor | float = 1.0) -> list[Tenso
 def found(tensors: tuple[Tensor, ...], share: float = 0.0, *, made: bool = False) -> list[Tensor]:
     x, weight, bias, a, b, grad = tensors
     source = (lambda dtype: weight.to(dtype)) if made else weight
-    y = changed_linear(x, source, bias, Change(a, b, SCALE, share))
+    y = alone(x, source, bias, Change(a, b, SCALE, share))
     return [y.detach(), *torch.autograd.grad(y, (x, a, b), grad)]
 
 
@@ -86,7 +91,7 @@ def test_gradients_of_gradients() -> None:
 
     def layer(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         torch.manual_seed(0)
-        return changed_linear(x, weight, bias, Change(a, b, SCALE, 0.3))
+        return alone(x, weight, bias, Change(a, b, SCALE, 0.3))
 
     assert torch.autograd.gradcheck(layer, (x, a, b))
     assert torch.autograd.gradgradcheck(layer, (x, a, b))
@@ -97,7 +102,7 @@ def test_only_what_learns_gets_gradients_and_little_is_kept() -> None:
     kept: list[Tensor] = []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
     with hooks:
-        y = changed_linear(x.detach(), weight, bias, Change(a, b.detach(), SCALE))
+        y = alone(x.detach(), weight, bias, Change(a, b.detach(), SCALE))
     own = {t.untyped_storage().data_ptr() for t in (x, weight, a, b)}
     (inner,) = [t for t in kept if t.untyped_storage().data_ptr() not in own]
     assert inner.shape == (x[..., 0].numel(), RANK)
@@ -107,7 +112,7 @@ def test_only_what_learns_gets_gradients_and_little_is_kept() -> None:
 
 def test_a_change_of_nothing_changes_no_bit() -> None:
     x, weight, bias, a, b, _ = drawn(torch.float32)
-    y = changed_linear(x, weight, bias, Change(a, torch.zeros_like(b), SCALE))
+    y = alone(x, weight, bias, Change(a, torch.zeros_like(b), SCALE))
     assert torch.equal(y, F.linear(x, weight, bias))
 
 
@@ -118,3 +123,41 @@ def test_under_autocast_products_are_in_the_dtype_of_the_layer(wide: bool) -> No
         inside = found(tensors)
     for one, other in zip(plain, inside, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_layers_that_read_the_same_x_are_computed_at_once(dtype: torch.dtype, wide: bool) -> None:
+    x, weight, bias, a, b, grad = drawn(dtype)
+    few = (weight[:16], bias[:16], a[:2] * 2, b[:16, :2] * 3, grad[..., :16])  # other shapes
+    first = Changed(Frozen(weight, bias), Change(a, b, SCALE))
+    second = Changed(Frozen(lambda dtype: few[0].to(dtype)), Change(few[2], few[3], 0.4))
+    ys = changed_linear(x, first, second)
+    dx, *factors = torch.autograd.grad(ys, (x, a, b), (grad, few[4]))
+    y, of_first, *found = exact((x, weight, bias, a, b, grad))
+    wide_x, wide_a, wide_b = (t.detach().double().requires_grad_() for t in (x, a, b))
+    other = F.linear(wide_x, few[0].double())
+    product = F.linear(F.linear(wide_x, wide_a[:2] * 2), wide_b[:16, :2] * 3)
+    of_second = torch.autograd.grad(
+        other + 0.4 * product, (wide_x, wide_a, wide_b), few[4].double()
+    )
+    near([*ys], [y, (other + 0.4 * product).detach()], dtype)
+    both = zip((of_first, *found), of_second, strict=True)
+    near([dx, *factors], [one + two for one, two in both], dtype)
+
+
+def test_gradients_of_gradients_of_several_layers() -> None:
+    x, weight, bias, a, b, _ = drawn(torch.float64, (4,))
+
+    def layers(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        first = Changed(Frozen(weight, bias), Change(a, b, SCALE))
+        return changed_linear(x, first, Changed(Frozen(weight * 2), Change(a * 3, b, SCALE)))
+
+    assert torch.autograd.gradcheck(layers, (x, a, b))
+    assert torch.autograd.gradgradcheck(layers, (x, a, b))
+
+
+def test_layers_with_dropout_come_alone() -> None:
+    x, weight, bias, a, b, _ = drawn(torch.float32)
+    layer = Changed(Frozen(weight, bias), Change(a, b, SCALE, 0.1))
+    with pytest.raises(ValueError, match="one by one"):
+        changed_linear(x, layer, layer)

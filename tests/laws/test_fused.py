@@ -11,18 +11,17 @@ import torch
 import trimtab as tt
 from tests.laws.test_laws import close, gradients
 from tests.tiny import CASES, output
-from trimtab.adapt import site
-from trimtab.adapt.site import LayerSite
+from trimtab.adapt import fusing
 
 METHODS = ("lora(rank=3)", "lora(rank=2, dropout=0.3, rslora=True)", "dora(rank=3)")
-FUSED = LayerSite._fused
+OUTPUTS = fusing.outputs
 
 
 def _noted(times: list[bool], *, apart: bool) -> Callable[..., Any]:
-    """`LayerSite._fused` (or none of it), that notes whether it did anything."""
+    """`fusing.outputs` (or none of it), that notes whether it did anything."""
 
-    def noted(*given: Any) -> Any:
-        made = None if apart else FUSED(*given)
+    def noted(*given: Any, **named: Any) -> Any:
+        made = None if apart else OUTPUTS(*given, **named)
         times.append(made is not None)
         return made
 
@@ -35,11 +34,11 @@ def _noted(times: list[bool], *, apart: bool) -> Callable[..., Any]:
 def test_values_and_gradients(
     family: str, method: str, rows: list[str | None] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(site, "FEWEST", 1)
+    monkeypatch.setattr(fusing, "FEWEST", 1)
     found = []
     for apart in (True, False):
         times: list[bool] = []
-        monkeypatch.setattr(LayerSite, "_fused", _noted(times, apart=apart))
+        monkeypatch.setattr(fusing, "outputs", _noted(times, apart=apart))
         model, inputs = CASES[family].model().train(), CASES[family].inputs()
         adapter, other = (tt.attach(model, method, name) for name in ("a", "b"))
         with torch.no_grad():

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trimtab.adapt import attention, checkpoint, front, slots
+from trimtab.adapt import attention, checkpoint, front, fusing, slots
 from trimtab.adapt.adapter import Adapter, TensorName
 from trimtab.adapt.apart import Apart
 from trimtab.adapt.bank import CHILD, Bank, bank_of, find_bank
@@ -202,6 +202,7 @@ def _insert(
             tree.wrap(path, Apart(anatomy.modules[path], path, bank))
     for path in whole_modules(adapter, anatomy):
         tree.whole_module(path, adapter.name)
+    fusing.arrange(tree.sites)
     known = {
         TensorName(path, spec.name): spec
         for (_, path), of_site in specs.items()
@@ -259,6 +260,7 @@ def _withdraw(
             slots.prune(site.slots)
         if site.bare():
             children.replace(site, site.release())
+    fusing.arrange(sites_of(model))
     attention.remove(model, bank, name)
     front.remove(bank, name)
     bank.active = [other for other in bank.active if other != name]

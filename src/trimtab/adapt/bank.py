@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from trimtab.adapt.attention import Injection
     from trimtab.adapt.edit import Edit
     from trimtab.adapt.front import Front, Prompt
+    from trimtab.adapt.fusing import Early
+    from trimtab.adapt.site import LayerSite
 
 CHILD = "trimtab"
 _BATCH_KEYS = (
@@ -74,6 +76,8 @@ class Bank(nn.Module):
         self.plan: Plan | None = None
         self._scope: Route | None = None
         self._context: Context | None = None
+        self.early: dict[LayerSite, Early] = {}
+        """What layers have computed for siblings that are still to be called in this forward."""
         self._depth = 0
         self._outermost: list[nn.Module] = []  # the module whose forward is open; no child of ours
         self._last: Context | None = None
@@ -111,6 +115,7 @@ class Bank(nn.Module):
             "_encoded": None,
             "_last": None,
             "_context": None,
+            "early": {},
             "_depth": 0,
             "_outermost": [],
             "_open_lean": None,
@@ -195,6 +200,11 @@ class Bank(nn.Module):
             return Context(self._scope or self.default, training=training)
         return self._context
 
+    @property
+    def opened(self) -> bool:
+        """Whether a forward of the whole model is going on, or one of its blocks is recomputed."""
+        return self._context is not None
+
     def recall(self, context: Context, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function`` run under ``context`` again, if it is not in force (a checkpoint's recomputation)."""
 
@@ -212,6 +222,7 @@ class Bank(nn.Module):
             finally:
                 self._context, self._scope = before
                 context.recomputing = False
+                self.early.clear()
 
         return recalled
 
@@ -260,6 +271,7 @@ class Bank(nn.Module):
 
     def close(self) -> None:
         """Let the model be as it was before its forward."""
+        self.early.clear()
         if self._open_lean is not None:
             stack, self._open_lean = self._open_lean, None
             stack.close()

@@ -69,7 +69,7 @@ class MultiheadSite(LayerSite):
         return [y[..., n * width : (n + 1) * width] for n, y in enumerate(whole)]
 
     def _edited_projection(self, x: Tensor) -> Tensor:
-        stacks, split, x = self._stacks(x)
+        stacks, split, x = self.stacks(x)
         if not any(stacks):
             return self.layer.call(x)
         entered = [enter(s, part.take(x)) for s, part in zip(stacks, split.parts, strict=True)]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor, nn
 
+from trimtab.adapt import fusing
 from trimtab.adapt.at import Around, At
 from trimtab.adapt.context import Context
 from trimtab.adapt.edit import Bound, Edit, enter, leave
@@ -28,17 +29,12 @@ from trimtab.frozen import Layer, view
 from trimtab.frozen.experts import ExpertLayer, run
 from trimtab.frozen.sublayer import SubLayer
 from trimtab.kernels.lowrank import Inside
-from trimtab.kernels.tracing import traced
 
 if TYPE_CHECKING:
     from trimtab.adapt.bank import Bank
 
 BASE = "base_layer"
 ORIGINAL = "original_module"
-HOSTS = ("cpu", "meta")
-"""Where dropout may be part of one operation with a layer."""
-FEWEST = 64
-"""Rows from which on it pays to compute the layer for each of several adapters by itself."""
 WRAPPED = (BASE, ORIGINAL)
 """What the wrapped layer is called in a site: by PEFT's names, the latter where it is trained in full."""
 
@@ -173,6 +169,8 @@ class LayerSite(SiteBase):
     ) -> None:
         super().__init__(base_layer, path, bank)
         self.layer: Layer = view(base_layer, root) or SubLayer(base_layer, width)
+        self.siblings: tuple[LayerSite, ...] = ()
+        """Other layers that are called with the same x, after this one (`trimtab.adapt.fusing`)."""
         self._entered: tuple[list[list[Bound]], Layout] | None = None
         self._hook: Any = None
         self._hooked = self.layer.kind == "sublayer"
@@ -192,7 +190,10 @@ class LayerSite(SiteBase):
         x, call = self._input(args, kwargs)
         if self._hooked and not self._enters():
             return self.base_layer(*args, **kwargs)
-        stacks, split, x = self._stacks(x)
+        alone = len(args) == 1 and not kwargs
+        if alone and bank.early and (done := fusing.early(self, x)) is not None:
+            return done
+        stacks, split, x = self.stacks(x)
         if not any(stacks):
             with self.room():
                 covered = self.covers(split.parts)
@@ -202,8 +203,8 @@ class LayerSite(SiteBase):
         changed = any(new is not old for new, old in zip(entered, pieces, strict=True))
         given = split.join(entered) if changed else x
         if not self._hooked:
-            if not (changed or kwargs) and len(args) == 1:
-                made = self._fused(stacks, pieces)
+            if alone and not changed:
+                made = fusing.outputs(self, stacks, pieces, whole=_is_whole(split))
                 if made is not None:
                     return _whole_of(made, split)
             with self.room():
@@ -213,35 +214,10 @@ class LayerSite(SiteBase):
             self._entered = stacks, split
         return call(given)
 
-    def _fused(
-        self, stacks: Sequence[Sequence[Bound]], pieces: Sequence[Tensor]
-    ) -> list[Tensor] | None:
-        """What comes out of each piece, where the frozen layer and its innermost change are one operation for all."""
-        if traced() or not (torch.is_grad_enabled() or self.training):
-            return None
-        if len(pieces) > 1 and min(piece.shape[:-1].numel() for piece in pieces) < FEWEST:
-            return None
-        made = []
-        for stack, piece in zip(stacks, pieces, strict=True):
-            change = stack[0].change() if stack else None
-            if stack and (change is None or (change.share and piece.device.type not in HOSTS)):
-                return None
-            made.append(change)
-        found: list[Tensor | None] = [
-            None if change is None else self.layer.changed(piece, change, self.room)
-            for change, piece in zip(made, pieces, strict=True)
-        ]
-        if any(y is None and stack for y, stack in zip(found, stacks, strict=True)):
-            return None
-        return [
-            self.frozen(piece) if y is None else leave(stack, y, added=True)
-            for stack, piece, y in zip(stacks, pieces, found, strict=True)
-        ]
-
     def _enters(self) -> bool:
         return any(edit.enters for edits in self.edits.values() for edit in edits)
 
-    def _stacks(self, x: Tensor) -> tuple[list[list[Bound]], Layout, Tensor]:
+    def stacks(self, x: Tensor) -> tuple[list[list[Bound]], Layout, Tensor]:
         """Whose edits act on which part of x; and x with rows as the batch has them."""
         context = self.bank.context(self.training)
         if self.layer.kind == "embedding":
@@ -264,7 +240,7 @@ class LayerSite(SiteBase):
         if self._entered is not None:
             (stacks, split), self._entered = self._entered, None
             return self._after(stacks, split, out)
-        stacks, split, x = self._stacks(self._input(args, kwargs)[0])
+        stacks, split, x = self.stacks(self._input(args, kwargs)[0])
         for stack, part in zip(stacks, split.parts, strict=False):
             for bound in stack:
                 bound.call.x = part.take(x)
@@ -276,7 +252,7 @@ class LayerSite(SiteBase):
         return y if rest is None else (y, *rest)
 
     def _leave(self, stacks: Sequence[Sequence[Bound]], split: Layout, y: Tensor) -> Tensor:
-        if len(split.parts) == 1 and not split.parts[0].flat:
+        if _is_whole(split):
             return leave(stacks[0], y)
         left = [leave(stack, part.take(y)) for stack, part in zip(stacks, split.parts, strict=True)]
         return _whole_of(left, split)
@@ -291,9 +267,12 @@ class LayerSite(SiteBase):
         raise TargetError(f"{self.path} was called without a tensor; it cannot hold an adapter.")
 
 
+def _is_whole(split: Layout) -> bool:
+    return len(split.parts) == 1 and not split.parts[0].flat
+
+
 def _whole_of(pieces: Sequence[Tensor], split: Layout) -> Tensor:
-    alone = len(split.parts) == 1 and not split.parts[0].flat
-    return pieces[0] if alone else split.join(pieces)
+    return pieces[0] if _is_whole(split) else split.join(pieces)
 
 
 @final

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import TargetError, UnsupportedError
-from trimtab.kernels.lowrank import Change, Inside
+from trimtab.kernels.lowrank import Frozen
 from trimtab.kernels.sparse import scattered
 from trimtab.registry import Registry
 
@@ -122,8 +122,8 @@ class Layer(ABC):
 
     # -- low-rank factors: ΔW = B A without building ΔW ------------------------------------------
 
-    def changed(self, x: Tensor, change: Change, inside: Inside) -> Tensor | None:
-        """The layer and a low-rank change of it in one operation, for training; None where that is not to be had."""
+    def product_of(self, x: Tensor) -> Frozen | None:
+        """The linear map that calling the layer with x is, in the dtype that autocast says, where it is no more."""
         return None
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from trimtab.frozen.layer import Layer, Push
 from trimtab.kernels import products
-from trimtab.kernels.lowrank import Change, Inside, changed_linear
+from trimtab.kernels.lowrank import Frozen
 from trimtab.kernels.sparse import sparse_linear
 
 
@@ -61,11 +61,11 @@ class _Linear(LinearMap):
     @abstractmethod
     def _weight(self) -> Tensor: ...
 
-    def changed(self, x: Tensor, change: Change, inside: Inside) -> Tensor | None:
+    def product_of(self, x: Tensor) -> Frozen | None:
         dtype = products.autocast_dtype(x) or x.dtype
         if not bare(self.module) or dtype != self.dtype:
             return None
-        return changed_linear(x.to(dtype), self.dense(), self.bias(), change, inside)
+        return Frozen(self.dense(), self.bias())
 
     @property
     def dtype(self) -> torch.dtype:

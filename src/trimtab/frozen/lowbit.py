@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from trimtab.errors import ModelError, UnsupportedError
 from trimtab.frozen.linear import LinearMap, bare
 from trimtab.kernels import products
-from trimtab.kernels.lowrank import Change, Inside, changed_linear
+from trimtab.kernels.lowrank import Frozen
 
 
 class LowBit(nn.Module):
@@ -161,12 +161,12 @@ class LowBitLayer(LinearMap):
     def view(cls, module: nn.Module) -> LowBitLayer | None:
         return cls(module) if isinstance(module, LowBitLinear) else None
 
-    def changed(self, x: Tensor, change: Change, inside: Inside) -> Tensor | None:
+    def product_of(self, x: Tensor) -> Frozen | None:
         module = self.module
         plain = type(module).forward is LowBitLinear.forward and bare(module)
         if not plain or (products.autocast_dtype(x) or x.dtype) != x.dtype:
             return None
-        return changed_linear(x, module.dense, module.bias, change, inside)
+        return Frozen(module.dense, module.bias)
 
     @property
     def dtype(self) -> torch.dtype:

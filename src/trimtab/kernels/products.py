@@ -139,14 +139,16 @@ def wide_linear(
     return y_NO if bias_O is None else y_NO.add_(bias_O)
 
 
-def wide_times(x_NO: Tensor, weight_OI: Tensor, out: Tensor | None = None) -> Tensor:
-    """``x @ weight`` of an fp32 x, in fp32; likewise."""
+def wide_times(
+    x_NO: Tensor, weight_OI: Tensor, out: Tensor | None = None, *, add: bool = False
+) -> Tensor:
+    """``x @ weight`` of an fp32 x, in fp32 (to ``add`` to what is there); likewise."""
     y_NI = x_NO.new_empty(len(x_NO), weight_OI.shape[1]) if out is None else out
     rows = max(BLOCK // weight_OI.shape[1], 1)
     for number, (x, weight) in enumerate(
         zip(x_NO.split(rows, dim=1), weight_OI.split(rows), strict=True)
     ):
-        y_NI.addmm_(x, _wide(weight), beta=0 if number == 0 else 1)
+        y_NI.addmm_(x, _wide(weight), beta=0 if number == 0 and not add else 1)
     return y_NI
 
 
