@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from tests.engine import kit
+from trimtab.adapt.acting import using
 from trimtab.adapt.attach import attach
 from trimtab.adapt.contract import Method
 from trimtab.data import Datum
-from trimtab.engine import Engine
+from trimtab.engine import Engine, head
 from trimtab.errors import (
     DataError,
     NonFiniteLossError,
@@ -26,6 +30,7 @@ from trimtab.methods.lora import LoRA
 from trimtab.methods.prefix import Prefix
 from trimtab.methods.spottune import SpotTune
 from trimtab.optim import AdamParams
+from trimtab.optim.params import CrossEntropy
 
 STEP = AdamParams(lr=1e-2)
 
@@ -158,7 +163,7 @@ def test_an_adapter_on_the_head_trains_without_full_logits() -> None:
     assert all(float(p.detach().abs().max()) > 0 for p in adapter.parameters())
 
 
-def test_a_capped_head_is_not_taken_for_a_plain_one() -> None:
+def _gemma2() -> PreTrainedModel:
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     torch.manual_seed(0)
@@ -175,13 +180,61 @@ def test_a_capped_head_is_not_taken_for_a_plain_one() -> None:
         initializer_range=0.5,
         pad_token_id=0,
     )
-    base = kit.base(Gemma2ForCausalLM(config).eval())
+    return Gemma2ForCausalLM(config).eval()
+
+
+def _named() -> PreTrainedModel:
+    """A model whose config names a cap that it does not know."""
+    model = kit.llama()
+    model.config.final_logit_softcapping = 2.0
+    return model
+
+
+@pytest.mark.parametrize(("model", "caps"), [(_gemma2, [2.0]), (_named, []), (kit.llama, [None])])
+def test_a_soft_cap_is_known_and_verified(
+    model: Callable[[], PreTrainedModel], caps: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = kit.base(model())
     engine = Engine(base)
+    chunked: list[float | None] = []
+    linear = head.linear_cross_entropy
+    monkeypatch.setattr(
+        head, "linear_cross_entropy", lambda *given: chunked.append(given[-1].cap) or linear(*given)
+    )
     datum = kit.datums(1)[0]
     logits = base.model(input_ids=torch.tensor([datum.tokens])).logits[0].double()
     picked = logits.log_softmax(-1)[range(len(datum)), list(datum.targets)]
     want = -(picked * torch.tensor(datum.weights, dtype=torch.float64)).sum()
     assert engine.forward([datum]).total == pytest.approx(float(want), rel=1e-5)
+    assert chunked == caps
+
+
+@pytest.mark.parametrize("aim", [CrossEntropy(label_smoothing=0.2), CrossEntropy(z_loss=0.01)])
+@pytest.mark.parametrize("model", [kit.llama, kit.bert])
+def test_other_forms_of_the_loss_are_learnt_and_the_likelihood_is_told(
+    aim: CrossEntropy, model: Any
+) -> None:
+    base = kit.base(model())
+    adapter = attach(base.model, LoRA(rank=2), "a")
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter += 0.05
+    engine, (datum,) = Engine(base), kit.datums(1)
+    told = engine.forward_backward([datum], "a", aim)
+    assert told.total == pytest.approx(engine.forward([datum], "a").total, rel=1e-5)
+    found = [p.grad.clone() for p in adapter.parameters() if p.grad is not None]
+    base.model.zero_grad()
+    with using(base.model, "a"):
+        logits = base.model(input_ids=torch.tensor([datum.tokens])).logits[0]
+    targets = torch.tensor(datum.targets)
+    each = torch.nn.functional.cross_entropy(
+        logits, targets, reduction="none", label_smoothing=aim.label_smoothing
+    )
+    each = each + aim.z_loss * logits.logsumexp(-1) ** 2
+    (each * torch.tensor(datum.weights)).sum().backward()
+    for parameter, gradient in zip(adapter.parameters(), found, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-5)
 
 
 # -- what goes wrong ------------------------------------------------------------------------------

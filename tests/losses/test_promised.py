@@ -94,9 +94,6 @@ USES: dict[str, Callable[[Tensor], Tensor]] = {
     "numpy": lambda x: torch.from_numpy(x.detach().numpy()),
     "argmax": lambda x: x.argmax(-1).double(),
     "as another dtype": lambda x: x.to(torch.bfloat16).double(),
-    "cross-entropy, smoothed": lambda x: F.cross_entropy(
-        x.view(-1, VOCABULARY), targets().view(-1), label_smoothing=0.1
-    ),
     "cross-entropy, weighted": lambda x: F.cross_entropy(
         x.view(-1, VOCABULARY), targets().view(-1), torch.arange(1.0, VOCABULARY + 1).double()
     ),
@@ -155,6 +152,9 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     ),
     "another ignored": lambda x, labels: F.cross_entropy(
         x.reshape((-1, VOCABULARY)), labels.clamp(min=0).view(-1), ignore_index=0
+    ),
+    "smoothed": lambda x, labels: F.cross_entropy(
+        x.view(-1, VOCABULARY), labels.view(-1), label_smoothing=0.1
     ),
     "shifted": shifted,
     "transformers": padded,

@@ -68,6 +68,7 @@ def test_unknown_options_are_refused_with_a_suggestion(
         (SMALL, ["epochs"], "write option=value"),
         (SMALL, ["optim.lr=-1"], "optim.lr: Input should be greater than 0 (got -1)"),
         (SMALL, ["data.held_out=h.jsonl", "data.fraction=0.1"], "held_out or fraction, not both"),
+        (SMALL, ["loss.label_smoothing=1"], "loss.label_smoothing: Input should be less than 1"),
         (SMALL, ["batch.size=4", "batch.tokens=100"], "not both"),
         (SMALL, ["eval.metric=chioce"], "eval.metric"),
         (SMALL, ["optim.lr=[1"], "override optim.lr is not YAML"),

@@ -19,7 +19,8 @@ from trimtab.adapt.acting import using
 from trimtab.data import Datum
 from trimtab.engine.head import Head, Kept, uncached
 from trimtab.errors import DataError, ModelError, UnsupportedError
-from trimtab.losses import TokenLoss, weighted_cross_entropy
+from trimtab.losses import Form, TokenLoss, weighted_cross_entropy
+from trimtab.optim.params import CrossEntropy
 
 
 @final
@@ -81,9 +82,14 @@ class ClassHead(Head):
         found: Tensor = self._model(**inputs, **uncached(self._model)).logits
         return found
 
-    def loss(self, inputs: dict[str, Tensor], kept: Kept, *, together: bool) -> TokenLoss:
-        rows = kept.index // inputs["input_ids"].shape[1]
-        return weighted_cross_entropy(self.logits(inputs)[rows], kept.targets, kept.weights)
+    def loss(
+        self, inputs: dict[str, Tensor], kept: Kept, aim: CrossEntropy, *, together: bool
+    ) -> TokenLoss:
+        rows, form = (
+            kept.index // inputs["input_ids"].shape[1],
+            Form(aim.label_smoothing, aim.z_loss),
+        )
+        return weighted_cross_entropy(self.logits(inputs)[rows], kept.targets, kept.weights, form)
 
 
 def labels_of(model: nn.Module) -> tuple[str, ...]:

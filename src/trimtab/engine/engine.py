@@ -40,12 +40,12 @@ from trimtab.errors import (
     suggest,
 )
 from trimtab.models.load import Base
-from trimtab.optim.params import AdamParams, Memory
+from trimtab.optim.params import AdamParams, CrossEntropy, Memory
 
 Owners = Who | Sequence[Who]
 """One adapter (or None, the bare base) for all, or one for each datum or prompt."""
 
-LOSSES = ("cross_entropy",)
+LOSSES = {"cross_entropy": CrossEntropy()}
 
 
 class Engine:
@@ -106,9 +106,9 @@ class Engine:
         self,
         data: Sequence[Datum],
         adapter: str | Sequence[str],
-        loss: Literal["cross_entropy"] = "cross_entropy",
+        loss: Literal["cross_entropy"] | CrossEntropy = "cross_entropy",
     ) -> LossResult:
-        """Add the gradient of Σ weight · nll over ``data`` to each datum's adapter.
+        """Add the gradient of Σ weight · loss over the tokens of ``data`` to each datum's adapter.
 
         Gradients are sums; `optim_step` divides them by the token weights, once. A method's auxiliary
         losses are added once per forward, times the token weight of that forward.
@@ -118,14 +118,15 @@ class Engine:
                 and the gradients of the step in progress are dropped.
             DataError: a datum longer than the model's context, or than a micro-batch.
         """
-        if loss not in LOSSES:
+        aim = loss if isinstance(loss, CrossEntropy) else LOSSES.get(loss)
+        if aim is None:
             raise UnknownNameError(
-                f"unknown loss {loss!r}.{suggest(loss, LOSSES)} Known: {', '.join(LOSSES)}."
+                f"unknown loss {loss!r}.{suggest(str(loss), LOSSES)} Known: {', '.join(LOSSES)}."
             )
         owners = self._each(data, adapter)
         tenants = {owner: self._tenant(owner) for owner in dict.fromkeys(owners)}
         try:
-            result = self._run(data, owners, train=True)
+            result = self._run(data, owners, aim, train=True)
         except BaseException:
             for tenant in tenants.values():
                 tenant.discard()
@@ -159,7 +160,7 @@ class Engine:
 
     def forward(self, data: Sequence[Datum], adapter: Owners = None) -> LossResult:
         """The loss of ``data`` without gradients, in eval mode: what held-out evaluation uses."""
-        return self._run(data, self._each(data, adapter), train=False)
+        return self._run(data, self._each(data, adapter), CrossEntropy(), train=False)
 
     # -- answering -----------------------------------------------------------------------------------
 
@@ -287,7 +288,9 @@ class Engine:
 
     # -- one pass over data --------------------------------------------------------------------------
 
-    def _run(self, data: Sequence[Datum], owners: Sequence[Who], *, train: bool) -> LossResult:
+    def _run(
+        self, data: Sequence[Datum], owners: Sequence[Who], aim: CrossEntropy, *, train: bool
+    ) -> LossResult:
         if not data:
             raise DataError("there are no examples to compute a loss of.")
         self._check(data, owners)
@@ -300,7 +303,7 @@ class Engine:
         ):
             for micro in self.rooms.each("data", self.micro_batches(data, owners)):
                 with saving(self.model, self.memory) if train else nullcontext():
-                    objective, found = self._forward(micro, data, auxiliary)
+                    objective, found = self._forward(micro, data, aim, auxiliary)
                 for place, member in enumerate(micro.members):
                     for total, values in zip(totals, found, strict=True):
                         total[member] = values[place]
@@ -310,7 +313,11 @@ class Engine:
         return LossResult(sums, weights, hits, dict(auxiliary))
 
     def _forward(
-        self, micro: Micro, data: Sequence[Datum], auxiliary: dict[str, float]
+        self,
+        micro: Micro,
+        data: Sequence[Datum],
+        aim: CrossEntropy,
+        auxiliary: dict[str, float],
     ) -> tuple[Tensor | None, list[list[float]]]:
         """The objective of one micro-batch; and sums, weights and hits of its documents."""
         documents = len(micro.members)
@@ -320,7 +327,7 @@ class Engine:
                 return None, [[0.0] * documents for _ in range(3)]
             batch, kept = self._placed(micro, kept)
         with self._shown(micro, batch, data) as route, self.rooms.inside("head"):
-            token = self._head.loss(micro.inputs(batch), kept, together=route.every)
+            token = self._head.loss(micro.inputs(batch), kept, aim, together=route.every)
             bank = find_bank(self.model)
             extras = [] if bank is None else bank.take_losses()
         weights = kept.weights.double()

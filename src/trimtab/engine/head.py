@@ -4,8 +4,8 @@ Three ways, the first that the model allows:
 
 1. run the backbone, pick the hidden states of weighted tokens, and go through the head in chunks
    (`trimtab.losses.linear_cross_entropy`). Whether the head is only a linear layer on the backbone's
-   last hidden state is *verified* on a few tokens, because models scale or cap their logits in ways of
-   their own;
+   last hidden state, with or without the soft cap that Gemma's config names, is *verified* on a few tokens,
+   because models change their logits in ways of their own;
 2. where the head holds adapters, call it on the picked hidden states (one owner for all rows);
 3. full logits.
 
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from trimtab.adapt.site import SiteBase
 from trimtab.data import Batch, Datum
 from trimtab.errors import UnsupportedError
-from trimtab.losses import TokenLoss, linear_cross_entropy, weighted_cross_entropy
+from trimtab.losses import Form, TokenLoss, linear_cross_entropy, weighted_cross_entropy
+from trimtab.optim.params import CrossEntropy
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,9 @@ class Head(ABC):
         """Raise `DataError` where ``datum`` is none that this head can learn from."""
 
     @abstractmethod
-    def loss(self, inputs: dict[str, Tensor], kept: Kept, *, together: bool) -> TokenLoss:
+    def loss(
+        self, inputs: dict[str, Tensor], kept: Kept, aim: CrossEntropy, *, together: bool
+    ) -> TokenLoss:
         """Run the model and the loss. ``together``: one owner acts on all rows."""
 
 
@@ -70,28 +73,39 @@ class Head(ABC):
 class TokenHead(Head):
     """The head of a language model, or any that gives logits for each token."""
 
-    def __init__(self, model: nn.Module, head: nn.Linear | None) -> None:
+    def __init__(self, model: nn.Module, head: nn.Linear | None, cap: float | None = None) -> None:
         self._model = model
         self._plain = head
+        self._cap = cap
 
     @classmethod
     def of(cls, model: nn.Module) -> TokenHead:
         """Look at a model, with no adapter acting."""
         head = model.get_output_embeddings()  # type: ignore[operator]
         bare = head.base_layer if isinstance(head, SiteBase) else head
-        return cls(model, bare if type(bare) is nn.Linear and _is_plain(model, bare) else None)
+        if type(bare) is nn.Linear:
+            cap = _cap(model)
+            if _is_plain(model, bare, cap):
+                return cls(model, bare, cap)
+        return cls(model, None)
 
-    def loss(self, inputs: dict[str, Tensor], kept: Kept, *, together: bool) -> TokenLoss:
+    def loss(
+        self, inputs: dict[str, Tensor], kept: Kept, aim: CrossEntropy, *, together: bool
+    ) -> TokenLoss:
+        form = Form(aim.label_smoothing, aim.z_loss)
         if self._plain is not None:
             head = self._model.get_output_embeddings()  # type: ignore[operator]
             if head is self._plain and not self._plain.weight.requires_grad:
                 hidden = self._picked(inputs, kept)
+                weight, bias = self._plain.weight, self._plain.bias
+                capped = form._replace(cap=self._cap)
                 return linear_cross_entropy(
-                    hidden, self._plain.weight, kept.targets, kept.weights, self._plain.bias
+                    hidden, weight, kept.targets, kept.weights, bias, capped
                 )
             if together:
                 logits = head(self._picked(inputs, kept)[None])[0]
-                return weighted_cross_entropy(logits, kept.targets, kept.weights)
+                capped = form._replace(cap=self._cap)
+                return weighted_cross_entropy(logits, kept.targets, kept.weights, capped)
         logits = self._model(**inputs, **uncached(self._model)).logits
         if logits.dim() != 3:
             raise UnsupportedError(
@@ -99,7 +113,7 @@ class TokenHead(Head):
                 "tokens needs (rows, tokens, vocabulary)."
             )
         picked = logits.flatten(0, 1).index_select(0, kept.index)
-        return weighted_cross_entropy(picked, kept.targets, kept.weights)
+        return weighted_cross_entropy(picked, kept.targets, kept.weights, form)
 
     def _picked(self, inputs: dict[str, Tensor], kept: Kept) -> Tensor:
         backbone = _backbone(self._model)
@@ -119,15 +133,26 @@ def uncached(model: nn.Module) -> dict[str, bool]:
     return {"use_cache": False} if hasattr(model.config, "use_cache") else {}
 
 
+CAP = "final_logit_softcapping"
+
+
+def _cap(model: nn.Module) -> float | None:
+    """Where the config says that logits are capped softly."""
+    return getattr(model.config.get_text_config(), CAP, None)  # type: ignore[union-attr, operator]
+
+
 @torch.no_grad()
-def _is_plain(model: nn.Module, head: nn.Linear) -> bool:
-    """Whether ``logits == head(last_hidden_state)`` exactly, and no option of the config touches logits."""
+def _is_plain(model: nn.Module, head: nn.Linear, cap: float | None) -> bool:
+    """Whether ``logits == head(last_hidden_state)`` exactly, but for the cap, and no other option of the config
+    touches them."""
     inner = model._modules.get(str(model.base_model_prefix))
     if inner is None:
         return False
     options = model.config.get_text_config().to_dict()  # type: ignore[union-attr, operator]
-    if any("logit" in key and value not in (None, False, 1, 1.0) for key, value in options.items()):
-        return False  # a cap or scale that small logits would not show
+    known = (CAP, "attn_logit_softcapping")
+    others = {key: value for key, value in options.items() if "logit" in key and key not in known}
+    if any(value not in (None, False, 1, 1.0) for value in others.values()):
+        return False  # a scale that small logits would not show
     device = head.weight.device
     ids = (torch.arange(4, device=device)[None] * 7 + 5) % int(options["vocab_size"])
     training = model.training
@@ -135,7 +160,8 @@ def _is_plain(model: nn.Module, head: nn.Linear) -> bool:
         model.eval()
         logits = model(input_ids=ids, **uncached(model)).logits
         hidden = inner(input_ids=ids, **uncached(model)).last_hidden_state
-        return bool(torch.equal(head(hidden), logits))
+        own = head(hidden)
+        return bool(torch.equal(own if cap is None else torch.tanh(own / cap) * cap, logits))
     except (AttributeError, TypeError, ValueError):
         return False
     finally:

@@ -1,14 +1,18 @@
 """Cross-entropy as a sum over weighted tokens; nothing is averaged here.
 
-    loss = Σ_n w_n · (logsumexp(z_n) − z_n[t_n])
+    loss = Σ_n w_n · l_n,   l_n = L_n − (1 − ε) z_n[t_n] − ε · mean z_n + ζ · L_n²,   L_n = logsumexp(z_n)
+
+with ε label smoothing (arXiv 1512.00567), ζ that of a z-loss (arXiv 2204.02311), both 0 where nothing is said, and
+logits z = u, or z = c · tanh(u / c) where a model caps them softly at c.
 
 `weighted_cross_entropy` is the plain form. `linear_cross_entropy` takes the hidden states before a
 frozen output head and never holds all logits: it goes by chunks of tokens and forms the gradient of
 the hidden states in the forward pass, where the chunk's probabilities are at hand,
 
-    ∂loss/∂h_n = w_n · (softmax(z_n) − onehot(t_n)) W,
+    ∂l_n/∂h_n = ((1 + 2 ζ L_n) · softmax(z_n) − (1 − ε) · onehot(t_n) − ε / V) ∘ (1 − (z_n / c)²) W,
 
-so that backward is one multiplication. The head gets no gradient: it is frozen. (The idea is that of
+so that backward is one multiplication, of each token by what it counts there: its weight in the sum, or what a loss of
+log-probabilities makes of it. The head gets no gradient: it is frozen. (The idea is that of
 Liger's fused linear cross-entropy and of Apple's cut cross-entropy, arXiv 2411.09009, without their
 gradient for the head.)
 
@@ -32,21 +36,42 @@ CUDA_CHUNK_BYTES = 256 * 2**20
 """On CUDA: some five hundred tokens of a large vocabulary, so that a product takes longer than reading the head."""
 
 
+class Form(NamedTuple):
+    """ε, ζ and c of the loss of a token."""
+
+    smoothing: float = 0.0
+    z_loss: float = 0.0
+    cap: float | None = None
+
+
+PLAIN = Form()
+
+
 class TokenLoss(NamedTuple):
-    """``loss`` is the weighted sum, a scalar with a gradient; per token, without one, ``nll`` and whether
-    the target is the ``best`` guess."""
+    """``loss`` is the weighted sum, a scalar, and ``each`` what it sums, per token, both with a gradient; per token,
+    without one, ``nll``, which is −log p whatever the form, and whether the target is the ``best`` guess."""
 
     loss: Tensor
     nll: Tensor
     best: Tensor
+    each: Tensor
 
 
-def weighted_cross_entropy(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor) -> TokenLoss:
+def weighted_cross_entropy(
+    logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor, form: Form = PLAIN
+) -> TokenLoss:
     """The plain form, computed in fp32, or in fp64 where the logits are."""
-    wide = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-    nll_N = F.cross_entropy(wide, targets_N, reduction="none")
-    loss = (nll_N * weights_N.to(nll_N.dtype)).sum()
-    return TokenLoss(loss, nll_N.detach(), logits_NV.detach().argmax(dim=-1) == targets_N)
+    z_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    if form.cap is not None:
+        z_NV = torch.tanh(z_NV / form.cap) * form.cap
+    nll_N = each_N = F.cross_entropy(z_NV, targets_N, reduction="none")
+    if form.smoothing:
+        each_N = F.cross_entropy(z_NV, targets_N, reduction="none", label_smoothing=form.smoothing)
+    if form.z_loss:
+        each_N = each_N + form.z_loss * z_NV.logsumexp(-1).square()
+    loss = (each_N * weights_N.to(each_N.dtype)).sum()
+    best_N = logits_NV.detach().argmax(dim=-1) == targets_N
+    return TokenLoss(loss, nll_N.detach(), best_N, each_N)
 
 
 def linear_cross_entropy(
@@ -55,6 +80,7 @@ def linear_cross_entropy(
     targets_N: Tensor,
     weights_N: Tensor,
     bias_V: Tensor | None = None,
+    form: Form = PLAIN,
     *,
     chunk: int | None = None,
 ) -> TokenLoss:
@@ -65,11 +91,11 @@ def linear_cross_entropy(
     """
     most = CUDA_CHUNK_BYTES if hidden_NC.is_cuda else CHUNK_BYTES
     rows = chunk or max(most // (4 * head_VC.shape[0]), 1)
-    return TokenLoss(
-        *_LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden_NC, head_VC.detach(), targets_N, weights_N, bias_V, rows
-        )
+    each_N, nll_N, best_N = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden_NC, head_VC.detach(), targets_N, bias_V, form, rows
     )
+    loss = (each_N * weights_N.to(each_N.dtype)).sum()
+    return TokenLoss(loss, nll_N, best_N, each_N)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -79,12 +105,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_NC: Tensor,
         head_VC: Tensor,
         targets_N: Tensor,
-        weights_N: Tensor,
         bias_V: Tensor | None,
+        form: Form,
         rows: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(hidden_NC.dtype, torch.float32)
-        nll_N = torch.empty(len(hidden_NC), dtype=wide, device=hidden_NC.device)
+        each_N = torch.empty(len(hidden_NC), dtype=wide, device=hidden_NC.device)
+        nll_N = torch.empty_like(each_N)
         best_N = torch.empty(len(hidden_NC), dtype=torch.bool, device=hidden_NC.device)
         needed = ctx.needs_input_grad[0]
         widens = products.widens(hidden_NC)
@@ -93,35 +120,56 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(start, start + rows)
             given = hidden_NC[part].float() if widens else hidden_NC[part]
             logits = (products.wide_linear if widens else F.linear)(given, head_VC, bias_V)
-            nll_N[part], best_N[part], probabilities = _nll(logits, targets_N[part], wide)
-            if grad_NC is not None:
-                # One is taken off before rounding to the head's dtype: where the model is sure, the
-                # difference is far smaller than either term.
-                probabilities[torch.arange(len(logits), device=logits.device), targets_N[part]] -= 1
-                if widens:
-                    grad = products.wide_times(probabilities, head_VC)
-                else:
-                    grad = probabilities.to(head_VC.dtype) @ head_VC
-                grad_NC[part] = grad * weights_N[part, None].to(grad.dtype)
+            found = _token_loss(logits, targets_N[part], wide, form, slope=needed)
+            each_N[part], nll_N[part], best_N[part], slope = found
+            if grad_NC is None:
+                continue
+            if widens:
+                grad_NC[part] = products.wide_times(slope, head_VC)
+            else:
+                grad_NC[part] = slope.to(head_VC.dtype) @ head_VC
         ctx.save_for_backward(*(() if grad_NC is None else (grad_NC,)))
         ctx.mark_non_differentiable(nll_N, best_N)
-        return (nll_N * weights_N.to(wide)).sum(), nll_N, best_N
+        return each_N, nll_N, best_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         (grad_NC,) = ctx.saved_tensors
-        return grad_NC * outer[0].to(grad_NC.dtype), None, None, None, None, None
+        return (grad_NC * outer[0][:, None]).to(grad_NC.dtype), None, None, None, None, None
 
 
-def _nll(logits: Tensor, targets: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """nll, hits and probabilities from one softmax: logsumexp(z) = max z − log max softmax(z). Logits are used up."""
+def _token_loss(
+    logits: Tensor, targets: Tensor, wide: torch.dtype, form: Form, *, slope: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, nll, hits, and (if asked) the loss's slope in the logits, from one softmax:
+    logsumexp(z) = max z − log max softmax(z). Logits are used up."""
+    steep = None
+    if form.cap is not None:
+        share = torch.tanh(logits.to(wide) / form.cap)
+        steep = 1 - share.square() if slope else None
+        logits = share.mul_(form.cap)
     top = logits.max(dim=-1, keepdim=True)
-    chosen = logits.gather(1, targets[:, None])
+    chosen = logits.gather(1, targets[:, None]).to(wide)
+    mean = logits.mean(-1, keepdim=True, dtype=wide) if form.smoothing else None
     if logits.dtype == wide:
-        probabilities = torch.softmax(logits, dim=-1, out=logits)
+        found = torch.softmax(logits, dim=-1, out=logits)
     else:
-        probabilities = torch.softmax(logits, dim=-1, dtype=wide)
-    largest = probabilities.gather(1, top.indices)
-    nll = (top.values.to(wide) - chosen.to(wide) - largest.log())[:, 0]
-    return nll, top.indices[:, 0] == targets, probabilities
+        found = torch.softmax(logits, dim=-1, dtype=wide)
+    log_sum = top.values.to(wide) - found.gather(1, top.indices).log()
+    nll = each = log_sum - chosen
+    if mean is not None:
+        each = log_sum - (1 - form.smoothing) * chosen - form.smoothing * mean
+    if form.z_loss:
+        each = each + form.z_loss * log_sum.square()
+    if slope:
+        if form.z_loss:
+            found.mul_(1 + 2 * form.z_loss * log_sum)
+        # Taken off before rounding to the head's dtype: where the model is sure, the difference is far smaller than
+        # either term.
+        found[torch.arange(len(found), device=found.device), targets] -= 1 - form.smoothing
+        if form.smoothing:
+            found.sub_(form.smoothing / found.shape[1])
+        if steep is not None:
+            found.mul_(steep)
+    return each[:, 0], nll[:, 0], top.indices[:, 0] == targets, found

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.kernels.products import autocast_dtype, no_autocast
-from trimtab.losses.cross_entropy import linear_cross_entropy
+from trimtab.losses.cross_entropy import Form, linear_cross_entropy
 
 Change = Callable[[Tensor], Tensor]
 
@@ -194,14 +194,14 @@ def _cross_entropy(
     logits: PromisedLogits, target: Any, weight: Any = None, size_average: Any = None, ignore_index: int = -100,
     reduce: Any = None, reduction: str = "mean", label_smoothing: float = 0.0,
 ) -> Tensor | None:  # fmt: skip
-    others = (weight, size_average, reduce, label_smoothing or None)
+    others = (weight, size_average, reduce)
     if any(other is not None for other in others) or reduction not in ("mean", "sum"):
         return None
     if logits.dim() != 2 or target.shape != logits.shape[:1] or target.dtype != torch.long:
         return None
     origin = logits._origin
     loss: Tensor = _Loss.apply(
-        logits._hidden, origin.hidden, target, (logits,), ignore_index, reduction
+        logits._hidden, origin.hidden, target, (logits,), ignore_index, reduction, label_smoothing
     )  # type: ignore[no-untyped-call]
     return loss.to(logits.dtype if autocast_dtype(logits) is None else torch.float32)
 
@@ -212,7 +212,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_NC: Tensor, first: Tensor, targets_N: Tensor, logits: tuple[PromisedLogits], ignored: int,
-        reduction: str,
+        reduction: str, smoothing: float,
     ) -> Tensor:  # fmt: skip
         index = (targets_N != ignored).nonzero()[:, 0]
         some = len(index) < len(targets_N)
@@ -221,11 +221,17 @@ class _Loss(torch.autograd.Function):
         weight_VC, bias_V = logits[0]._origin.head
         with torch.enable_grad(), no_autocast(picked):
             ones = torch.ones_like(targets, dtype=torch.float32)
-            loss = linear_cross_entropy(picked, weight_VC, targets, ones, bias_V).loss
+            form = Form(smoothing)
+            loss = linear_cross_entropy(picked, weight_VC, targets, ones, bias_V, form).loss
         (grad,) = torch.autograd.grad(loss, picked)
         ctx.save_for_backward(grad, index if some else None, targets_N)
         ctx.shape, ctx.divisor = hidden_NC.shape, len(index) if reduction == "mean" else 1
-        ctx.logits, ctx.options = logits, {"ignore_index": ignored, "reduction": reduction}
+        ctx.logits = logits
+        ctx.options = {
+            "ignore_index": ignored,
+            "reduction": reduction,
+            "label_smoothing": smoothing,
+        }
         return loss.detach() / ctx.divisor
 
     @staticmethod
@@ -240,10 +246,10 @@ class _Loss(torch.autograd.Function):
             found = torch.autograd.grad(
                 loss, logits._origin.hidden, outer[0], retain_graph=True, create_graph=twice
             )
-            return None, *found, None, None, None, None
+            return None, *found, None, None, None, None, None
         grad = grad * (outer[0] / ctx.divisor).to(grad.dtype)
         whole = grad if index is None else grad.new_zeros(ctx.shape).index_copy_(0, index, grad)
-        return whole, None, None, None, None, None
+        return whole, None, None, None, None, None, None
 
 
 _PROPERTIES = (

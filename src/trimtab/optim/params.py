@@ -1,4 +1,4 @@
-"""What one optimiser step of one adapter is told, and what training keeps where. No torch here."""
+"""What is learnt by a step, what its optimiser is told, and what training keeps where. No torch here."""
 
 from __future__ import annotations
 
@@ -27,6 +27,16 @@ class AdamParams(Config):
     clip: float | None = Field(default=1.0, gt=0)
     ema: float | None = Field(default=None, gt=0, lt=1)
     total: int | None = Field(default=None, ge=1)
+
+
+class CrossEntropy(Config):
+    """−log p of each target, and what keeps a model from growing too sure of itself. Losses that are reported are
+    −log p alone."""
+
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """This share of every target is spread evenly over the vocabulary (arXiv 1512.00567), such as 0.1."""
+    z_loss: float = Field(default=0.0, ge=0)
+    """Times the square of log Σ exp(logits), which stays near zero then (arXiv 2204.02311), such as 1e-4."""
 
 
 Place = Literal["device", "host"]

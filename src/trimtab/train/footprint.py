@@ -161,7 +161,7 @@ class _Run:
         account.phase("training", micro.batch.input_ids.numel())
         engine.micro_tokens = max(engine.micro_tokens, *map(len, members))
         engine.packed = micro.packed
-        engine.forward_backward(members, name)
+        engine.forward_backward(members, name, self.recipe.loss)
         trained = [t for t in self.adapter.tensors.values() if isinstance(t, nn.Parameter)]
         account.hold([t.grad for t in trained], "gradients")
         optim = self.recipe.optim

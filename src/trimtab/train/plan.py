@@ -193,7 +193,7 @@ class _Probe:
     def _step(self, members: Sequence[Datum]) -> float:
         began = time.perf_counter()
         self.engine.micro_tokens = max(self.recipe.batch.micro_tokens, *map(len, members))
-        self.engine.forward_backward(members, self.name)
+        self.engine.forward_backward(members, self.name, self.recipe.loss)
         optim = self.recipe.optim
         self.engine.optim_step(self.name, optim.params(optim.lr or 1e-9))
         self._wait()

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from trimtab.config import Config
 from trimtab.models.storage import BLOCKS, check_storage
-from trimtab.optim.params import AdamParams, Memory
+from trimtab.optim.params import AdamParams, CrossEntropy, Memory
 from trimtab.optim.schedule import ScheduleName, learning_rate, part_of
 
 DEFAULT_METHOD = "lora"
@@ -263,6 +263,8 @@ class Recipe(Config):
     """Passes over the data."""
     steps: int | None = Field(default=None, ge=1)
     """Stop after so many steps, or go on for so many, whatever epochs says."""
+    loss: CrossEntropy = CrossEntropy()
+    """What is learnt of each token, beside the likelihood that is reported."""
     optim: OptimRecipe = OptimRecipe()
     """The optimiser and its schedule."""
     batch: BatchRecipe = BatchRecipe()

@@ -283,7 +283,7 @@ class Run:
         lengths = [len(datum) for datum in members]
         self.engine.micro_tokens = max(recipe.batch.micro_tokens, *lengths)
         lr = recipe.optim.rate(progress.step, self.total)
-        loss: LossResult = self.engine.forward_backward(members, name)
+        loss: LossResult = self.engine.forward_backward(members, name, recipe.loss)
         done: StepResult = self.engine.optim_step(name, recipe.optim.params(lr, self.total))
         seconds = time.perf_counter() - began
         progress.step += 1
