@@ -28,16 +28,16 @@ NAMES = (
     "classify",
     "scoring",
 )
-ON_CUDA = ("dequantise", "gpu")
-"""Those that measure nothing without a GPU; they are run by name alone."""
+APART = ("dequantise", "gpu", "side_by_side")
+"""Those that are run by name alone: two that measure nothing without a GPU, and the table of what was measured."""
 
 
 def main(argv: list[str]) -> int:
     """Run the named benchmark, or all with the same options."""
     chosen = NAMES
     if argv and not argv[0].startswith("-"):
-        if argv[0] not in NAMES + ON_CUDA:
-            known = ", ".join(NAMES + ON_CUDA)
+        if argv[0] not in NAMES + APART:
+            known = ", ".join(NAMES + APART)
             print(f"no benchmark {argv[0]!r}; there are: {known}", file=sys.stderr)
             return 2
         chosen, argv = (argv[0],), argv[1:]

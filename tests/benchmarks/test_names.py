@@ -12,4 +12,4 @@ def test_commands_in_docstrings_are_known() -> None:
     folder = Path(command.__file__).parent
     texts = [path.read_text(encoding="utf-8") for path in folder.glob("*.py")]
     said = {name for text in texts for name in re.findall(r"python -m benchmarks ([a-z]\w+)", text)}
-    assert said == {*command.NAMES, *command.ON_CUDA}
+    assert said == {*command.NAMES, *command.APART}

@@ -149,7 +149,7 @@ def _forward(x: Tensor, how: _How, tensors: Sequence[Tensor | None]) -> tuple[li
     if how.share:
         given = (x * how.masks(x, torch.default_generator)).reshape(flat.shape)
     inner_NQ = x.new_empty(len(flat), len(a_QI))
-    found = [x.new_empty(len(flat), len(part.b_OR)) for part in parts]
+    found = [x.new_empty(len(flat), len(part.b_OR)) for part in parts] if wide else []
     for rows in _slices(len(flat), whole=not wide):
         x_NI, given_NI = flat[rows], given[rows]
         if wide:
@@ -164,7 +164,7 @@ def _forward(x: Tensor, how: _How, tensors: Sequence[Tensor | None]) -> tuple[li
             if wide:
                 found[place][rows] = y_NO
             else:
-                found[place] = y_NO
+                found.append(y_NO)
     # no views, which autograd would forbid to be written in place
     shaped = [torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])) for y in found]
     return shaped, inner_NQ
@@ -196,7 +196,7 @@ def _backward(
     dbs = [part.b_OR.new_zeros(part.b_OR.shape[::-1]) for part in parts]
     masks = how.masks(x) if how.share else None
     given = (x if masks is None else x * masks).reshape(-1, x.shape[-1])
-    dx = x.new_empty(given.shape) if into_x else None
+    dx = x.new_empty(given.shape) if into_x and wide else None
     beside = torch.empty_like(given) if into_x and masks is not None else None
     grads = [grad.reshape(-1, grad.shape[-1]) for grad in outer]
     for rows in _slices(len(given), whole=not wide):
@@ -215,16 +215,16 @@ def _backward(
         if wide:
             given_NI = products.scratch("g", *given_NI.shape).copy_(given_NI)
         da_QI.addmm_(slopes_NQ.T, given_NI)
-        if part_NI is None or dx is None:
+        if part_NI is None:
             continue
         if beside is not None:
             beside[rows] = slopes_NQ @ a_QI
         else:
             part_NI.addmm_(slopes_NQ, a_QI)
-        if wide:
-            dx[rows] = part_NI
-        else:
+        if dx is None:
             dx = part_NI
+        else:
+            dx[rows] = part_NI
     if dx is not None:
         if beside is not None and masks is not None:
             dx += beside.mul_(masks.reshape(beside.shape))
@@ -270,6 +270,6 @@ def _of_each(x_NQ: Tensor, parts: Sequence[_Part]) -> Sequence[Tensor]:
 
 
 def _slices(count: int, *, whole: bool) -> Iterator[slice]:
-    """Such rows as are widened at a time."""
-    step = count if whole else products.ROWS
-    return (slice(start, start + step) for start in range(0, count, max(step, 1)))
+    """Such rows as are widened at a time; a slice of nothing where there are none."""
+    step = max(count, 1) if whole else products.ROWS
+    return (slice(start, start + step) for start in range(0, max(count, 1), step))
