@@ -74,14 +74,14 @@ def _beside_plain(device: str) -> Iterator[tuple[tuple[str, Tensor, Tensor], tor
 
 def _each_way() -> Iterator[None]:
     """By the kernels, on whatever device; then by plain torch."""
-    before, rows = frozen_blocks.triton_for, frozen_blocks._rows
+    before, rows = frozen_blocks.triton_for, frozen_blocks.by_rows
     try:
-        frozen_blocks.triton_for, frozen_blocks._rows = (lambda _: True), _never
+        frozen_blocks.triton_for, frozen_blocks.by_rows = (lambda _: True), _never
         yield
-        frozen_blocks.triton_for, frozen_blocks._rows = (lambda _: False), rows
+        frozen_blocks.triton_for, frozen_blocks.by_rows = (lambda _: False), rows
         yield
     finally:
-        frozen_blocks.triton_for, frozen_blocks._rows = before, rows
+        frozen_blocks.triton_for, frozen_blocks.by_rows = before, rows
 
 
 def _never(*_: Tensor) -> Any:

@@ -82,7 +82,7 @@ def test_elsewhere_than_on_a_cpu_plain_torch_takes_all_rows_at_once(
 ) -> None:
     monkeypatch.setattr(frozen_blocks, "BLOCK", 1)
     x, weight = (torch.ones(*shape, device="meta") for shape in ((7, 24), (24,)))
-    assert len(list(frozen_blocks._rows(x, x))) == 1
+    assert len(list(frozen_blocks.by_rows(x, x))) == 1
     x.requires_grad_()
     y = gated_product(rms_norm(x, weight, 1e-6, "before"), x, F.silu)
     (grad,) = torch.autograd.grad(y.sum(), x)

@@ -76,7 +76,7 @@ class _RmsNorm(torch.autograd.Function):
             return dx, None, None, None
         wide_C = weight_C.float() + (1 if ctx.rounding == "offset" else 0)
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-        for x_NC, grad_NC, dx_NC in _rows(x, grad, dx):
+        for x_NC, grad_NC, dx_NC in by_rows(x, grad, dx):
             normal_NC, scale_N1 = _standardised(x_NC, ctx.epsilon)
             slope_NC = grad_NC.float() * wide_C
             mean_N1 = (slope_NC * normal_NC).mean(-1, keepdim=True)
@@ -89,7 +89,7 @@ def _normed(x: Tensor, weight_C: Tensor, epsilon: float, rounding: Rounding) -> 
         return kernels.rms_norm(x, weight_C, epsilon, rounding)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     offset_C = 1.0 + weight_C.float() if rounding == "offset" else None
-    for x_NC, y_NC in _rows(x, y):
+    for x_NC, y_NC in by_rows(x, y):
         normal_NC, _ = _standardised(x_NC, epsilon)
         if offset_C is not None:
             y_NC.copy_(normal_NC.mul_(offset_C))
@@ -140,7 +140,7 @@ class _GatedProduct(torch.autograd.Function):
         dgate, dup = (
             torch.empty_like(t, memory_format=torch.contiguous_format) for t in (gate, up)
         )
-        for gate_NC, up_NC, grad_NC, dgate_NC, dup_NC in _rows(gate, up, grad, dgate, dup):
+        for gate_NC, up_NC, grad_NC, dgate_NC, dup_NC in by_rows(gate, up, grad, dgate, dup):
             given_NC = gate_NC.detach().requires_grad_()
             with torch.enable_grad():
                 active_NC = ctx.activation(given_NC)
@@ -155,7 +155,7 @@ def _gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
     if kind is not None and (kernels := _kernels(gate, up)):
         return kernels.gated_product(gate, up, kind)
     y = torch.empty_like(up, memory_format=torch.contiguous_format)
-    for gate_NC, up_NC, y_NC in _rows(gate, up, y):
+    for gate_NC, up_NC, y_NC in by_rows(gate, up, y):
         torch.mul(activation(gate_NC), up_NC, out=y_NC)
     return y
 
@@ -170,7 +170,7 @@ def _kernels(*tensors: Tensor) -> Any:
     return fused_blocks
 
 
-def _rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def by_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Tensors of one shape, by blocks of rows; elsewhere than on a CPU in one piece."""
     flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
     rows = max(BLOCK // flat[0].shape[-1], 1) if flat[0].device.type == "cpu" else len(flat[0])

@@ -22,6 +22,7 @@ from torch import Tensor
 from trimtab.adapt.contract import At, Layer, Method, Params, Place, Spec, copy_of
 from trimtab.adapt.lowrank import BIASES, LowRank
 from trimtab.errors import UnsupportedError
+from trimtab.kernels.channels import stretched
 
 
 @final
@@ -66,9 +67,9 @@ class DoRA(LowRank):
             return super().leave(p, y, at)
         change = at.kept("change", lambda: self._factor(p, at.layer) - 1)
         bias = at.layer.bias()
-        scaled = y if bias is None else y - at.layer.over_out(bias.to(y.dtype))
-        # In a narrow dtype factor − 1 has as many digits as a factor near 1 would have lost.
-        return torch.addcmul(y, scaled, at.layer.over_out(change.to(y.dtype)))
+        return stretched(
+            y, at.layer.over_out(change), None if bias is None else at.layer.over_out(bias)
+        )
 
     def merged(self, p: Params, layer: Layer, role: str) -> tuple[Tensor, Tensor | None] | None:
         if role in BIASES:
