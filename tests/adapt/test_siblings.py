@@ -24,9 +24,9 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     plain = fusing.changed_linear
 
-    def noted(x: Tensor, *layers: Any) -> Any:
+    def noted(x: Tensor, *layers: Any, **named: Any) -> Any:
         found.append(len(layers))
-        return plain(x, *layers)
+        return plain(x, *layers, **named)
 
     monkeypatch.setattr(fusing, "changed_linear", noted)
     return found

@@ -39,7 +39,7 @@ def drawn(dtype: torch.dtype, rows: tuple[int, ...] = (3, 67)) -> tuple[Tensor, 
 
 
 def alone(x: Tensor, weight: Any, bias: Tensor, change: Change) -> Tensor:
-    (y,) = changed_linear(x, Changed(Frozen(weight, bias), change))
+    (y,) = changed_linear(x, Changed(Frozen(weight, bias), [change]))
     return y
 
 
@@ -129,8 +129,8 @@ def test_under_autocast_products_are_in_the_dtype_of_the_layer(wide: bool) -> No
 def test_layers_that_read_the_same_x_are_computed_at_once(dtype: torch.dtype, wide: bool) -> None:
     x, weight, bias, a, b, grad = drawn(dtype)
     few = (weight[:16], bias[:16], a[:2] * 2, b[:16, :2] * 3, grad[..., :16])  # other shapes
-    first = Changed(Frozen(weight, bias), Change(a, b, SCALE))
-    second = Changed(Frozen(lambda dtype: few[0].to(dtype)), Change(few[2], few[3], 0.4))
+    first = Changed(Frozen(weight, bias), [Change(a, b, SCALE)])
+    second = Changed(Frozen(lambda dtype: few[0].to(dtype)), [Change(few[2], few[3], 0.4)])
     ys = changed_linear(x, first, second)
     dx, *factors = torch.autograd.grad(ys, (x, a, b), (grad, few[4]))
     y, of_first, *found = exact((x, weight, bias, a, b, grad))
@@ -149,8 +149,8 @@ def test_gradients_of_gradients_of_several_layers() -> None:
     x, weight, bias, a, b, _ = drawn(torch.float64, (4,))
 
     def layers(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
-        first = Changed(Frozen(weight, bias), Change(a, b, SCALE))
-        return changed_linear(x, first, Changed(Frozen(weight * 2), Change(a * 3, b, SCALE)))
+        first = Changed(Frozen(weight, bias), [Change(a, b, SCALE)])
+        return changed_linear(x, first, Changed(Frozen(weight * 2), [Change(a * 3, b, SCALE)]))
 
     assert torch.autograd.gradcheck(layers, (x, a, b))
     assert torch.autograd.gradgradcheck(layers, (x, a, b))
@@ -158,6 +158,48 @@ def test_gradients_of_gradients_of_several_layers() -> None:
 
 def test_layers_with_dropout_come_alone() -> None:
     x, weight, bias, a, b, _ = drawn(torch.float32)
-    layer = Changed(Frozen(weight, bias), Change(a, b, SCALE, 0.1))
+    layer = Changed(Frozen(weight, bias), [Change(a, b, SCALE, 0.1)])
     with pytest.raises(ValueError, match="one by one"):
         changed_linear(x, layer, layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_segments_of_rows_have_changes_of_their_own(dtype: torch.dtype, wide: bool) -> None:
+    """One, none, another, none of any row, and one that the second layer alone has."""
+    x, weight, bias, a, b, grad = drawn(dtype)
+    counts = [80, 30, 61, 0, 30]
+    other = Change(a[:2] * 2, b[:, :2] * 3, 0.4)
+    one = Change(a, b, SCALE)
+    first = Changed(Frozen(weight, bias), [one, None, other, one, None])
+    few = [None, None, Change(a, b[:9], 1.0), None, Change(a, b[:9], 2.0)]
+    second = Changed(Frozen(weight[:9] * 2), few)
+    ys = changed_linear(x, first, second, counts=counts)
+    got = torch.autograd.grad(ys, (x, a, b), (grad, grad[..., :9]))
+    wx, wa, wb = (t.detach().double().requires_grad_() for t in (x, a, b))
+
+    def change(rows: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        return scale * F.linear(F.linear(rows, a), b)
+
+    flat = wx.flatten(0, -2)
+    want = [F.linear(wx, weight.double(), bias.double()), F.linear(wx, weight[:9].double() * 2)]
+    moved = [torch.zeros_like(y.flatten(0, -2)) for y in want]
+    moved[0][:80] = change(flat[:80], wa, wb, SCALE)
+    moved[0][110:171] = change(flat[110:171], wa[:2] * 2, wb[:, :2] * 3, 0.4)
+    moved[1][110:171] = change(flat[110:171], wa, wb[:9], 1.0)
+    moved[1][171:] = change(flat[171:], wa, wb[:9], 2.0)
+    want = [y + m.view_as(y) for y, m in zip(want, moved, strict=True)]
+    near([*ys], [y.detach() for y in want], dtype)
+    slopes = (grad.double(), grad[..., :9].double())
+    near([*got], [*torch.autograd.grad(want, (wx, wa, wb), slopes)], dtype)
+
+
+def test_gradients_of_gradients_of_segments() -> None:
+    x, weight, bias, a, b, _ = drawn(torch.float64, (5,))
+
+    def layer(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        changes = [Change(a, b, SCALE), None, Change(a * 3, b, 0.5)]
+        (y,) = changed_linear(x, Changed(Frozen(weight, bias), changes), counts=[2, 1, 2])
+        return y
+
+    assert torch.autograd.gradcheck(layer, (x, a, b))
+    assert torch.autograd.gradgradcheck(layer, (x, a, b))

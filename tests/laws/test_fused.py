@@ -14,14 +14,14 @@ from tests.tiny import CASES, output
 from trimtab.adapt import fusing
 
 METHODS = ("lora(rank=3)", "lora(rank=2, dropout=0.3, rslora=True)", "dora(rank=3)")
-OUTPUTS = fusing.outputs
+OUTPUT = fusing.output
 
 
 def _noted(times: list[bool], *, apart: bool) -> Callable[..., Any]:
-    """`fusing.outputs` (or none of it), that notes whether it did anything."""
+    """`fusing.output` (or none of it), that notes whether it did anything."""
 
-    def noted(*given: Any, **named: Any) -> Any:
-        made = None if apart else OUTPUTS(*given, **named)
+    def noted(*given: Any) -> Any:
+        made = None if apart else OUTPUT(*given)
         times.append(made is not None)
         return made
 
@@ -38,7 +38,7 @@ def test_values_and_gradients(
     found = []
     for apart in (True, False):
         times: list[bool] = []
-        monkeypatch.setattr(fusing, "outputs", _noted(times, apart=apart))
+        monkeypatch.setattr(fusing, "output", _noted(times, apart=apart))
         model, inputs = CASES[family].model().train(), CASES[family].inputs()
         adapter, other = (tt.attach(model, method, name) for name in ("a", "b"))
         with torch.no_grad():

@@ -152,6 +152,19 @@ class Layout:
         self.shape = shape
         self.inverse = inverse
 
+    @property
+    def whole(self) -> bool:
+        """Whether there is one part, shaped as the tensor is."""
+        return len(self.parts) == 1 and not self.parts[0].flat
+
+    def rows(self, x: Tensor) -> Tensor:
+        """x without its leading axes, its rows in the order of the parts."""
+        return torch.cat([part.take(x).flatten(0, -2) for part in self.parts])
+
+    def counts(self, x: Tensor) -> list[int]:
+        """How many of these rows each part has."""
+        return [part.take(x).shape[:-1].numel() for part in self.parts]
+
     def join(self, pieces: Sequence[Tensor]) -> Tensor:
         """The whole from the parts' tensors, in the original order."""
         whole = pieces[0] if len(pieces) == 1 else torch.cat(tuple(pieces))

@@ -204,9 +204,9 @@ class LayerSite(SiteBase):
         given = split.join(entered) if changed else x
         if not self._hooked:
             if alone and not changed:
-                made = fusing.outputs(self, stacks, pieces, whole=_is_whole(split))
+                made = fusing.output(self, x, split, stacks)
                 if made is not None:
-                    return _whole_of(made, split)
+                    return made
             with self.room():
                 y = call(given)
             return self._after(stacks, split, y)
@@ -252,10 +252,10 @@ class LayerSite(SiteBase):
         return y if rest is None else (y, *rest)
 
     def _leave(self, stacks: Sequence[Sequence[Bound]], split: Layout, y: Tensor) -> Tensor:
-        if _is_whole(split):
+        if split.whole:
             return leave(stacks[0], y)
         left = [leave(stack, part.take(y)) for stack, part in zip(stacks, split.parts, strict=True)]
-        return _whole_of(left, split)
+        return split.join(left)
 
     def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
         """The tensor that edits see, and a function that calls the layer with another in its place."""
@@ -265,14 +265,6 @@ class LayerSite(SiteBase):
             if isinstance(value, Tensor):
                 return value, lambda x, key=key: self.frozen(**{**kwargs, key: x})
         raise TargetError(f"{self.path} was called without a tensor; it cannot hold an adapter.")
-
-
-def _is_whole(split: Layout) -> bool:
-    return len(split.parts) == 1 and not split.parts[0].flat
-
-
-def _whole_of(pieces: Sequence[Tensor], split: Layout) -> Tensor:
-    return pieces[0] if _is_whole(split) else split.join(pieces)
 
 
 @final
