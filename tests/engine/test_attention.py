@@ -135,3 +135,22 @@ def test_the_model_is_called_as_before_afterwards() -> None:
         engine.forward_backward(kit.datums(), "a")
     hook.remove()
     assert base.model.config._attn_implementation == "sdpa"
+
+
+def test_a_prefix_needs_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    leads: list[int] = []
+    plain = injected.blocked_attention
+
+    def noted(*given: Any, lead: int, **named: Any) -> Tensor:
+        leads.append(lead)
+        return plain(*given, lead=lead, **named)
+
+    monkeypatch.setattr(injected, "blocked_attention", noted)
+    monkeypatch.setattr(injected, "_own_mask", None)  # nobody asks for it
+    gradients(METHODS["prefix"], dtype=torch.bfloat16)
+    assert set(leads) == {3}
+    base = kit.base()
+    attach(base.model, METHODS["prefix"], "a")
+    leads.clear()
+    base.model(input_ids=torch.arange(40).view(2, 20))
+    assert set(leads) == {3}

@@ -194,3 +194,47 @@ def test_little_more_than_what_was_given_is_kept_for_backward() -> None:
     given = {t.untyped_storage().data_ptr() for t in (*inputs, out)}
     more = [t for t in kept if t.untyped_storage().data_ptr() not in given]
     assert [t.numel() for t in more] == [4 * 50]
+
+
+@pytest.mark.parametrize("ends", [None, [150, 190, 300], [70, 150, 230, 231, 300]])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "all see all"])
+def test_keys_that_lead_are_seen_by_all(
+    ends: list[int] | None, causal: bool, dtype: torch.dtype
+) -> None:
+    q, k, v = drawn((2, 4, 2, 150, 8, 12), dtype)
+    lead_k, lead_v = (torch.randn(2, 2, 5, width).to(dtype).requires_grad_() for width in (8, 12))
+    inputs = q, k, v, lead_k, lead_v
+    keys, values = torch.cat([lead_k, k], 2), torch.cat([lead_v, v], 2)
+    document = torch.zeros(300, dtype=torch.long)
+    for end in ends or [150]:
+        document[end:] += 1
+    document = document.view(2, 150)
+    mask = document[:, :, None] == document[:, None]
+    mask = mask & torch.ones(150, 150).tril().bool() if causal else mask
+    mask = F.pad(mask, (5, 0), value=True)
+    wide = [t.double() for t in (q, keys, values)]
+    expected = F.scaled_dot_product_attention(*wide, mask[:, None], scale=0.3, enable_gqa=True)
+    outer = torch.randn(2, 150, 4, 12, dtype=torch.float64).to(dtype)
+    found = blocked_attention(q, keys, values, 0.3, ends, lead=5, causal=causal)
+    close = 1e-12 if dtype == torch.float64 else 2e-2
+    pairs = [(found, expected.transpose(1, 2))]
+    pairs += zip(
+        torch.autograd.grad(found, inputs, outer),
+        torch.autograd.grad(expected.transpose(1, 2), inputs, outer.double()),
+        strict=True,
+    )
+    for mine, other in pairs:
+        assert (mine.double() - other.double()).norm() <= close * other.double().norm()
+
+
+def test_keys_that_lead_beside_rows_of_several_lengths() -> None:
+    q, k, v = drawn((3, 4, 2, 20, 8, 8))
+    lead = torch.randn(3, 2, 4, 8, dtype=torch.float64)
+    keys, values = torch.cat([lead, k], 2), torch.cat([lead * 2, v], 2)
+    lengths = [20, 7, 13]
+    found = blocked_attention(q, keys, values, 0.3, lengths=lengths, lead=4, causal=False)
+    seen = torch.arange(20) < torch.tensor(lengths)[:, None]
+    mask = F.pad(seen, (4, 0), value=True)[:, None, None]
+    expected = F.scaled_dot_product_attention(q, keys, values, mask, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(found, expected.transpose(1, 2))

@@ -35,6 +35,8 @@ from trimtab.kernels.attention import blocked_attention
 KEYWORD = "trimtab_injected"
 DOCUMENTS = "trimtab_documents"
 """Where a model is told of packed documents (`Documents`); it hands the word on to its attention."""
+LEAD = "trimtab_lead"
+"""Where attention is told how many keys stand before the text."""
 OURS = {"sdpa": "trimtab_sdpa", "eager": "trimtab_eager"}
 """Attention functions of transformers -> ours around them."""
 
@@ -212,7 +214,14 @@ def _attend(inner: Callable[..., Any], module: nn.Module, query: Tensor, key: Te
     if caught is not None:
         caught[injected.path] = key, value
     beside = [_beside(injected, entry, query, kwargs.get("scaling")) for entry in injected.beside]
-    if injected.before:
+    if (
+        injected.before
+        and inner is _by_documents
+        and _leads(injected, module, query, key, mask, args, kwargs)
+    ):
+        key, value, count = _led(injected, key, value)
+        kwargs[LEAD] = count
+    elif injected.before:
         rows, _, length, _ = query.shape
         mask, key, value = _own_mask(module, mask, query, key, value, kwargs)
         visible = injected.visible(rows, length, query.device, kwargs.get("sliding_window"))
@@ -221,13 +230,34 @@ def _attend(inner: Callable[..., Any], module: nn.Module, query: Tensor, key: Te
             visible = torch.zeros_like(visible, dtype=mask.dtype).masked_fill(~visible, least)
         visible = visible.expand(rows, 1, length, -1)
         mask = torch.cat([visible, mask.expand(rows, 1, length, mask.shape[-1])], dim=-1)
-        key = torch.cat([injected.tokens(lambda entry: entry.keys, key), key], dim=2)
-        value = torch.cat([injected.tokens(lambda entry: entry.values, value), value], dim=2)
+        key, value, _ = _led(injected, key, value)
         bias = kwargs.get("position_bias")
         if bias is not None:
             kwargs["position_bias"] = injected.widened(bias)
     out = inner(module, query, key, value, mask, *args, **kwargs)
     return (sum(beside, out[0]), *out[1:]) if beside else out
+
+
+def _led(injected: Injected, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Keys and values with the virtual tokens before them, and how many these are."""
+    tokens = injected.tokens(lambda entry: entry.keys, key)
+    values = injected.tokens(lambda entry: entry.values, value)
+    return torch.cat([tokens, key], 2), torch.cat([values, value], 2), tokens.shape[2]
+
+
+def _leads(injected: Injected, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None,
+           args: Any, kwargs: dict[str, Any]) -> bool:  # fmt: skip
+    """Whether every position of a text that attends to itself sees all virtual tokens, and ours may do it."""
+    owner = injected.context.route.single
+    causal, dropout = _is_causal(module, kwargs), float(kwargs.get("dropout") or 0.0)
+    return (
+        mask is None
+        and owner is not None
+        and kwargs.get("sliding_window") is None
+        and all(entry.owner == owner and entry.keys.dim() == 2 for entry in injected.before)
+        and _plain(query, key, args, kwargs)
+        and _fits(query, documents=True, causal=causal, dropout=dropout)
+    )
 
 
 def _beside(injected: Injected, entry: Beside, query: Tensor, scaling: float | None) -> Tensor:
@@ -280,22 +310,25 @@ def _by_documents(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, 
     """Scaled dot products: for documents by ours or, on CUDA, by torch's kernel that is told of them; and on a CPU by
     ours where it is the faster one."""
     documents: Documents | None = kwargs.pop(DOCUMENTS, None)
+    lead: int = kwargs.pop(LEAD, 0)
     causal = _is_causal(module, kwargs)
-    if mask is None and _plain(query, key, args, kwargs):
+    if mask is None and (lead or _plain(query, key, args, kwargs)):
         scale = kwargs.get("scaling")
         scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
         dropout = float(kwargs.get("dropout") or 0.0)
         told = documents is not None and documents.longest > 1 and causal and not dropout
-        if documents is not None and told and varlen.takes(query, key, value):
+        if documents is not None and told and not lead and varlen.takes(query, key, value):
             starts = documents.starts(query.device)
             given = query, key, value, scale, starts, documents.longest
             return varlen.documents_attention(*given), None
-        if _fits(query, documents=documents is not None, causal=causal, dropout=dropout):
+        ours = documents is not None or bool(lead)
+        if _fits(query, documents=ours, causal=causal, dropout=dropout):
             lengths = None if documents is None else documents.lengths
             ends = None if documents is None or lengths is not None else documents.ends
             out = blocked_attention(
-                query, key, value, scale, ends, lengths=lengths, causal=causal, dropout=dropout
-            )
+                query, key, value, scale, ends,
+                lengths=lengths, lead=lead, causal=causal, dropout=dropout,
+            )  # fmt: skip
             return out, None
     if mask is None and documents is not None:
         mask = documents.mask(query.shape[0], query.shape[2], query.device, causal)
