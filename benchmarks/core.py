@@ -28,7 +28,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,15 @@ class Spread:
         """Median and range."""
         middle, low, high = (scale * value for value in (self.median, self.low, self.high))
         return f"{middle:.{digits}f} ({low:.{digits}f} … {high:.{digits}f})"
+
+
+def spreads(value: Any) -> Any:
+    """What was read from JSON, with its medians and ranges as they were written."""
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {field.name for field in fields(Spread)}:
+        return Spread(**value)
+    return {key: spreads(each) for key, each in value.items()}
 
 
 class Worker:

@@ -20,7 +20,6 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -229,15 +228,6 @@ def tables(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _spreads(value: Any) -> Any:
-    """What was read from JSON, with its medians and ranges as they were written."""
-    if not isinstance(value, dict):
-        return value
-    if value.keys() == {field.name for field in fields(Spread)}:
-        return Spread(**value)
-    return {key: _spreads(each) for key, each in value.items()}
-
-
 def write(folder: Path, about: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """``face.json`` and ``face.md``; a part that was not measured now stays as it was in the former."""
     file = folder / "face.json"
@@ -249,7 +239,7 @@ def write(folder: Path, about: Mapping[str, Any], found: Mapping[str, Any]) -> N
         name: {**part, "of": f"{date}, commit {commit}, {about['rounds']} rounds"}
         for name, part in found.items()
     }
-    every = _spreads(before) | now
+    every = core.spreads(before) | now
     found = {name: every[name] for name in PARTS if name in every}
     head = (
         f"{place['cpu']}, {place['cores']} cores, {place['memory_gb']} GB. Python "

@@ -9,20 +9,22 @@
 Model, tokens and loop are those of `benchmarks.lora_step`; so is what is counted.
 
     python -m benchmarks other_steps                  measure all
-    python -m benchmarks other_steps --parts dora     measure some
+    python -m benchmarks other_steps --parts dora     measure some; the others stay as they were in the report
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import core, lora_step, steps
+from benchmarks import core, lora_step, report, steps
 from benchmarks.bars import bars
 from benchmarks.core import Side, Spread
 from benchmarks.lora_step import ADAPTER, LOSS_TOLERANCE, OURS
@@ -185,10 +187,20 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines.append("")
     for row in rows:
         lines.append(
-            f"- {row['part']}: {row['trained']:,} parameters trained; other processes took "
+            f"- {row['part']}: {row['of']}; {row['trained']:,} parameters trained; other processes took "
             f"{row['others'].text(0, 100)} % of the CPU time in the counted rounds"
         )
     return lines
+
+
+def _before(folder: Path) -> dict[str, Any]:
+    """What the report there holds, by part."""
+    file = folder / "other_steps.json"
+    if not file.is_file():
+        return {}
+    found = json.loads(file.read_text(encoding="utf-8"))
+    at_once = f"{found['date']}, commit {found['commit']}, {found['work']['rounds']} rounds"
+    return {row["part"]: {"of": at_once, **core.spreads(row)} for row in found["rows"]}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -199,21 +211,24 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     options = parser.parse_args(argv)
     work = Work(steps.model_folder(options.model), options.rows, options.tokens, options.rank)
-    rows = []
+    rows = _before(Path(options.out))
     for part in options.parts:
         print(f"other_steps, {part}", flush=True)
-        rows.append(measure(part, work, options))
+        date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+        of = f"{date}, commit {report.commit()}, {options.rounds} rounds"
+        rows[part] = {**measure(part, work, options), "of": of}
+    found = [rows[part] for part in PARTS if part in rows]
     title = (
         f"Steps of other methods and with recomputation, {Path(work.model).name}, bf16, {work.rows} × {work.tokens} "
         f"random tokens, {options.threads} threads"
     )
-    steps.write("other_steps", title, work, options, rows, table(rows), NOTES)
+    steps.write("other_steps", title, work, options, found, table(found), NOTES)
     groups = {
         row["part"]: {
             n: (s["rate"].median, f"{s['rate'].median:.0f} tokens/s")
             for n, s in row["sides"].items()
         }
-        for row in rows
+        for row in found
     }
     Path(options.out, "other_steps.svg").write_text(bars(groups, ours=OURS), encoding="utf-8")
     return 0

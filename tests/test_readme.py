@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import side_by_side
 from benchmarks.qlora_quality import means
 from tests.shown import run_commands, run_example, shown
 from trimtab.train import devices
@@ -59,47 +60,9 @@ def test_the_ratios_are_those_of_the_committed_benchmark() -> None:
             assert f"{ratio} ×" in README, ratio
 
 
-def test_the_ratios_of_another_machine_are_those_that_were_measured() -> None:
-    table = (ROOT / "benchmarks/results/lora_step_xeon.md").read_text(encoding="utf-8")
-    ((speed, memory),) = re.findall(
-        r"\*\*ratio\*\* \| \*\*([\d.]+) \([^|]*\*\* \| \*\*([\d.]+) \(", table
-    )
-    text = " ".join(README.split())
-    assert f"it takes {memory} × the memory" in text and f"it is {speed} × as fast" in text
-
-
-def test_the_trainer_of_another_machine_is_told_as_it_was_measured() -> None:
-    table = (ROOT / "benchmarks/results/face_trainer_xeon.md").read_text(encoding="utf-8")
-    ((speed, memory),) = re.findall(
-        r"\*\*ratio\*\* \| \*\*([\d.]+) \([^|]*\*\* \| \*\*([\d.]+) \(", table
-    )
-    text = " ".join(README.split())
-    assert f"it has {speed} times the tokens/s at {memory} times the peak memory" in text
-
-
-def test_classification_is_told_as_it_was_measured() -> None:
-    table = (ROOT / "benchmarks/results/classify.md").read_text(encoding="utf-8")
-    found = re.findall(
-        r"\| (\w+) \| (\w+) \|[^|]*\| \*\*ratio\*\* \| \*\*([\d.]+) \([^|]*\| \| \*\*([\d.]+)\*\*",
-        table,
-    )
-    speed = {(task, dtype): ratio for task, dtype, ratio, _ in found}
-    memory = {(task, dtype): ratio for task, dtype, _, ratio in found}
-    wide, narrow = ("articles", "float32"), ("articles", "bfloat16")
-    text = " ".join(README.split())
-    first = f"{speed[narrow]} × the examples/s at {memory[narrow]} × the memory in bf16"
-    assert f"{first}, {speed[wide]} × and {memory[wide]} × in fp32" in text
-    short = (speed["reviews", dtype] for dtype in ("bfloat16", "float32"))
-    assert "calls cost more than numbers, {} × and {} ×".format(*short) in text
-
-
-def test_fine_tuning_beside_trl_is_told_as_it_was_measured() -> None:
-    table = (ROOT / "benchmarks/results/sft.md").read_text(encoding="utf-8")
-    rows = re.findall(r"\*\*trimtab over [^|]*\| \*\*([\d.]+) [^|]*\| \| \*\*([\d.]+)\*\*", table)
-    text = " ".join(README.split())
-    (speed, memory), (kept_speed, kept_memory) = rows
-    assert f"{speed} × the examples/s" in text and f"at {memory} × its peak memory" in text
-    assert f"{kept_speed} × and {kept_memory} × with its checkpointing off" in text
+def test_the_table_of_speed_and_memory_is_that_of_the_results() -> None:
+    """`python -m benchmarks side_by_side` prints it."""
+    assert "\n".join(side_by_side.table()) in README
 
 
 def test_a_step_in_few_bits_is_told_as_it_was_measured() -> None:
@@ -153,14 +116,12 @@ def test_quality_in_four_bits_is_told_as_it_was_measured() -> None:
 def test_the_face_is_told_as_it_was_measured() -> None:
     parts = json.loads((ROOT / "benchmarks/results/face.json").read_text())["parts"]
     text = " ".join(README.split())
-    trainer, first = parts["trainer"], parts["meta"]["seconds"]
-    speed, memory = (trainer[f"{what}_ratio"]["median"] for what in ("speed", "memory"))
+    first = parts["meta"]["seconds"]
     assert f"{parts['load']['faster']['median']:.0f} times as fast" in text
     assert (
         f"{first['trimtab.peft']['first']['median']:.2f} s instead of {first['peft']['first']['median']:.2f}"
         in text
     )
-    assert f"{speed:.2f} times the tokens/s at {memory:.2f} times the peak memory" in text
     imports = parts["imports"]["seconds"]
     assert max(imports[name]["median"] for name in imports if "no " in name) < 1
 
