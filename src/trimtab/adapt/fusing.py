@@ -2,8 +2,8 @@
 
 A layer that is called before others with the same x (queries before keys and values, the gate of an MLP before its
 other half) computes these as well: x is then read once for all of them. They find theirs done when they are called; one
-that is called with anything else computes for itself, and is not computed early again. Where rows have different
-adapters, what is frozen is computed for all rows at once.
+that is called with anything else computes for itself. Where rows have different adapters, what is frozen is computed
+for all rows at once.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ ALIKE = (
     ("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1"),
 )  # fmt: skip
 """What transformers' families call layers of one module that see the same x, in the order of their calls."""
+ACROSS = ("cross", "encdec", "encoder_attn")
+"""What is in the name of an attention whose keys and values are those of another stack."""
 _AFTER = {name: names[place + 1 :] for names in ALIKE for place, name in enumerate(names)}
 
 
@@ -43,7 +45,6 @@ Stacks = Sequence[Sequence[Bound]]
 class Early(NamedTuple):
     """What a layer makes of an x before it is called with it, but for edits of what comes out."""
 
-    leader: LayerSite
     x: Tensor
     version: int
     stacks: Stacks
@@ -58,6 +59,8 @@ def arrange(sites: Mapping[str, nn.Module]) -> None:
     for path, site in sites.items():
         if isinstance(site, LayerSite):
             parent, dot, name = path.rpartition(".")
+            if any(word in parent.lower() for word in ACROSS):
+                continue
             after = [sites.get(f"{parent}{dot}{other}") for other in _AFTER.get(name, ())]
             site.siblings = tuple(other for other in after if isinstance(other, LayerSite))
 
@@ -76,17 +79,14 @@ def output(site: LayerSite, x: Tensor, split: Layout, stacks: Stacks) -> Tensor 
     layers = (own, *(changed for _, _, changed in others))
     y, *rest = changed_linear(given, *layers, counts=split.counts(x))
     for (other, theirs, _), done in zip(others, rest, strict=True):
-        site.bank.early[other] = Early(site, x, x._version, theirs, split, done)
+        site.bank.early[other] = Early(x, x._version, theirs, split, done)
     return _left(stacks, split, x, y)
 
 
 def early(site: LayerSite, x: Tensor) -> Tensor | None:
     """What was made of x for this layer already."""
     found = site.bank.early.pop(site, None)
-    if found is None:
-        return None
-    if found.x is not x or found.version != x._version:
-        found.leader.siblings = ()
+    if found is None or found.x is not x or found.version != x._version:
         return None
     return _left(found.stacks, found.split, x, found.y)
 
