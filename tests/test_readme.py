@@ -65,6 +65,14 @@ def test_the_table_of_speed_and_memory_is_that_of_the_results() -> None:
     assert "\n".join(side_by_side.table()) in README
 
 
+def test_growth_is_told_as_it_was_measured() -> None:
+    table = (ROOT / "benchmarks/results/growth.md").read_text(encoding="utf-8")
+    found = re.findall(r"^\| \w+ \| ([^|]+) \|.*\| (✔|✗) \|", table, re.MULTILINE)
+    near = sum(mark == "✔" for _, mark in found)
+    assert f"within 0.1 of theory on {near} of {len(found)} slopes" in " ".join(README.split())
+    assert all(mark == "✔" for what, mark in found if what.startswith("tensors"))
+
+
 def test_a_step_in_few_bits_is_told_as_it_was_measured() -> None:
     said = " ".join(README.split()).partition("base in NF4, with the allocator as it comes: ")[2]
     told = re.findall(r"(\d\.\d\d) ×", said)[:6]
