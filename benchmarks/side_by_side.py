@@ -9,10 +9,11 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from benchmarks import context
 from benchmarks.core import ROOT
 
-Ratios = tuple[float, float]
-"""Of speed and of memory."""
+Ratios = tuple[float | None, float]
+"""Of speed, where it is measured, and of memory."""
 
 
 def _step(found: Any) -> Ratios:
@@ -50,6 +51,15 @@ def _other(part: str, side: str = "trimtab") -> Callable[[Any], Ratios]:
     return ratios
 
 
+def _context(way: str) -> Callable[[Any], Ratios]:
+    def ratios(found: Any) -> Ratios:
+        sides = found["ways"][way]
+        mine, other = (context.per_token(sides[name]) for name in (context.OURS, context.PEER))
+        return None, mine / other
+
+    return ratios
+
+
 STEP = "a step of 4 × 512 tokens"
 ROWS: tuple[tuple[str, str, str, Callable[[Any], Ratios]], ...] = (
     (STEP, "`peft`", "lora_step_xeon", _step),
@@ -66,6 +76,8 @@ ROWS: tuple[tuple[str, str, str, Callable[[Any], Ratios]], ...] = (
     ("the same in bf16", "`Trainer` with `peft`", "classify", _class("articles", "bfloat16")),
     ("MiniLM classifies sentences, fp32", "`Trainer` with `peft`", "classify", _class("reviews", "float32")),
     ("the same in bf16", "`Trainer` with `peft`", "classify", _class("reviews", "bfloat16")),
+    ("memory of one more token, up to 8,192", "`peft`", "context", _context(context.WAYS[False])),
+    ("the same, blocks computed again", "`peft`, checkpointing", "context", _context(context.WAYS[True])),
     ("log-probabilities of mixed texts", "`transformers`", "scoring", _against("transformers")),
     ("the same", "`transformers`, sorted", "scoring", _against("transformers, sorted")),
 )  # fmt: skip
@@ -77,7 +89,7 @@ def table() -> list[str]:
     for work, peer, name, ratios in ROWS:
         path = f"benchmarks/results/{name}"
         found = json.loads((ROOT / f"{path}.json").read_text(encoding="utf-8"))
-        told = " | ".join(f"{value:.2f}" for value in ratios(found))
+        told = " | ".join("" if value is None else f"{value:.2f}" for value in ratios(found))
         lines.append(f"| [{work}]({path}.md) | {peer} | {told} |")
     return lines
 
