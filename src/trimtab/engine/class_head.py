@@ -20,7 +20,6 @@ from trimtab.data import Datum
 from trimtab.engine.head import Head, Kept, uncached
 from trimtab.errors import DataError, ModelError, UnsupportedError
 from trimtab.losses import Form, TokenLoss, weighted_cross_entropy
-from trimtab.optim.params import CrossEntropy
 
 
 @final
@@ -83,12 +82,9 @@ class ClassHead(Head):
         return found
 
     def loss(
-        self, inputs: dict[str, Tensor], kept: Kept, aim: CrossEntropy, *, together: bool
+        self, inputs: dict[str, Tensor], kept: Kept, form: Form, *, together: bool
     ) -> TokenLoss:
-        rows, form = (
-            kept.index // inputs["input_ids"].shape[1],
-            Form(aim.label_smoothing, aim.z_loss),
-        )
+        rows = kept.index // inputs["input_ids"].shape[1]
         return weighted_cross_entropy(self.logits(inputs)[rows], kept.targets, kept.weights, form)
 
 

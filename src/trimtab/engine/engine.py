@@ -39,6 +39,7 @@ from trimtab.errors import (
     UnsupportedError,
     suggest,
 )
+from trimtab.losses import Form
 from trimtab.models.load import Base
 from trimtab.optim.params import AdamParams, CrossEntropy, Memory
 
@@ -327,7 +328,8 @@ class Engine:
                 return None, [[0.0] * documents for _ in range(3)]
             batch, kept = self._placed(micro, kept)
         with self._shown(micro, batch, data) as route, self.rooms.inside("head"):
-            token = self._head.loss(micro.inputs(batch), kept, aim, together=route.every)
+            form = Form(aim.label_smoothing, aim.z_loss)
+            token = self._head.loss(micro.inputs(batch), kept, form, together=route.every)
             bank = find_bank(self.model)
             extras = [] if bank is None else bank.take_losses()
         weights = kept.weights.double()

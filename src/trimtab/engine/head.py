@@ -25,7 +25,6 @@ from trimtab.adapt.site import SiteBase
 from trimtab.data import Batch, Datum
 from trimtab.errors import UnsupportedError
 from trimtab.losses import Form, TokenLoss, linear_cross_entropy, weighted_cross_entropy
-from trimtab.optim.params import CrossEntropy
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +63,7 @@ class Head(ABC):
 
     @abstractmethod
     def loss(
-        self, inputs: dict[str, Tensor], kept: Kept, aim: CrossEntropy, *, together: bool
+        self, inputs: dict[str, Tensor], kept: Kept, form: Form, *, together: bool
     ) -> TokenLoss:
         """Run the model and the loss. ``together``: one owner acts on all rows."""
 
@@ -90,21 +89,19 @@ class TokenHead(Head):
         return cls(model, None)
 
     def loss(
-        self, inputs: dict[str, Tensor], kept: Kept, aim: CrossEntropy, *, together: bool
+        self, inputs: dict[str, Tensor], kept: Kept, form: Form, *, together: bool
     ) -> TokenLoss:
-        form = Form(aim.label_smoothing, aim.z_loss)
+        capped = form._replace(cap=self._cap)
         if self._plain is not None:
             head = self._model.get_output_embeddings()  # type: ignore[operator]
             if head is self._plain and not self._plain.weight.requires_grad:
                 hidden = self._picked(inputs, kept)
                 weight, bias = self._plain.weight, self._plain.bias
-                capped = form._replace(cap=self._cap)
                 return linear_cross_entropy(
                     hidden, weight, kept.targets, kept.weights, bias, capped
                 )
             if together:
                 logits = head(self._picked(inputs, kept)[None])[0]
-                capped = form._replace(cap=self._cap)
                 return weighted_cross_entropy(logits, kept.targets, kept.weights, capped)
         logits = self._model(**inputs, **uncached(self._model)).logits
         if logits.dim() != 3:
