@@ -209,6 +209,20 @@ def test_a_soft_cap_is_known_and_verified(
     assert chunked == caps
 
 
+def test_a_soft_cap_holds_with_an_adapter_on_the_head() -> None:
+    base = kit.base(_gemma2())
+    adapter = attach(base.model, LoRA(rank=2, targets=["lm_head"]), "a")
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter += 0.1
+    datum = kit.datums(1)[0]
+    with using(base.model, "a"):
+        logits = base.model(input_ids=torch.tensor([datum.tokens])).logits[0]
+    each = torch.nn.functional.cross_entropy(logits, torch.tensor(datum.targets), reduction="none")
+    want = float((each.detach() * torch.tensor(datum.weights)).sum())
+    assert Engine(base).forward([datum], "a").total == pytest.approx(want, rel=1e-5)
+
+
 @pytest.mark.parametrize("aim", [CrossEntropy(label_smoothing=0.2), CrossEntropy(z_loss=0.01)])
 @pytest.mark.parametrize("model", [kit.llama, kit.bert])
 def test_other_forms_of_the_loss_are_learnt_and_the_likelihood_is_told(
