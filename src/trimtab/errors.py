@@ -97,6 +97,10 @@ class TrainingError(TrimtabError, RuntimeError):
     """A run that had to stop."""
 
 
+class AnswerError(TrimtabError, RuntimeError):
+    """A request that could not be answered, or not to its end."""
+
+
 class NonFiniteLossError(TrainingError):
     """The loss became NaN or infinite."""
 

@@ -23,6 +23,7 @@ from trimtab.adapt.attach import attach, detach
 from trimtab.cli.conversation import Conversation
 from trimtab.data import RenderConfig, Renderer, load_examples
 from trimtab.engine import Engine, SamplingParams
+from trimtab.engine.sampling import end_ids
 from trimtab.errors import DataError
 from trimtab.evals import evaluate
 from trimtab.models.load import load
@@ -329,6 +330,9 @@ def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that talks for long: thousands of positions, and no end token in reach."""
     folder = tmp_path_factory.mktemp("long")
     base = engine_kit.base(engine_kit.llama(positions=8192))
+    with torch.no_grad():  # every other token is likelier than those that end an answer
+        base.model.lm_head.weight *= 10
+        base.model.lm_head.weight[end_ids(base.model, base.tokenizer)] = 0
     base.model.save_pretrained(folder)
     base.tokenizer.save_pretrained(folder)
     return folder

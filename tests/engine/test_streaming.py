@@ -22,8 +22,9 @@ from tests import tiny
 from tests.data import kit as data_kit
 from tests.engine import kit
 from trimtab.adapt.attach import attach
-from trimtab.engine import Engine, SamplingParams, Stream, streaming
+from trimtab.engine import Engine, SamplingParams, Stream
 from trimtab.engine.sampling import decoded
+from trimtab.engine.serve.request import Words
 from trimtab.errors import ConfigError, DataError, UnknownNameError
 from trimtab.methods.lora import LoRA
 from trimtab.methods.prefix import Prefix
@@ -128,6 +129,7 @@ def counted(base: Base) -> Iterator[list[int]]:
 
 def test_work_is_done_as_pieces_are_asked_for_and_stops_when_it_is_left(base: Base) -> None:
     engine = Engine(base)
+    assert engine.answering.paged("a")  # asked of the model once
     with counted(base) as lengths:
         stream = engine.stream(PROMPTS[1], WAYS[2], "a")
         assert lengths == []
@@ -208,8 +210,6 @@ def falling_back() -> PreTrainedTokenizerFast:
     )
 
 
-PLAIN = kit.llama()
-PLAIN.generation_config.eos_token_id = None
 TOKENIZERS = {
     "bytes": data_kit.byte_level(),
     "words": data_kit.metaspace(),
@@ -219,10 +219,9 @@ TOKENIZERS = {
 
 def streamed(tokenizer: PreTrainedTokenizerBase, ids: list[int], stop: tuple[str, ...]) -> Stream:
     """A stream of given tokens: the model's part is left out."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streaming, "_tokens", lambda *_: iter(ids))
-        params = SamplingParams(max_tokens=len(ids) + 1, stop=stop)
-        return Stream(PLAIN, tokenizer, [1], params, lambda: None)  # type: ignore[arg-type, return-value]
+    words = Words(tokenizer, frozenset([tokenizer.eos_token_id]))
+    params = SamplingParams(max_tokens=len(ids) + 1, stop=stop)
+    return Stream(words, params, lambda: iter(ids))
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)

@@ -273,6 +273,10 @@ def _decodes(cell: Cell) -> bool:
     return CASES[cell.model].decodes
 
 
+def _answers(cell: Cell) -> bool:
+    return CASES[cell.model].decodes and CASES[cell.model].generates
+
+
 def _packs(cell: Cell) -> bool:
     """The norms of Gemma's queries and keys see (batch, heads, positions, width), in which documents cannot be told."""
     return CASES[cell.model].packs and (cell.method, cell.architecture) != (
@@ -309,6 +313,7 @@ LAWS: Mapping[str, Where] = {
     "test_beams_of_mixed_rows_are_the_beams_of_each_alone": _generates,
     "test_a_cache_changes_nothing": _generates,
     "test_left_padding_changes_nothing": _decodes,
+    "test_served_together_is_generated_alone": _answers,
     "test_a_packed_document_is_the_document_alone": _packs,
 }
 """Each law, by the name of its test, and the cells that it is about."""

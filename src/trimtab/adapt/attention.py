@@ -189,13 +189,14 @@ class Injection:
         x = args[0] if args else kwargs["hidden_states"]
         before: list[Before] = []
         beside: list[Beside] = []
+        filled = context.pages is not None and not context.pages.filling
         for owner in dict.fromkeys(context.route.owners):
             for edit in bank.acting(self.edits, owner, context.training):
                 call = self._call(edit, context, owner, x)
                 holder = bank.get_submodule(_node(self.path)) if edit.tensors else bank
                 call.holder = holder
                 params = edit.params(holder, x.dtype)
-                pair = edit.method.keys_values(params, call)
+                pair = None if filled else edit.method.keys_values(params, call)
                 if pair is not None:
                     before.append(Before(owner, *pair))
                 gated = edit.method.beside(params, call)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from trimtab.adapt import checkpoint, slots
 from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.context import Context
+from trimtab.adapt.injected import PAGES
 from trimtab.adapt.lean import lean, leans
 from trimtab.adapt.route import Owner, Route
 from trimtab.errors import AttachError, RouteError, UnknownNameError, suggest
@@ -299,10 +300,13 @@ class Bank(nn.Module):
             mask=kwargs.get("attention_mask") if plan is None else plan.mask,
             prompt=None if plan is None else plan.prompt,
             labels=kwargs.get("labels"),
-            decoding=self._decoding(past),
+            decoding=self._decoding(past) if plan is None else plan.decoding,
             training=module.training,
-            memory=self._memory(past, kwargs),
+            memory=self._memory(past, kwargs)
+            if plan is None or plan.memory is None
+            else plan.memory,
             past=past,
+            pages=kwargs.get(PAGES),
             ids=_token_ids(batch),
         )
 
@@ -362,11 +366,21 @@ def _keep_own(bank: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -
 
 
 class Plan:
-    """What the engine knows of a batch beside the route: masks that no argument of the model carries."""
+    """What the engine knows of a batch beside the route: masks that no argument of the model carries; and where it
+    keeps what gates remember of a generation, whether the prompt has been read."""
 
-    def __init__(self, mask: Tensor | None = None, prompt: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        mask: Tensor | None = None,
+        prompt: Tensor | None = None,
+        *,
+        memory: dict[Any, Any] | None = None,
+        decoding: bool = False,
+    ) -> None:
         self.mask = mask
         self.prompt = prompt
+        self.memory = memory
+        self.decoding = decoding
 
 
 def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -17,6 +17,7 @@ from trimtab.errors import RouteError
 if TYPE_CHECKING:
     from trimtab.adapt.interleave import Rows
     from trimtab.adapt.lean import Lean
+    from trimtab.adapt.pages import Pages
 
 KeysValues = dict[str, tuple[Tensor, Tensor]]
 """Path of an attention -> its keys and values, (length, C) for all rows alike or (B, length, C)."""
@@ -35,6 +36,7 @@ class Context:
         memory: where gates keep decisions that outlive this forward (a generation).
         ids: (B, T) the tokens, or None where the model was given none.
         decoding: whether the prompt lies in the cache already; told only where a method needs the prompt.
+        pages: where keys and values lie, if they are not the model's to keep.
 
     ``scratch`` carries tensors from one site to a later one of the same forward; who reads them takes them out.
     ``ready`` holds what methods made of their shared tensors; ``prompts`` the keys and values of the owners' prompts
@@ -56,6 +58,7 @@ class Context:
         memory: dict[Any, Any] | None = None,
         past: Any = None,
         ids: Tensor | None = None,
+        pages: Pages | None = None,
     ) -> None:
         self.route = route
         self.rows = rows
@@ -75,6 +78,7 @@ class Context:
         self.grown: Rows | None = None
         self.past = past
         self.ids = ids
+        self.pages = pages
         self.acting: dict[Any, Tensor] = {}
         """Where adapters act that wait to be invoked; kept by `trimtab.adapt.invoked`."""
         self.losses: list[tuple[str, str, Tensor]] = []

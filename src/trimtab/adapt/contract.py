@@ -264,6 +264,11 @@ class Method(InPeft, ABC):
         """How many positions `virtual_embeddings` takes before the real tokens."""
         return 0
 
+    @property
+    def remembers(self) -> bool:
+        """Whether what it does to later tokens of a generation is decided at the prompt."""
+        return self.needs_prompt
+
     def ready(self, shared: Params, training: bool) -> Params:
         """What the hooks see as the adapter's shared tensors: made from the masters once per forward.
 

@@ -150,7 +150,7 @@ class Front:
         if not any(map(any, lengths.values())):
             return None
         kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        if self.reads:
+        if self.reads and (context.pages is None or context.pages.filling):
             for owner, length in lengths.items():
                 if length.prompt:
                     context.prompts[owner] = self._read(context, owner, length.keys)
@@ -246,7 +246,8 @@ class Front:
             return {**kwargs, "position_ids": positions + ahead[owner]}
         table = torch.tensor([*(ahead[owner] for owner in route.owners), 0])
         moved = positions + table[units_at(route, rows, length)].to(x.device)
-        _separable(moved, route)
+        if context.pages is None:
+            _separable(moved, route)
         return {**kwargs, "position_ids": moved}
 
 

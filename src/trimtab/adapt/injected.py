@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,15 +28,20 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from trimtab.adapt.context import Context
 from trimtab.adapt.route import Owner, units_at
-from trimtab.errors import RouteError
+from trimtab.errors import RouteError, UnsupportedError
 from trimtab.kernels import varlen
 from trimtab.kernels.attention import blocked_attention
+
+if TYPE_CHECKING:
+    from trimtab.adapt.pages import Pages
 
 KEYWORD = "trimtab_injected"
 DOCUMENTS = "trimtab_documents"
 """Where a model is told of packed documents (`Documents`); it hands the word on to its attention."""
 LEAD = "trimtab_lead"
 """Where attention is told how many keys stand before the text."""
+PAGES = "trimtab_pages"
+"""Where a model is told of keys and values in pages (`Pages`)."""
 OURS = {"sdpa": "trimtab_sdpa", "eager": "trimtab_eager"}
 """Attention functions of transformers -> ours around them."""
 
@@ -83,11 +88,11 @@ class Documents:
         return (same.tril() if causal else same)[:, None]
 
 
-_apart: ContextVar[Documents | None] = ContextVar("_apart", default=None)
+_apart: ContextVar[Documents | Pages | None] = ContextVar("_apart", default=None)
 
 
 @contextmanager
-def apart(documents: Documents | None) -> Iterator[None]:
+def apart(documents: Documents | Pages | None) -> Iterator[None]:
     """Inside, a model that is told of these documents makes no mask to keep them apart: our attention does it."""
     before = _apart.set(documents)
     try:
@@ -208,6 +213,8 @@ class Injected:
 def _attend(inner: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
             mask: Tensor | None, *args: Any, **kwargs: Any) -> Any:  # fmt: skip
     injected: Injected | None = kwargs.pop(KEYWORD, None)
+    if PAGES in kwargs:
+        return _paged(kwargs.pop(PAGES), module, query, key, value, mask, injected, kwargs), None
     if injected is None:
         return inner(module, query, key, value, mask, *args, **kwargs)
     caught = injected.context.caught
@@ -236,6 +243,22 @@ def _attend(inner: Callable[..., Any], module: nn.Module, query: Tensor, key: Te
             kwargs["position_bias"] = injected.widened(bias)
     out = inner(module, query, key, value, mask, *args, **kwargs)
     return (sum(beside, out[0]), *out[1:]) if beside else out
+
+
+def _paged(pages: Pages, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+           injected: Injected | None, kwargs: dict[str, Any]) -> Tensor:  # fmt: skip
+    """Attention to what lies in pages, and the gated attentions beside it."""
+    window, scale = kwargs.get("sliding_window"), kwargs.get("scaling")
+    more = [name for name in _OTHERS if kwargs.get(name) is not None]
+    if more or (mask is not None and window is None):
+        raise UnsupportedError(
+            f"{type(module).__name__} wants {', '.join(more) or 'a mask'}, which pages of keys and values do not know."
+        )
+    scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
+    gated: list[Tensor] = []
+    if injected is not None:
+        gated = [_beside(injected, entry, query, scale) for entry in injected.beside]
+    return sum(gated, pages.attend(module, query, key, value, injected, scale, window))
 
 
 def _led(injected: Injected, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:

@@ -20,7 +20,8 @@ from trimtab.adapt.lean import Lean
 from trimtab.adapt.route import Route
 from trimtab.adapt.tree import anatomy_of
 from trimtab.data import Batch, Datum
-from trimtab.engine import sampling, state
+from trimtab.engine import state
+from trimtab.engine.answering import Answering
 from trimtab.engine.class_head import ClassHead
 from trimtab.engine.frozen import Frozen
 from trimtab.engine.head import Head, Kept, TokenHead
@@ -85,6 +86,8 @@ class Engine:
         self.frozen: Frozen | None = None
         """What keeps hidden states below the adapters; by default they are computed each time."""
         self._tenants: dict[str, Tenant] = {}
+        self.answering = Answering(self.model, self.tokenizer, self._answering, sample_tokens)
+        """What answers: the requests in progress, and their keys and values."""
         anatomy = anatomy_of(self.model)
         if anatomy.encoder_decoder:
             raise UnsupportedError(
@@ -143,6 +146,7 @@ class Engine:
 
     def optim_step(self, adapter: str, params: AdamParams) -> StepResult:
         """One step of one adapter on the gradients accumulated since its last; see `Tenant.step`."""
+        self.answering.drain(adapter)
         with self.rooms.inside("optimiser"):
             return self._tenant(adapter).step(params)
 
@@ -178,26 +182,8 @@ class Engine:
         """
         params = params or SamplingParams()
         owners = self._each(prompts, adapter)
-        tokenizer = self._check_prompts(prompts, owners, params)
-        repeated = [index for index in range(len(prompts)) for _ in range(params.n)]
-        found: dict[int, Completion] = {}
-        plan = (
-            sampling.batches([prompts[i] for i in repeated], params.max_tokens, self.sample_tokens)
-            if repeated
-            else []
-        )
-        for number, members in enumerate(plan):
-            chosen = [repeated[member] for member in members]
-            seed = None if params.seed is None else params.seed + number
-            names = tuple(_owner(owners[index]) for index in chosen)
-            route = Route.everyone(names[0]) if len(set(names)) == 1 else Route(names)
-            with self._answering(route):
-                rows = sampling.generate(
-                    self.model, tokenizer, [prompts[i] for i in chosen], params, seed
-                )
-            for member, index, row in zip(members, chosen, rows, strict=True):
-                found[member] = Completion(index, *row)
-        return [found[member] for member in range(len(repeated))]
+        self._check_prompts(prompts, owners, params)
+        return self.answering.sample(prompts, owners, params) if prompts else []
 
     def classify(self, texts: Sequence[Sequence[int]], adapter: Owners = None) -> list[list[float]]:
         """The probability of each class (in the order of `labels`) for each text (token ids).
@@ -238,31 +224,27 @@ class Engine:
         """
         params = params or SamplingParams()
         (owner,) = self._each([prompt], adapter)
-        tokenizer = self._check_prompts([prompt], [owner], params)
-        route = Route.everyone(_owner(owner))
-        return Stream(self.model, tokenizer, prompt, params, lambda: self._answering(route))
+        self._check_prompts([prompt], [owner], params)
+        return self.answering.stream(prompt, params, owner)
 
     def _check_prompts(
         self, prompts: Sequence[Sequence[int]], owners: Sequence[Who], params: SamplingParams
-    ) -> PreTrainedTokenizerBase:
-        """The tokenizer; raises `DataError` for what cannot be answered."""
+    ) -> None:
+        """Raise `DataError` for what cannot be answered."""
         if self.labels:
             raise UnsupportedError(
                 f"{type(self.model).__name__} gives classes and no text; use classify."
             )
-        if self.tokenizer is None:
-            raise DataError("to sample, the engine needs a tokenizer: Engine(model, tokenizer).")
         for number, (prompt, owner) in enumerate(zip(prompts, owners, strict=True)):
             self._check_length(
                 len(prompt) + params.max_tokens, owner, f"prompt {number} with max_tokens"
             )
             if not prompt:
                 raise DataError(f"prompt {number} is empty; a model needs at least one token.")
-        return self.tokenizer
 
     @contextmanager
-    def _answering(self, route: Route) -> Iterator[None]:
-        with self._mode(train=False), self._scope(route):
+    def _answering(self, route: Route, plan: Plan | None) -> Iterator[None]:
+        with self._mode(train=False), self._scope(route, plan):
             yield
 
     # -- state ---------------------------------------------------------------------------------------
@@ -450,7 +432,3 @@ class Engine:
     def _scope(self, route: Route, plan: Plan | None = None) -> Any:
         bank = find_bank(self.model)
         return nullcontext() if bank is None else bank.scope(route, plan)
-
-
-def _owner(who: Who) -> tuple[str, ...]:
-    return () if who is None else (who,)

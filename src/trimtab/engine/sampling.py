@@ -7,7 +7,7 @@ middle of training changes nothing of the training.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,18 +24,26 @@ from transformers import (
 from trimtab.config import Config
 from trimtab.data import plan_batches
 
+Finish = Literal["stop", "length", "cancelled"]
+"""Why a completion ended: by itself or at a stop string, at ``max_tokens``, or because nobody wanted more."""
+
 
 class SamplingParams(Config):
-    """How to answer. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep the whole vocabulary;
-    ``n`` completions of each prompt; a ``stop`` string ends a completion and is not part of its text."""
+    """How to answer. ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 (a share of the likeliest
+    token's probability) keep the whole vocabulary; ``repetition_penalty`` divides what speaks for tokens that the text
+    has already; ``n`` completions of each prompt; a ``stop`` string ends a completion and is not part of its text;
+    ``logprobs``: the log-probabilities of the tokens are given, and of so many of the likeliest at each place."""
 
     max_tokens: int = Field(default=128, ge=1)
     temperature: float = Field(default=1.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, gt=0)
     seed: int | None = None
     stop: tuple[str, ...] = ()
     n: int = Field(default=1, ge=1)
+    logprobs: int | None = Field(default=None, ge=0)
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -49,12 +57,15 @@ class SamplingParams(Config):
 @dataclass(frozen=True, slots=True)
 class Completion:
     """One answer: the ``prompt`` it is for (an index), its ``tokens`` (the end token included, if it came),
-    its ``text`` without control tokens, and why it ended."""
+    its ``text`` without control tokens, and why it ended. Where they were asked for, ``logprobs`` of its tokens, and
+    ``likeliest``: at each place, of some tokens."""
 
     prompt: int
     tokens: tuple[int, ...]
     text: str
-    finish: Literal["stop", "length"]
+    finish: Finish
+    logprobs: tuple[float, ...] | None = None
+    likeliest: tuple[Mapping[int, float], ...] | None = None
 
 
 def batches(prompts: Sequence[Sequence[int]], max_tokens: int, budget: int) -> list[list[int]]:
@@ -114,7 +125,8 @@ def generation_config(params: SamplingParams, ends: list[int], pad: int) -> Gene
         top_p=1.0 if greedy else params.top_p,
         top_k=50 if greedy else params.top_k,
         typical_p=1.0,
-        repetition_penalty=1.0,
+        min_p=None if greedy or params.min_p == 0 else params.min_p,
+        repetition_penalty=params.repetition_penalty,
         no_repeat_ngram_size=0,
         num_beams=1,
         eos_token_id=ends or None,
@@ -131,7 +143,10 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def ended(
-    tokens: list[int], tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], ends: list[int]
+    tokens: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    stops: Sequence[str],
+    ends: Collection[int],
 ) -> tuple[tuple[int, ...], str, Literal["stop", "length"]]:
     """Cut one row at its end token or stop string."""
     finish: Literal["stop", "length"] = "length"

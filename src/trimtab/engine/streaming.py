@@ -1,9 +1,10 @@
 """One completion, token by token, as it is made.
 
-Each token is one call of the model's own ``generate`` for one token, with the cache of the last, under the
-adapter's route and from the stream's own random state. So a stream is exactly what `Engine.sample` gives for
-the same prompt and parameters, and between two pieces nothing of it is in force: the consumer may do as it
-likes, another stream included, and leaving it stops the work.
+Its tokens are those of a request among others (`trimtab.engine.serve`). Where keys and values cannot lie in pages, each
+is one call of the model's own ``generate``, with the cache of the last, under the adapter's route and from the stream's
+own random state. So a stream is exactly what `Engine.sample` gives for the same prompt and parameters, and between two
+pieces nothing of it is in force: the consumer may do as it likes, another stream included, and leaving it stops the
+work.
 
 A piece of text is given when nothing that follows can change it: not in the middle of a character whose bytes
 are spread over tokens, and not where a stop string may have begun.
@@ -30,6 +31,7 @@ from trimtab.engine.sampling import (
     generation_config,
     last_only,
 )
+from trimtab.engine.serve.request import Words
 from trimtab.errors import ConfigError
 
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -43,28 +45,23 @@ class Stream(Iterator[str]):
     """The pieces of one answer, in order; none is empty. Joined, they are the text of `completion`.
 
     Args:
-        scope: makes the context under which the model runs: eval mode, and who acts.
+        tokens: makes the answer's tokens, one by one; asked with the first piece.
 
     Raises:
         ConfigError: ``params.n`` is not 1.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        prompt: Sequence[int],
-        params: SamplingParams,
-        scope: Callable[[], AbstractContextManager[None]],
+        self, words: Words, params: SamplingParams, tokens: Callable[[], Iterator[int]]
     ) -> None:
         if params.n != 1:
             raise ConfigError(f"a stream is one completion; n = {params.n} are asked for.")
-        self._tokenizer = tokenizer
+        self._tokenizer = words.tokenizer
         self._params = params
-        self._ends = end_ids(model, tokenizer)
+        self._ends = words.ends
         self._tokens: list[int] = []
         self._completion: Completion | None = None
-        self._pieces = self._run(_tokens(model, tokenizer, prompt, params, self._ends, scope))
+        self._pieces = self._run(tokens)
 
     def __next__(self) -> str:
         return next(self._pieces)
@@ -93,9 +90,9 @@ class Stream(Iterator[str]):
         if self._completion is None:
             self._completion = self.completion
 
-    def _run(self, tokens: Iterator[int]) -> Generator[str]:
+    def _run(self, tokens: Callable[[], Iterator[int]]) -> Generator[str]:
         said = ""
-        for token in tokens:
+        for token in tokens():
             self._tokens.append(token)
             if token in self._ends:
                 break
@@ -127,17 +124,16 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def _tokens(
+def tokens_alone(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: Sequence[int],
     params: SamplingParams,
-    ends: list[int],
     scope: Callable[[], AbstractContextManager[None]],
 ) -> Iterator[int]:
-    """Tokens, at most ``params.max_tokens``; the caller says when it has enough."""
+    """Tokens by the model's own ``generate``, at most ``params.max_tokens``; the caller says when it has enough."""
     pad = int(tokenizer.pad_token_id)
-    config = generation_config(params.replace(max_tokens=1), ends, pad)
+    config = generation_config(params.replace(max_tokens=1), end_ids(model, tokenizer), pad)
     config.return_dict_in_generate = True
     draws = _Draws(model.device, params)
     ids = torch.tensor([list(prompt)], device=model.device)

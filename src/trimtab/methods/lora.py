@@ -101,6 +101,10 @@ class LoRA(LowRank):
         return self._start is not None and self._start.keeps_b
 
     @property
+    def remembers(self) -> bool:
+        return bool(self.invocation)
+
+    @property
     def unmergeable(self) -> str:
         invoked = "it acts from its invocation tokens on, and a merged weight acts everywhere"
         return invoked if self.invocation else super().unmergeable

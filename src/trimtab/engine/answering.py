@@ -1,0 +1,171 @@
+"""Answers of one model: from pages, many requests at a time; where those do not fit, in batches of `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trimtab.adapt.bank import Plan, find_bank
+from trimtab.adapt.route import Route
+from trimtab.engine import sampling
+from trimtab.engine.sampling import Completion, SamplingParams
+from trimtab.engine.serve.fits import adapter_fits, has_windows, model_fits
+from trimtab.engine.serve.loop import Loop
+from trimtab.engine.serve.request import Request, Words
+from trimtab.engine.streaming import Stream, tokens_alone
+from trimtab.errors import DataError, UnsupportedError
+
+Scope = Callable[[Route, Plan | None], AbstractContextManager[None]]
+
+
+class Answering:
+    """``scope`` makes a context in which the model answers; ``tokens`` are the most positions, of prompts and answers,
+    that are kept at once."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        scope: Scope,
+        tokens: int,
+    ) -> None:
+        self.model = model
+        self.scope = scope
+        self.tokens = tokens
+        self._tokenizer = tokenizer
+        self._windows = has_windows(model)
+        self._loops: list[Loop] = []
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Raises `DataError` where there is none."""
+        if self._tokenizer is None:
+            raise DataError("to sample, the engine needs a tokenizer: Engine(model, tokenizer).")
+        return self._tokenizer
+
+    @cached_property
+    def words(self) -> Words:
+        """What ends an answer, and how tokens become text."""
+        return Words(self.tokenizer, frozenset(sampling.end_ids(self.model, self.tokenizer)))
+
+    @cached_property
+    def loop(self) -> Loop | None:
+        """The requests in progress; None where this model's keys and values cannot lie in pages."""
+        with self.scope(Route.everyone(()), None):
+            fits = model_fits(self.model)
+        self._loops = [Loop(self.model, self.scope, tokens=self.tokens)] if fits else []
+        return self._loops[0] if fits else None
+
+    def drain(self, owner: str) -> None:
+        """Finish the answers of an adapter that is about to change."""
+        for loop in self._loops:
+            loop.drain(owner)
+
+    def paged(self, owner: str | None) -> bool:
+        """Whether answers of that adapter come from pages."""
+        if self.loop is None:
+            return False
+        bank = find_bank(self.model)
+        if owner is None or bank is None:
+            return True
+        return adapter_fits(self.model, bank, bank.require(owner), windows=self._windows)
+
+    def requests(
+        self, prompt: Sequence[int], params: SamplingParams, owner: str | None, number: int = 0
+    ) -> list[Request]:
+        """``params.n`` of them; those after the first wait for its prompt to be read."""
+        bank = find_bank(self.model)
+        adapter = None if owner is None or bank is None else bank.require(owner)
+        made: list[Request] = []
+        for turn in range(params.n):
+            leader = made[0] if made else None
+            made.append(Request(tuple(prompt), params, adapter, self.words, number, turn, leader))
+        return made
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], owners: Sequence[str | None], params: SamplingParams
+    ) -> list[Completion]:
+        """``params.n`` completions of each prompt, in the order of the prompts."""
+        found: dict[int, list[Completion]] = {}
+        paged = {owner for owner in set(owners) if self.paged(owner)}
+        if self.loop is not None:
+            own = [n for n, owner in enumerate(owners) if owner in paged]
+            asked = [r for n in own for r in self.requests(prompts[n], params, owners[n], n)]
+            for request in asked:
+                self.loop.submit(request)
+            self.loop.finish(asked)
+            for request in asked:
+                found.setdefault(request.number, []).append(request.completion())
+        rest = [n for n, owner in enumerate(owners) if owner not in paged]
+        for number, completion in self._in_batches(prompts, owners, params, rest):
+            found.setdefault(number, []).append(completion)
+        return [completion for number in range(len(prompts)) for completion in found[number]]
+
+    def _in_batches(
+        self, prompts: Sequence[Sequence[int]], owners: Sequence[str | None], params: SamplingParams,
+        numbers: Sequence[int],
+    ) -> Iterator[tuple[int, Completion]]:  # fmt: skip
+        if numbers and params.logprobs is not None:
+            raise UnsupportedError(
+                f"log-probabilities come with answers from pages, and keys and values of {type(self.model).__name__} "
+                "(or of this adapter) cannot lie in pages."
+            )
+        repeated = [number for number in numbers for _ in range(params.n)]
+        plan = (
+            sampling.batches([prompts[i] for i in repeated], params.max_tokens, self.tokens)
+            if repeated
+            else []
+        )
+        found: dict[int, Completion] = {}
+        for number, members in enumerate(plan):
+            chosen = [repeated[member] for member in members]
+            seed = None if params.seed is None else params.seed + number
+            names = tuple(_owner(owners[index]) for index in chosen)
+            route = Route.everyone(names[0]) if len(set(names)) == 1 else Route(names)
+            with self.scope(route, None):
+                rows = sampling.generate(
+                    self.model, self.tokenizer, [prompts[i] for i in chosen], params, seed
+                )
+            for member, index, row in zip(members, chosen, rows, strict=True):
+                found[member] = Completion(index, *row)
+        yield from ((repeated[member], found[member]) for member in range(len(repeated)))
+
+    def stream(self, prompt: Sequence[int], params: SamplingParams, owner: str | None) -> Stream:
+        """One completion in pieces of text."""
+        return Stream(self.words, params, lambda: self._tokens(prompt, params, owner))
+
+    def _tokens(
+        self, prompt: Sequence[int], params: SamplingParams, owner: str | None
+    ) -> Iterator[int]:
+        if self.loop is not None and self.paged(owner):
+            (request,) = self.requests(prompt, params, owner)
+            yield from self._of_request(self.loop, request)
+        else:
+            route = Route.everyone(_owner(owner))
+            yield from tokens_alone(
+                self.model, self.tokenizer, prompt, params, lambda: self.scope(route, None)
+            )
+
+    def _of_request(self, loop: Loop, request: Request) -> Iterator[int]:
+        """Its tokens, as turns make them; left in the middle, it is taken back."""
+        loop.submit(request)
+        given = 0
+        try:
+            while given < len(request.tokens) or not request.done:
+                if given == len(request.tokens):
+                    loop.turn()
+                    continue
+                given += 1  # others may make turns before the next one is asked for
+                yield request.tokens[given - 1]
+            if request.error is not None:
+                raise request.error
+        finally:
+            request.cancel()
+            loop.turn_away()
+
+
+def _owner(who: str | None) -> tuple[str, ...]:
+    return () if who is None else (who,)

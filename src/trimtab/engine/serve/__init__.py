@@ -1,0 +1,13 @@
+"""Serving: many requests at once, each by its own adapter, with keys and values in pages.
+
+ledger.py    which pages are whose, and what they hold
+request.py   one completion that is asked for
+remembered.py  what gates remember, by request
+draw.py      the next token of each row
+loop.py      the turns: who is let in, what is read, who gets a token
+"""
+
+from trimtab.engine.serve.loop import Loop
+from trimtab.engine.serve.request import Request
+
+__all__ = ["Loop", "Request"]
