@@ -27,6 +27,7 @@ import torch
 from benchmarks.core import ROOT
 from benchmarks.report import commit, machine
 from recipes import assets
+from trimtab.train.devices import CPU_LIBRARIES
 
 TEXT = ("data.path={text}", "data.too_long=split", "data.held_out=null", "eval.forgetting=false")
 CLASSES = (
@@ -137,6 +138,7 @@ def predicted(arguments: list[str], *, timed: bool) -> dict[str, Any]:
         "phase": dry["phase"],
         "phases": dry["phases"],
         "file": dry["parts"]["file"],
+        "process": dry["parts"]["libraries"] - CPU_LIBRARIES,
     }
     return {**found, "seconds": json.loads(output(command))["seconds"]} if timed else found
 
@@ -185,7 +187,8 @@ def fit(rows: list[dict[str, Any]]) -> dict[str, float]:
     peaks = torch.tensor([row["measured"]["memory"] for row in rows], dtype=torch.float64)
     moments = [(row["predicted"], _heaviest(row["predicted"])) for row in rows]
     moving = torch.tensor([moment["moving"] for _, moment in moments], dtype=torch.float64)
-    known = torch.tensor([moment["apart"] + plan["file"] for plan, moment in moments]) / peaks
+    known = [moment["apart"] + plan["file"] + plan["process"] for plan, moment in moments]
+    known = torch.tensor(known) / peaks
     shares = torch.stack([1 / peaks, moving / peaks], dim=1)
     libraries, loss = (
         torch.linalg.lstsq(shares, (1 - known).unsqueeze(1)).solution.flatten().tolist()
@@ -217,8 +220,9 @@ def table(result: dict[str, Any]) -> str:
         "said otherwise. Memory is the peak of the process's resident memory, predicted without the weights. "
         "Times, where they were taken, are from the start of a run to its end, measurements included.",
         "",
-        f"Two constants of a CPU, fitted to the runs of the first table and checked on those of the second: libraries "
-        f"of {fitted['libraries'] / 2**20:.0f} MiB, and a loss of the allocator of {fitted['loss']:.2f} of the most "
+        "Two constants of a CPU, fitted to the runs of the first table and checked on those of the second: libraries "
+        f"take {fitted['libraries'] / 2**20:.0f} MiB beside what the process holds that plans, and a loss of the "
+        f"allocator of {fitted['loss']:.2f} of the most "
         "that small blocks other than weights take at once. Blocks of 32 MiB or more, which the system maps one by "
         "one, and smaller ones are counted each at their own heaviest moment.",
     ]

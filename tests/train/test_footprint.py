@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import LlamaConfig
 
 from tests.data import kit as data_kit
+from tests.engine import kit as engine_kit
 from tests.engine.kit import noting
 from tests.train import kit
 from trimtab.adapt.acting import using
@@ -136,6 +138,17 @@ def test_a_real_step_keeps_what_the_hollow_one_does(home: Path, recompute: str) 
         )
 
 
+def test_micro_batches_are_planned_for_the_device_that_trains(home: Path) -> None:
+    """A CPU reads rows of like length together, a GPU as many rows as fit."""
+    model, tokenizer = engine_kit.bert(), data_kit.byte_level()
+    engines = [Engine(model, tokenizer)]
+    with Hollow(Ledger(engine_kit.VOCABULARY)):
+        hollow = copy.deepcopy(model).to("meta")
+        engines += [Engine(hollow, tokenizer, device=kind) for kind in ("cpu", "cuda")]
+    here, for_cpu, for_cuda = (engine._layout.each for engine in engines)
+    assert here == for_cpu < for_cuda / 1000
+
+
 def test_parts_sum_to_the_peak(home: Path) -> None:
     found = of(home)
     device = this_device(torch.device("cpu"))
@@ -233,11 +246,12 @@ def test_what_is_proposed_fits(home: Path) -> None:
         (blocks, ["memory.recompute"]),
         (blocks - 1, ["memory.recompute", "batch.micro_tokens"]),
     ):
-        found = proposed(plain, Device("small", room, 0, 0.0), now)
+        small = Device("small", room, 0, 0.0, maps=True)
+        found = proposed(plain, small, now)
         assert found is not None and found.peak <= room
         assert [one.partition("=")[0] for one in found.overrides] == wanted
         pasted = make_recipe(plain.model_dump(), found.overrides)
-        assert footprint(pasted).needs(EXACT) == found.peak
+        assert footprint(pasted, small).needs(EXACT) == found.peak
     assert proposed(plain, Device("tiny", 1000, 0, 0.0), now) is None
 
 

@@ -58,6 +58,7 @@ class Engine:
         micro_tokens: the most cells of a micro-batch, in training; what bounds its memory.
         sample_tokens: the most cells (prompt and answer) of a batch that answers.
         packed: force documents to share rows, or not to; None takes what costs less.
+        device: the kind of device that micro-batches are to suit, where it is not the model's own (planning).
         memory: what training keeps where, and what it computes again (`trimtab.engine.saving`).
 
     Raises:
@@ -73,6 +74,7 @@ class Engine:
         sample_tokens: int = 8192,
         packed: bool | None = None,
         memory: Memory | None = None,
+        device: str | None = None,
     ) -> None:
         self.model: PreTrainedModel = base.model if isinstance(base, Base) else base
         self.tokenizer = base.tokenizer if isinstance(base, Base) else tokenizer
@@ -100,7 +102,9 @@ class Engine:
             self._head: Head = classes or TokenHead.of(self.model)
             pad = None if self.tokenizer is None else self.tokenizer.pad_token_id
             pad = pad if classes is None else classes.pad_id
-            self._layout: Layout = layout_of(self.model, causal=self.causal, pad_id=int(pad or 0))
+            self._layout: Layout = layout_of(
+                self.model, causal=self.causal, pad_id=int(pad or 0), device=device
+            )
         self.labels = self._head.labels
         """Names of the classes, of a sequence classifier; of any other model none."""
 

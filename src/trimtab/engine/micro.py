@@ -185,15 +185,19 @@ def _documents(batch: Batch, packed: bool) -> Documents:
     return Documents(tuple(sorted(ends | {width * (row + 1) for row in range(rows)})), lengths)
 
 
-def layout_of(model: PreTrainedModel, *, causal: bool, pad_id: int) -> Layout:
-    """The layout that suits a model; call it on the bare base."""
+def layout_of(
+    model: PreTrainedModel, *, causal: bool, pad_id: int, device: str | None = None
+) -> Layout:
+    """The layout that suits a model on a kind of device (its own, if none is said); call it on the bare base."""
     config = model.config.get_text_config()
     width = int(getattr(config, "hidden_size", 512))
     inner = int(getattr(config, "intermediate_size", None) or 4 * width)
     vocabulary = int(config.vocab_size)
     body = model if causal else model.base_model  # a classifier's output is of whole rows
     packs = causal and separates(model, vocabulary)
-    idle = IDLE.get(model.device.type, IDLE["cuda"]) / (4 * width * (4 * width + 2 * inner))
+    idle = IDLE.get(device or model.device.type, IDLE["cuda"]) / (
+        4 * width * (4 * width + 2 * inner)
+    )
     return Layout(
         packs=packs,
         apart=(packs or not causal) and separates(body, vocabulary, told=True),

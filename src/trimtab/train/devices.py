@@ -4,17 +4,18 @@ A device adds to what the operations of a run need (`trimtab.train.footprint`) w
 
     peak = bytes of the tensors, small and large ones each at their heaviest + libraries + loss · small ones that move
 
-``libraries`` are the process before the model: Python and its packages on a CPU, the context of CUDA on a GPU. ``loss``
-is what the allocator cannot use because freed memory lies in pieces of other sizes, as a share of the most that small
-blocks other than weights took. On a CPU both are fitted to other runs than those that the benchmark `plan_accuracy`
-then checks. On a GPU both are guesses.
+``libraries`` are the process before the model: the context of CUDA on a GPU; on a CPU Python, its packages, the
+tokenizer and the data, which the process that plans holds itself, and what they take when they compute. ``loss`` is
+what the allocator cannot use because freed memory lies in pieces of other sizes, as a share of the most that small
+blocks other than weights took. On a CPU both constants are fitted to other runs than those that the benchmark
+`plan_accuracy` then checks. On a GPU both are guesses.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,8 +23,10 @@ from trimtab.errors import UnknownNameError, suggest
 from trimtab.train import facts
 from trimtab.train.ledger import Moment
 
-CPU_LIBRARIES, CPU_LOSS = 567 * 2**20, 0.34
-"""Fitted; see benchmarks/results/plan_accuracy.md."""
+CPU_LIBRARIES, CPU_LOSS = 182 * 2**20, 0.41
+"""Beside what the process holds when it plans. Fitted; see benchmarks/results/plan_accuracy.md."""
+CPU_PROCESS = 340 * 2**20
+"""What it holds, where the system does not tell."""
 GPU_LIBRARIES, GPU_LOSS = 600 * 2**20, 0.08
 """Guessed."""
 USABLE = 0.98
@@ -55,6 +58,17 @@ class Device:
     loss: float
     rate: float | None = None
     maps: bool = False
+
+    @property
+    def kind(self) -> str:
+        """As torch calls such devices."""
+        return "cpu" if self.maps else "cuda"
+
+    def settled(self) -> Device:
+        """The same, when all of a run but the model has been made ready in this process."""
+        if not self.maps:
+            return self
+        return replace(self, libraries=CPU_LIBRARIES + (facts.own_memory() or CPU_PROCESS))
 
     def parts(self, moment: Moment) -> dict[str, int]:
         """The bytes of a moment by part, those of the libraries and of the allocator among them."""
@@ -92,7 +106,7 @@ def this_device(device: torch.device) -> Device:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return Device(name, memory, GPU_LIBRARIES, GPU_LOSS)
-    return Device("this machine", memory, CPU_LIBRARIES, CPU_LOSS, maps=True)
+    return Device("this machine", memory, CPU_LIBRARIES + CPU_PROCESS, CPU_LOSS, maps=True)
 
 
 @torch.no_grad()

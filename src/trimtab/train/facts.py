@@ -59,6 +59,16 @@ def peak_memory(device: torch.device) -> int:
     return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
+def own_memory() -> int | None:
+    """Bytes that this process holds for itself now, files that it reads apart; None where the system does not tell."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    lines = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
+    anonymous = lines.get("RssAnon")
+    return None if anonymous is None else int(anonymous.split()[0]) * 1024
+
+
 def whole_memory(device: torch.device) -> int | None:
     """Bytes of memory: of the accelerator, else of the machine; None where the system does not tell."""
     if device.type == "cuda":

@@ -78,8 +78,8 @@ class Footprint:
         return step.flops / step.cells * self.tokens, forward * self.measured
 
 
-def footprint(recipe: Recipe, place: str = "no device") -> Footprint:
-    """The memory of a run of ``recipe``, by phase and part; ``place`` names the device in the rows.
+def footprint(recipe: Recipe, device: Device | None = None) -> Footprint:
+    """The memory of a run of ``recipe`` on a device (else on some CPU), by phase and part.
 
     Raises:
         TrimtabError: whatever would stop the run before its first step.
@@ -98,7 +98,9 @@ def footprint(recipe: Recipe, place: str = "no device") -> Footprint:
     account.hold([*base.model.parameters(), *base.model.buffers()], "adapter")
     account.hold(bare, "weights")
     with Hollow(account):
-        found = _Run(plain, base, adapter, account).go(place)
+        kind = "cpu" if device is None else device.kind
+        run = _Run(plain, base, adapter, account, kind)
+        found = run.go("no device" if device is None else device.name)
     shown = shown_method(method_from(method))
     rows = [(name, shown if name == "method" else text) for name, text in found.rows]
     return found if method == plain.method else replace(found, rows=rows)
@@ -122,13 +124,16 @@ def _without_data(method: Any) -> Any:
 class _Run:
     """What a run does, once each."""
 
-    def __init__(self, recipe: Recipe, base: Base, adapter: Adapter, account: Ledger) -> None:
+    def __init__(
+        self, recipe: Recipe, base: Base, adapter: Adapter, account: Ledger, kind: str
+    ) -> None:
         self.base, self.adapter, self.account = base, adapter, account
         account.phase("looking")
         memory = recipe.memory
         if memory.optimiser == "paged":  # which makes room as moments on the host do
             memory = memory.replace(optimiser="host")
-        self.engine = Engine(base, micro_tokens=recipe.batch.micro_tokens, memory=memory)
+        tokens = recipe.batch.micro_tokens
+        self.engine = Engine(base, micro_tokens=tokens, memory=memory, device=kind)
         self.recipe = resolved(recipe, base, adapter, None)
         context = self.engine.context(adapter.name)
         self.sources: Sources = read_sources(self.recipe, base.tokenizer, context)

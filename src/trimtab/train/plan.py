@@ -110,7 +110,8 @@ def plan(recipe: Recipe, gpu: str | None = None, *, dry: bool = False) -> Plan:
         recipe.memory.check(here.type)
     if gpu is not None:
         recipe = recipe.replace(dtype=recipe.dtype or "bfloat16", device="cpu")
-    found = footprint(recipe, device.name)
+    found = footprint(recipe, device)
+    device = device.settled()
     phase, parts = found.peak(device)
     fits = device.memory is None or sum(parts.values()) <= device.memory
     if gpu is None and fits and not dry:

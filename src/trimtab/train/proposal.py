@@ -106,7 +106,9 @@ class _Search:
         key = tuple(sorted(changes.items()))
         if key not in self._known:
             try:
-                self._known[key] = footprint(changed(self.recipe, changes)).needs(self.device)
+                self._known[key] = footprint(changed(self.recipe, changes), self.device).needs(
+                    self.device
+                )
             except TrimtabError:
                 self._known[key] = None
         return self._known[key]

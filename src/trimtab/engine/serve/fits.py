@@ -22,8 +22,8 @@ from trimtab.adapt.tree import anatomy_of
 from trimtab.errors import UnsupportedError
 
 LENGTH, PIECE, OTHER = 14, 9, 5
-APART = 0.1
-"""How far logits may be apart, in their own standard deviations: rounding is far below, another text far above."""
+APART, APART_IN_16_BITS = 1e-3, 0.2
+"""How far logits may be apart (in the mean, of their own spread): rounding is far below, another text far above."""
 MOVING = {"dynamic", "longrope"}
 """Rotary embeddings that depend on the longest text of a batch."""
 
@@ -48,8 +48,9 @@ def model_fits(model: PreTrainedModel) -> bool:
             plain, paged = _plain(model), _paged(model)
     except (TypeError, UnsupportedError, RuntimeError, KeyError, IndexError):
         return False  # it hands no further word on, or wants something of its own
-    far = float((plain - paged).abs().max())
-    return far <= APART * float(plain.std())
+    plain, paged = (t - t.mean(1, keepdim=True) for t in (plain, paged))
+    far = float(((plain - paged).std(1) / plain.std(1)).max())
+    return far <= (APART_IN_16_BITS if model.dtype.itemsize == 2 else APART)
 
 
 def adapter_fits(model: PreTrainedModel, bank: Bank, adapter: Adapter, *, windows: bool) -> bool:
