@@ -21,6 +21,11 @@ def _step(found: Any) -> Ratios:
     return row["speed_ratio"]["median"], row["memory_ratio"]["median"]
 
 
+def _few_bits(found: Any) -> Ratios:
+    (row,) = found["rows"]
+    return row["speed_over_peft"]["median"], row["memory_over_peft"]["median"]
+
+
 def _trainer(found: Any) -> Ratios:
     part = found["parts"]["trainer"]
     return part["speed_ratio"]["median"], part["memory_ratio"]["median"]
@@ -65,6 +70,7 @@ ROWS: tuple[tuple[str, str, str, Callable[[Any], Ratios]], ...] = (
     (STEP, "`peft`", "lora_step_xeon", _step),
     (f"{STEP}, MLPs computed again", "`peft`, checkpointing", "other_steps", _other("recompute", "trimtab, mlp")),
     (f"{STEP}, blocks computed again", "`peft`, checkpointing", "other_steps", _other("recompute", "trimtab, blocks")),
+    (f"{STEP}, the base in NF4", "`peft` with bitsandbytes", "qlora_step", _few_bits),
     (f"{STEP}, DoRA", "`peft`", "other_steps", _other("dora")),
     (f"{STEP}, (IA)³", "`peft`", "other_steps", _other("ia3")),
     (f"{STEP}, prefix tuning", "`peft`", "other_steps", _other("prefix")),
