@@ -2,44 +2,37 @@
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trimtab.adapt.attach import attach
-from trimtab.adapt.bank import Bank, Plan, bank_of, find_bank
-from trimtab.adapt.injected import apart
-from trimtab.adapt.lean import Lean
+from trimtab.adapt.bank import bank_of, find_bank
 from trimtab.adapt.route import Route
 from trimtab.adapt.tree import anatomy_of
-from trimtab.data import Batch, Datum
+from trimtab.data import Datum
 from trimtab.engine import sampling, state
 from trimtab.engine.class_head import ClassHead
 from trimtab.engine.frozen import Frozen
-from trimtab.engine.head import Head, Kept, TokenHead
+from trimtab.engine.head import Head, TokenHead
 from trimtab.engine.micro import Layout, Micro, Who, layout_of
+from trimtab.engine.passes import Pass, mode, scope
 from trimtab.engine.results import LossResult, StepResult
 from trimtab.engine.rooms import Rooms, Unwatched
 from trimtab.engine.sampling import Completion, SamplingParams
-from trimtab.engine.saving import saving
 from trimtab.engine.streaming import Stream
-from trimtab.engine.tenant import Tenant, listed
+from trimtab.engine.tenant import Tenant
 from trimtab.errors import (
     DataError,
-    NonFiniteLossError,
     RouteError,
     UnknownNameError,
     UnsupportedError,
     suggest,
 )
-from trimtab.losses import Form
 from trimtab.models.load import Base
 from trimtab.optim.params import AdamParams, CrossEntropy, Memory
 
@@ -92,7 +85,7 @@ class Engine:
                 "so far. Train it with its own loss: attach the adapter and use any loop."
             )
         self.causal = anatomy.causal
-        with self._scope(Route.everyone(())):
+        with scope(self.model, Route.everyone(())):
             classes = ClassHead.of(self.model)
             self._head: Head = classes or TokenHead.of(self.model)
             pad = None if self.tokenizer is None else self.tokenizer.pad_token_id
@@ -216,14 +209,9 @@ class Engine:
             Datum.classified(ids, 0, origin=f"text {number}") for number, ids in enumerate(texts)
         ]
         self._check(data, owners)
-        found: dict[int, list[float]] = {}
         budget = max(self.micro_tokens, *map(len, data)) if data else 0
-        with self._mode(train=False), torch.no_grad():
-            for micro in self._layout.plan(data, owners, budget, False) if data else ():
-                batch = micro.batch.to(self.model.device)
-                with self._shown(micro, batch, data):
-                    shares = head.logits(micro.inputs(batch)).double().softmax(-1)
-                found |= zip(micro.members, shares.tolist(), strict=True)
+        micros = self._layout.plan(data, owners, budget, False) if data else iter(())
+        found = self._pass.classes(head, micros, data)
         return [found[number] for number in range(len(data))]
 
     def stream(
@@ -287,96 +275,6 @@ class Engine:
         state.restore(self._tenant(name), saved)
         return saved.extra
 
-    # -- one pass over data --------------------------------------------------------------------------
-
-    def _run(
-        self, data: Sequence[Datum], owners: Sequence[Who], aim: CrossEntropy, *, train: bool
-    ) -> LossResult:
-        if not data:
-            raise DataError("there are no examples to compute a loss of.")
-        self._check(data, owners)
-        sums, weights, hits = totals = [[0.0] * len(data) for _ in range(3)]
-        auxiliary: dict[str, float] = defaultdict(float)
-        with (
-            self._mode(train=train),
-            Lean(self.model),
-            torch.set_grad_enabled(train),
-        ):
-            for micro in self.rooms.each("data", self.micro_batches(data, owners)):
-                with saving(self.model, self.memory) if train else nullcontext():
-                    objective, found = self._forward(micro, data, aim, auxiliary)
-                for place, member in enumerate(micro.members):
-                    for total, values in zip(totals, found, strict=True):
-                        total[member] = values[place]
-                if train and objective is not None:
-                    with self.rooms.backward(objective):
-                        objective.backward()
-        return LossResult(sums, weights, hits, dict(auxiliary))
-
-    def _forward(
-        self,
-        micro: Micro,
-        data: Sequence[Datum],
-        aim: CrossEntropy,
-        auxiliary: dict[str, float],
-    ) -> tuple[Tensor | None, list[list[float]]]:
-        """The objective of one micro-batch; and sums, weights and hits of its documents."""
-        documents = len(micro.members)
-        with self.rooms.inside("data"):
-            kept = Kept.of(micro.batch)
-            if not len(kept.index):
-                return None, [[0.0] * documents for _ in range(3)]
-            batch, kept = self._placed(micro, kept)
-        with self._shown(micro, batch, data) as route, self.rooms.inside("head"):
-            form = Form(aim.label_smoothing, aim.z_loss)
-            token = self._head.loss(micro.inputs(batch), kept, form, together=route.every)
-            bank = find_bank(self.model)
-            extras = [] if bank is None else bank.take_losses()
-        weights = kept.weights.double()
-        per_token = torch.stack(
-            [token.nll.double() * weights, weights, token.best.double() * weights]
-        )
-        zeros = torch.zeros(3, documents, dtype=torch.float64, device=per_token.device)
-        found: list[list[float]] = zeros.index_add(1, kept.document, per_token).tolist()
-        objective = token.loss
-        for adapter, name, value in extras:
-            weight = sum(
-                w for w, owner in zip(found[1], micro.owners, strict=True) if owner == adapter
-            )
-            objective = objective + value * weight
-            auxiliary[f"{adapter}.{name}"] += float(value.detach()) * weight
-        self._check_finite(found[0], float(objective.detach()), micro, data)
-        return objective, found
-
-    def _check_finite(
-        self, sums: list[float], objective: float, micro: Micro, data: Sequence[Datum]
-    ) -> None:
-        if math.isfinite(objective) and all(map(math.isfinite, sums)):
-            return
-        bad = [m for m, value in zip(micro.members, sums, strict=True) if not math.isfinite(value)]
-        origins = [data[member].origin or f"example {member}" for member in (bad or micro.members)]
-        raise NonFiniteLossError(
-            f"the loss is not finite for {listed(origins)} No tensor was changed."
-        )
-
-    @contextmanager
-    def _shown(self, micro: Micro, batch: Batch, data: Sequence[Datum]) -> Iterator[Route]:
-        """Route a forward of ``micro``, whose ``batch`` lies on the model's device."""
-        route = micro.route(per_document=self._gated(micro.owners))
-        plan = Plan(mask=batch.attention_mask, prompt=micro.prompt.to(self.model.device))
-        begins = nullcontext() if self.frozen is None else self.frozen.around(micro, route, data)
-        with self._scope(route, plan), apart(micro.apart), begins:
-            yield route
-
-    def _placed(self, micro: Micro, kept: Kept) -> tuple[Batch, Kept]:
-        device = self.model.device
-        if device.type == "cpu":
-            return micro.batch, kept
-        moved = Kept(
-            *(t.to(device) for t in (kept.index, kept.document, kept.targets, kept.weights))
-        )
-        return micro.batch.to(device), moved
-
     # -- who acts, and how ---------------------------------------------------------------------------
 
     def _each(self, items: Sequence[Any], adapter: Owners) -> list[Any]:
@@ -399,14 +297,6 @@ class Engine:
         if tenant is None or tenant.adapter is not adapter:
             tenant = self._tenants[name] = Tenant(adapter, self.memory.optimiser)
         return tenant
-
-    def _gated(self, owners: Sequence[Who]) -> bool:
-        """Whether some acting method must tell documents apart."""
-        bank: Bank | None = find_bank(self.model)
-        names = {name for name in owners if name is not None}
-        return bank is not None and any(
-            m.needs_prompt for n in names for m in bank.require(n).methods
-        )
 
     def context(self, owner: Who = None) -> int | None:
         """The most tokens of one example: the model's positions, less those that a method takes."""
@@ -436,20 +326,23 @@ class Engine:
                 f"{what}: {length} tokens, more than the model's context of {limit}. Shorten it."
             )
 
-    @contextmanager
-    def _mode(self, *, train: bool) -> Iterator[None]:
-        before = self.model.training
-        if before != train:
-            self.model.train(train)
-        try:
-            yield
-        finally:
-            if before != train:
-                self.model.train(before)
+    @property
+    def _pass(self) -> Pass:
+        return Pass(self.model, self._head, self._layout, self.memory, self.rooms, self.frozen)
 
-    def _scope(self, route: Route, plan: Plan | None = None) -> Any:
-        bank = find_bank(self.model)
-        return nullcontext() if bank is None else bank.scope(route, plan)
+    def _run(
+        self, data: Sequence[Datum], owners: Sequence[Who], aim: CrossEntropy, *, train: bool
+    ) -> LossResult:
+        if not data:
+            raise DataError("there are no examples to compute a loss of.")
+        self._check(data, owners)
+        return self._pass.run(self.micro_batches(data, owners), data, aim, train=train)
+
+    def _mode(self, *, train: bool) -> AbstractContextManager[None]:
+        return mode(self.model, train=train)
+
+    def _scope(self, route: Route) -> AbstractContextManager[None]:
+        return scope(self.model, route)
 
 
 def _owner(who: Who) -> tuple[str, ...]:

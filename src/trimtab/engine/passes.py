@@ -1,0 +1,165 @@
+"""One pass over data: micro-batch by micro-batch through the model, to the loss, and back."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trimtab.adapt.bank import Plan, find_bank
+from trimtab.adapt.injected import apart
+from trimtab.adapt.lean import Lean
+from trimtab.adapt.route import Route
+from trimtab.data import Batch, Datum
+from trimtab.engine.class_head import ClassHead
+from trimtab.engine.frozen import Frozen
+from trimtab.engine.head import Head, Kept
+from trimtab.engine.micro import Layout, Micro, Who
+from trimtab.engine.results import LossResult
+from trimtab.engine.rooms import Rooms
+from trimtab.engine.saving import saving
+from trimtab.engine.tenant import listed
+from trimtab.errors import NonFiniteLossError
+from trimtab.losses import Form
+from trimtab.optim.params import CrossEntropy, Memory
+
+
+@final
+@dataclass(frozen=True)
+class Pass:
+    """How data are shown to one model; `Engine` says what the fields are."""
+
+    model: PreTrainedModel
+    head: Head
+    layout: Layout
+    memory: Memory
+    rooms: Rooms
+    frozen: Frozen | None
+
+    def run(
+        self, micros: Iterable[Micro], data: Sequence[Datum], aim: CrossEntropy, *, train: bool
+    ) -> LossResult:
+        """The losses of ``data``, which the micro-batches hold; with their gradients, to ``train``."""
+        sums, weights, hits = totals = [[0.0] * len(data) for _ in range(3)]
+        auxiliary: dict[str, float] = defaultdict(float)
+        with mode(self.model, train=train), Lean(self.model), torch.set_grad_enabled(train):
+            for micro in self.rooms.each("data", micros):
+                with saving(self.model, self.memory) if train else nullcontext():
+                    objective, found = self._forward(micro, data, aim, auxiliary)
+                for place, member in enumerate(micro.members):
+                    for total, values in zip(totals, found, strict=True):
+                        total[member] = values[place]
+                if train and objective is not None:
+                    with self.rooms.backward(objective):
+                        objective.backward()
+        return LossResult(sums, weights, hits, dict(auxiliary))
+
+    def classes(
+        self, head: ClassHead, micros: Iterable[Micro], data: Sequence[Datum]
+    ) -> dict[int, list[float]]:
+        """The probability of each class for each datum, by its number."""
+        found: dict[int, list[float]] = {}
+        with mode(self.model, train=False), torch.no_grad():
+            for micro in micros:
+                batch = micro.batch.to(self.model.device)
+                with self._shown(micro, batch, data):
+                    shares = head.logits(micro.inputs(batch)).double().softmax(-1)
+                found |= zip(micro.members, shares.tolist(), strict=True)
+        return found
+
+    def _forward(
+        self,
+        micro: Micro,
+        data: Sequence[Datum],
+        aim: CrossEntropy,
+        auxiliary: dict[str, float],
+    ) -> tuple[Tensor | None, list[list[float]]]:
+        """The objective of one micro-batch; and sums, weights and hits of its documents."""
+        documents = len(micro.members)
+        with self.rooms.inside("data"):
+            kept = Kept.of(micro.batch)
+            if not len(kept.index):
+                return None, [[0.0] * documents for _ in range(3)]
+            batch, kept = self._placed(micro, kept)
+        with self._shown(micro, batch, data) as route, self.rooms.inside("head"):
+            form = Form(aim.label_smoothing, aim.z_loss)
+            token = self.head.loss(micro.inputs(batch), kept, form, together=route.every)
+            bank = find_bank(self.model)
+            extras = [] if bank is None else bank.take_losses()
+        weights = kept.weights.double()
+        per_token = torch.stack(
+            [token.nll.double() * weights, weights, token.best.double() * weights]
+        )
+        zeros = torch.zeros(3, documents, dtype=torch.float64, device=per_token.device)
+        found: list[list[float]] = zeros.index_add(1, kept.document, per_token).tolist()
+        objective = token.loss
+        for adapter, name, value in extras:
+            weight = sum(
+                w for w, owner in zip(found[1], micro.owners, strict=True) if owner == adapter
+            )
+            objective = objective + value * weight
+            auxiliary[f"{adapter}.{name}"] += float(value.detach()) * weight
+        _check_finite(found[0], float(objective.detach()), micro, data)
+        return objective, found
+
+    @contextmanager
+    def _shown(self, micro: Micro, batch: Batch, data: Sequence[Datum]) -> Iterator[Route]:
+        """Route a forward of ``micro``, whose ``batch`` lies on the model's device."""
+        route = micro.route(per_document=self._gated(micro.owners))
+        plan = Plan(mask=batch.attention_mask, prompt=micro.prompt.to(self.model.device))
+        begins = nullcontext() if self.frozen is None else self.frozen.around(micro, route, data)
+        with scope(self.model, route, plan), apart(micro.apart), begins:
+            yield route
+
+    def _gated(self, owners: Sequence[Who]) -> bool:
+        """Whether some acting method must tell documents apart."""
+        bank = find_bank(self.model)
+        names = {name for name in owners if name is not None}
+        return bank is not None and any(
+            m.needs_prompt for n in names for m in bank.require(n).methods
+        )
+
+    def _placed(self, micro: Micro, kept: Kept) -> tuple[Batch, Kept]:
+        device = self.model.device
+        if device.type == "cpu":
+            return micro.batch, kept
+        moved = Kept(
+            *(t.to(device) for t in (kept.index, kept.document, kept.targets, kept.weights))
+        )
+        return micro.batch.to(device), moved
+
+
+def _check_finite(sums: list[float], objective: float, micro: Micro, data: Sequence[Datum]) -> None:
+    if math.isfinite(objective) and all(map(math.isfinite, sums)):
+        return
+    bad = [m for m, value in zip(micro.members, sums, strict=True) if not math.isfinite(value)]
+    origins = [data[member].origin or f"example {member}" for member in (bad or micro.members)]
+    raise NonFiniteLossError(f"the loss is not finite for {listed(origins)} No tensor was changed.")
+
+
+@contextmanager
+def mode(model: PreTrainedModel, *, train: bool) -> Iterator[None]:
+    """Inside, the model is in training mode or not; then as it was."""
+    before = model.training
+    if before != train:
+        model.train(train)
+    try:
+        yield
+    finally:
+        if before != train:
+            model.train(before)
+
+
+def scope(
+    model: PreTrainedModel, route: Route, plan: Plan | None = None
+) -> AbstractContextManager[None]:
+    """Route forwards of a model inside, where it has adapters."""
+    bank = find_bank(model)
+    return nullcontext() if bank is None else bank.scope(route, plan)
