@@ -12,6 +12,7 @@ NAMES = (
     "lora_step",
     "dora_step",
     "other_steps",
+    "many_train",
     "full_vs_peft",
     "plan_accuracy",
     "stream",

@@ -223,7 +223,7 @@ def test_monteclora_with_the_same_draws_is_that_of_peft(entropy: bool, monkeypat
             if sampler.sampler.index >= sampler.sampler.buffer_size:
                 sampler.sampler._refill_buffer()
         draws = iter([drawn(sampler) for sampler in samplers])
-        monkeypatch.setattr(monteclora, "drawn", lambda a, n, draws=draws: next(draws))
+        monkeypatch.setattr(monteclora, "drawn", lambda a, n, _, draws=draws: next(draws))
         batch = kit.batch_of(model)
         left, right = kit.outputs(model.train(), batch), kit.outputs(other.train(), batch)
         own = torch.stack([value for _, _, value in bank_of(model).take_losses()]).sum()

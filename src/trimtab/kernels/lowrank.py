@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain, pairwise
 from typing import Any
 
@@ -38,14 +38,20 @@ class Frozen:
     bias_O: Tensor | None = None
 
 
+def _torch_s() -> None:
+    """Torch's own generator."""
+
+
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What is added to a frozen layer: ``scale`` · B A of an x of which ``share`` is dropped."""
+    """What is added to a frozen layer: ``scale`` · B A of an x of which ``share`` is dropped, by the numbers of what
+    ``draw`` gives, or of torch's own generator."""
 
     a_RI: Tensor
     b_OR: Tensor
     scale: float
     share: float = 0.0
+    draw: Callable[[], torch.Generator | None] = _torch_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +75,10 @@ def changed_linear(
     if share and (len(layers) > 1 or len(counts) > 1):
         raise ValueError("layers with dropout are computed one by one: each draws its own masks")
     bounds = tuple(pairwise((0, *accumulate(counts))))
-    how = _How(layers, bounds, share, torch.get_rng_state() if share else None)
+    generator = torch.default_generator
+    if share:
+        layers, generator = _drawn(layers[0])
+    how = _How(layers, bounds, share, generator, generator.get_state() if share else None)
     tensors: list[Tensor | None] = []
     for layer in layers:
         weight = layer.layer.weight
@@ -80,14 +89,24 @@ def changed_linear(
     return found
 
 
+def _drawn(layer: Changed) -> tuple[tuple[Changed], torch.Generator]:
+    """The layer, and what the masks of its change are drawn from; what gives that is not kept until the backward."""
+    (change,) = layer.changes
+    assert change is not None
+    found = change.draw()
+    kept = replace(layer, changes=[replace(change, draw=_torch_s)])
+    return (kept,), torch.default_generator if found is None else found
+
+
 @dataclass(frozen=True, slots=True)
 class _How:
     layers: Sequence[Changed]
     bounds: Sequence[tuple[int, int]]
     """Where each segment begins and ends."""
     share: float
+    generator: torch.Generator
     state: Tensor | None
-    """Of torch's generator, before the masks are drawn."""
+    """Of the generator, before the masks are drawn."""
 
     @property
     def changes(self) -> list[Change]:
@@ -204,7 +223,7 @@ def _forward(
     parts, segments = _taken(how, tensors, torch.float32 if wide else x.dtype)
     flat = given = x.reshape(-1, x.shape[-1])
     if how.share:
-        given = (x * how.masks(x, torch.default_generator)).reshape(flat.shape)
+        given = (x * how.masks(x, how.generator)).reshape(flat.shape)
     kept = [x.new_empty(s.stop - s.start, len(s.a_QI)) for s in segments]
     found: list[Tensor] = []
     for rows in _slices(len(flat), whole=not wide):
