@@ -30,7 +30,7 @@ from trimtab.engine.rooms import Rooms, Unwatched
 from trimtab.engine.sampling import Completion, SamplingParams
 from trimtab.engine.saving import saving
 from trimtab.engine.streaming import Stream
-from trimtab.engine.tenant import Tenant, listed
+from trimtab.engine.tenant import Tenant, Tenants, listed
 from trimtab.errors import (
     DataError,
     NonFiniteLossError,
@@ -84,7 +84,7 @@ class Engine:
         """Told of the parts of each training step (`trimtab.train.profiler`)."""
         self.frozen: Frozen | None = None
         """What keeps hidden states below the adapters; by default they are computed each time."""
-        self._tenants: dict[str, Tenant] = {}
+        self.tenants = Tenants(self.memory.optimiser)
         anatomy = anatomy_of(self.model)
         if anatomy.encoder_decoder:
             raise UnsupportedError(
@@ -394,11 +394,7 @@ class Engine:
         return owners
 
     def _tenant(self, name: str) -> Tenant:
-        adapter = bank_of(self.model).require(name)
-        tenant = self._tenants.get(name)
-        if tenant is None or tenant.adapter is not adapter:
-            tenant = self._tenants[name] = Tenant(adapter, self.memory.optimiser)
-        return tenant
+        return self.tenants.of(bank_of(self.model).require(name))
 
     def _gated(self, owners: Sequence[Who]) -> bool:
         """Whether some acting method must tell documents apart."""
