@@ -16,6 +16,7 @@ from tests.engine import kit
 from trimtab.adapt.acting import using
 from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.attach import attach
+from trimtab.adapt.bank import bank_of
 from trimtab.data import Datum
 from trimtab.engine import Engine, LossResult
 from trimtab.errors import DataError, ModelError, UnsupportedError
@@ -186,7 +187,7 @@ def test_a_saved_state_continues_bitwise(make: Make, tmp_path: Path) -> None:
     torch.manual_seed(99)
     other.load(tmp_path / "state")
     steps(other, 2)
-    assert other._tenants["a"].adapter == adapter
+    assert bank_of(other.model).require("a") == adapter
 
 
 @MODELS

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from tests.engine import kit
 from trimtab.adapt.acting import using
 from trimtab.adapt.attach import attach
+from trimtab.adapt.bank import bank_of
 from trimtab.adapt.contract import Method
 from trimtab.data import Datum
 from trimtab.engine import Engine, head
@@ -335,6 +336,6 @@ def test_a_saved_state_continues_bitwise(method: Method, tmp_path: Path) -> None
     other.forward_backward(data[3:], "a")
     other.optim_step("a", STEP)
     trained(other, data, 2)
-    loaded = other._tenants["a"].adapter
+    loaded = bank_of(other.model).require("a")
     assert loaded == adapter
-    assert other._tenants["a"].steps == 5
+    assert other.tenants.of(loaded).steps == 5

@@ -270,7 +270,7 @@ class Adapter:
         for holders, stored in ((self._holders, True), (self._redrawn, False)):
             for name in [name for name, holder in holders.items() if holder is old]:
                 tensor = slots.get(old, name.slot, self.name)
-                slots.remove(old, name.slot, self.name)
+                slots.withdraw(old, name.slot, self.name)
                 slots.add(new, name.slot, self.name, tensor, stored=stored)
                 holders[name] = new
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from trimtab.adapt import attention, checkpoint, front, fusing, slots
 from trimtab.adapt.adapter import Adapter, TensorName
 from trimtab.adapt.apart import Apart
 from trimtab.adapt.bank import CHILD, Bank, bank_of, find_bank
-from trimtab.adapt.contract import Method, Spec
+from trimtab.adapt.contract import Method
 from trimtab.adapt.edit import Edit
 from trimtab.adapt.fingerprint import fingerprint
 from trimtab.adapt.in_peft import TIED
@@ -21,9 +22,8 @@ from trimtab.adapt.inside import inner
 from trimtab.adapt.observe import Batches, observe
 from trimtab.adapt.observed import Observation, Observed, Original
 from trimtab.adapt.parse import method_from
-from trimtab.adapt.plan import check_whole, checked, layer_at, placed, planned, whole_modules
-from trimtab.adapt.site import ExpertsSite
-from trimtab.adapt.tensors import initial_tensors, specs_of
+from trimtab.adapt.plan import layer_at, planned, resolved, whole_modules
+from trimtab.adapt.tensors import Specs, initial_tensors, specs_of
 from trimtab.adapt.tied import home_of
 from trimtab.adapt.tree import Children, anatomy_of, sites_of, uncover
 from trimtab.adapt.wrapping import Wrapping
@@ -66,12 +66,9 @@ def attach(
     """
     bank = _existing_bank(model)
     anatomy = anatomy_of(model)
-    base = fingerprint(model, anatomy.modules)
+    base = fingerprint(model, anatomy.modules) if bank is None else bank.known.fingerprint(anatomy)
     if isinstance(method, Adapter):
-        adapter = placed(checked(method, name, base, any_base), anatomy)
-        if adapter.base is None:
-            check_whole(adapter, anatomy)
-            adapter.base = base
+        adapter = resolved(method, name, anatomy, base, any_base=any_base)
     else:
         adapter = planned(model, method_from(method), name or "default", anatomy)
     if bank is not None and adapter.name in bank.adapters:
@@ -86,6 +83,29 @@ def attach(
             informed = adapter.method.informed(observed)
             adapter = planned(model, informed, adapter.name, anatomy)
         adapter.base = base
+    specs, tensors = prepared(model, adapter, anatomy, observed, seed, new=new)
+    bank = bank or _new_bank(model)
+    holders: dict[TensorName, nn.Module] = {}
+    try:
+        _insert(model, bank, adapter, anatomy, specs, tensors, trainable, holders)
+    except BaseException:
+        _withdraw(model, bank, adapter.name, holders)
+        for root in (bank, *(site.slots for site in sites_of(model).values())):
+            slots.prune(root)
+        raise
+    return adapter
+
+
+def prepared(
+    model: nn.Module,
+    adapter: Adapter,
+    anatomy: Anatomy,
+    observed: Mapping[str, Sequence[Observed]] = MappingProxyType({}),
+    seed: int = 0,
+    *,
+    new: bool,
+) -> tuple[Specs, dict[TensorName, Tensor]]:
+    """What an adapter needs at its sites, and its tensors there; nothing is changed yet. Raises as `attach`."""
     layers = {
         path: layer_at(anatomy, path) for path in dict.fromkeys(site.path for site in adapter.sites)
     }
@@ -93,14 +113,7 @@ def attach(
     tensors = initial_tensors(adapter, specs, layers, seed, new=new)
     attention.check(model, adapter, anatomy)
     front.check(model, adapter, anatomy)
-    bank = bank or _new_bank(model)
-    holders: dict[TensorName, nn.Module] = {}
-    try:
-        _insert(model, bank, adapter, anatomy, specs, tensors, trainable, holders)
-    except BaseException:
-        _withdraw(model, bank, adapter.name, holders)
-        raise
-    return adapter
+    return specs, tensors
 
 
 def detach(model: nn.Module, name: str) -> Adapter:
@@ -163,7 +176,7 @@ def _insert(
     bank: Bank,
     adapter: Adapter,
     anatomy: Anatomy,
-    specs: Mapping[tuple[int, str], Mapping[str, Spec]],
+    specs: Specs,
     tensors: Mapping[TensorName, Tensor],
     trainable: bool,
     placed: dict[TensorName, nn.Module],
@@ -216,8 +229,7 @@ def _insert(
         slots.add(holders[name], name.slot, adapter.name, tensor, stored=name in stored)
         placed[name] = holders[name]
     adapter.bind(stored, {name: holder for name, holder in holders.items() if name not in stored})
-    bank.adapters[adapter.name] = adapter
-    bank.active.append(adapter.name)
+    bank.admit(adapter)
 
 
 def _put(
@@ -235,10 +247,7 @@ def _put(
         front.prepare(model, bank, edit, anatomy)
         return attention.holder(bank, edit.path) if edit.tensors else bank
     site = tree.site(edit.path, whole=edit.method.kind == "full", within=within)
-    site.edits.setdefault(edit.adapter, []).append(edit)
-    return (
-        site.holder(edit.path.rpartition(".")[2]) if isinstance(site, ExpertsSite) else site.slots
-    )
+    return site.add(edit)
 
 
 def _withdraw(
@@ -247,26 +256,18 @@ def _withdraw(
     """Take an adapter's edits and tensors out again; with the last adapter, every trace."""
     if name in bank.merged:
         uncover(model, bank)
-    bank.adapters.pop(name, None)
     for tensor_name, holder in placed.items():
-        slots.remove(holder, tensor_name.slot, name)
-    slots.prune(bank.home(name))
-    bank.homes.pop(name, None)
-    slots.prune(bank)
+        slots.withdraw(holder, tensor_name.slot, name)
+    bank.dismiss(name)
     sites = list(sites_of(model).values())
     children = Children(model)
     for site in sites:
-        if site.edits.pop(name, None) is not None:
-            slots.prune(site.slots)
+        site.withdraw(name)
         if site.bare():
             children.replace(site, site.release())
     fusing.arrange(sites_of(model))
     attention.remove(model, bank, name)
     front.remove(bank, name)
-    bank.active = [other for other in bank.active if other != name]
-    bank.scales.pop(name, None)
-    bank.disabled.discard(name)
-    bank.dropped.pop(name, None)
     if not bank.adapters:
         strip(model, bank)
 
@@ -338,8 +339,7 @@ def strip(model: nn.Module, bank: Bank) -> None:
     for name, home in bank.homes.items():
         for tensor_name, holder in bank.adapters[name].held.items():
             if holder is home:
-                slots.remove(home, tensor_name.slot, name)
-        slots.prune(home)
+                slots.withdraw(home, tensor_name.slot, name)
     for name in list(bank.adapters):
         attention.remove(model, bank, name)
         front.remove(bank, name)

@@ -22,6 +22,7 @@ from trimtab.adapt.context import Context
 from trimtab.adapt.edit import Edit
 from trimtab.adapt.injected import KEYWORD, OURS, Before, Beside, Injected
 from trimtab.adapt.route import Owner, Part
+from trimtab.adapt.tree import walk
 from trimtab.errors import UnsupportedError
 from trimtab.models.attention_layer import AttentionLayer
 
@@ -85,7 +86,7 @@ def _asks_registry(kind: type[nn.Module]) -> bool:
 
 def set_implementation(model: nn.Module, name: str) -> None:
     """Of the model and of every model inside it (earlier releases leave out T5's stacks)."""
-    for part in model.modules():
+    for part in walk(model):
         if isinstance(part, PreTrainedModel) and part.config._attn_implementation != name:
             part.set_attn_implementation(name)
 
@@ -94,7 +95,7 @@ class Ours:
     """Inside, attention is ours where it would be the one of torch: the faster one of the two is taken."""
 
     def __init__(self, model: nn.Module) -> None:
-        parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+        parts = [part for part in walk(model) if isinstance(part, PreTrainedModel)]
         configs = {id(p.config): p.config for p in parts if p._can_set_attn_implementation()}
         self._configs: list[Any] = list(configs.values())
         self._taken: list[Any] = []
@@ -144,7 +145,8 @@ def _node(path: str) -> str:
 def remove(model: nn.Module, bank: Bank, name: str) -> None:
     """Take an adapter's edits out; drop what holds nothing any more."""
     for path, found in list(bank.injections.items()):
-        found.edits.pop(name, None)
+        if found.edits.pop(name, None):
+            slots.tidy(bank, _node(path))
         if not found.edits:
             found.handle.remove()
             del bank.injections[path]

@@ -19,6 +19,7 @@ from trimtab.adapt import checkpoint, slots
 from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.context import NO_SEEDS, Context
 from trimtab.adapt.injected import PAGES
+from trimtab.adapt.known import Known
 from trimtab.adapt.lean import lean, leans
 from trimtab.adapt.route import Owner, Route
 from trimtab.errors import AttachError, RouteError, UnknownNameError, suggest
@@ -49,6 +50,8 @@ class Bank(nn.Module):
         super().__init__()
         self.register_load_state_dict_pre_hook(_keep_own)  # type: ignore[no-untyped-call]
         self.adapters: dict[str, Adapter] = {}
+        self.prompted: set[str] = set()
+        """Those of them that must know whether a prompt lies in the cache."""
         self.active: list[str] = []
         self.scales: dict[str, float] = {}
         self.disabled: set[str] = set()
@@ -73,6 +76,7 @@ class Bank(nn.Module):
         self.padded: list[nn.TransformerEncoder] = []
         """torch's own encoders that would take padding out, and call none of their layers then."""
         self.blocks: list[nn.Module] = []
+        self.known = Known()
         self.fired: set[str] | None = None
         self.plan: Plan | None = None
         self._scope: Route | None = None
@@ -112,6 +116,7 @@ class Bank(nn.Module):
         """A saved or copied bank forgets generations in progress."""
         return {
             **self.__dict__,
+            "known": Known(),
             "_memories": None,
             "_encoded": None,
             "_last": None,
@@ -170,7 +175,23 @@ class Bank(nn.Module):
         """Let a module around the model hold an adapter's model-level tensors, where a library looks for them."""
         self.require(name).move(self.home(name), home)
         self.homes[name] = home
-        slots.prune(self)
+
+    def admit(self, adapter: Adapter) -> None:
+        """Count an adapter among those attached, as the last to act."""
+        self.adapters[adapter.name] = adapter
+        self.active.append(adapter.name)
+        if any(method.needs_prompt for method in adapter.methods):
+            self.prompted.add(adapter.name)
+
+    def dismiss(self, name: str) -> None:
+        """Forget all that is kept by an adapter's name; one that was not admitted may have left some of it."""
+        self.adapters.pop(name, None)
+        if name in self.active:
+            self.active.remove(name)
+        for kept in (self.homes, self.scales, self.dropped):
+            kept.pop(name, None)
+        self.disabled.discard(name)
+        self.prompted.discard(name)
 
     @contextmanager
     def scope(self, route: Route, plan: Plan | None = None) -> Iterator[None]:
@@ -318,10 +339,7 @@ class Bank(nn.Module):
 
     def _decoding(self, past: Any) -> bool:
         """Whether a prompt lies in the cache; asked only for methods that need to know (it may wait for the device)."""
-        if past is None:
-            return False
-        needed = any(m.needs_prompt for a in self.adapters.values() for m in a.methods)
-        return needed and int(past.get_seq_length()) > 0
+        return past is not None and bool(self.prompted) and int(past.get_seq_length()) > 0
 
     def _memory(self, past: Any, kwargs: dict[str, Any]) -> dict[Any, Any]:
         """What gates remember lives as long as the cache of the generation it belongs to."""
@@ -421,7 +439,7 @@ def bank_of(model: nn.Module) -> Bank:
 
 def find_bank(model: nn.Module) -> Bank | None:
     """The bank of a model, or None where nothing is attached."""
-    own = model._modules.get(CHILD)
-    if isinstance(own, Bank):
-        return own
-    return next((module for module in model.modules() if isinstance(module, Bank)), None)
+    from trimtab.adapt.tree import walk
+
+    own = (module._modules.get(CHILD) for module in walk(model))
+    return next((module for module in own if isinstance(module, Bank)), None)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trimtab.adapt.attention import Ours
+from trimtab.adapt.tree import walk
 from trimtab.kernels import products
 from trimtab.kernels.activations import kind_of
 from trimtab.kernels.dropout import dropout
@@ -51,7 +52,7 @@ class Lean:
     """
 
     def __init__(self, model: nn.Module, *, loss: bool = False) -> None:
-        found: list[tuple[nn.Module, Any]] = [(module, type(module)) for module in model.modules()]
+        found: list[tuple[nn.Module, Any]] = [(module, type(module)) for module in walk(model)]
         self._parts: list[tuple[nn.Module, Any, Any]] = [
             (module, kind, _lean(kind)) for module, kind in found if form_of(kind) is not None
         ]

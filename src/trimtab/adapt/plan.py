@@ -135,6 +135,22 @@ def other_base(adapter: Adapter, base: Fingerprint) -> str:
     return adapter.base.mismatch(base, own)
 
 
+def resolved(
+    adapter: Adapter,
+    name: str | None,
+    anatomy: Anatomy,
+    base: Fingerprint,
+    *,
+    any_base: bool = False,
+) -> Adapter:
+    """A copy of a saved adapter with the sites that it has on this model. Raises as `trimtab.attach`."""
+    found = placed(checked(adapter, name, base, any_base), anatomy)
+    if found.base is None:
+        check_whole(found, anatomy)
+        found.base = base
+    return found
+
+
 def checked(adapter: Adapter, name: str | None, base: Any, any_base: bool) -> Adapter:
     """A saved adapter, copied and checked against this base, but for what it has its own values of."""
     if adapter.base is not None:
@@ -150,7 +166,7 @@ def checked(adapter: Adapter, name: str | None, base: Any, any_base: bool) -> Ad
                 f"adapter {adapter.name!r} was trained beside this base in another storage: {stored}. Its weights are "
                 "rounded otherwise, so the adapter may answer otherwise. Load the base as the adapter knows it, or "
                 "measure again.",
-                stacklevel=3,
+                stacklevel=4,
             )
     return adapter.detached(name=name)
 

@@ -8,6 +8,7 @@ out on the way out and put back on the way in.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -23,7 +24,7 @@ from trimtab.adapt.context import Context
 from trimtab.adapt.edit import Bound, Edit, enter, leave
 from trimtab.adapt.looks import Looks
 from trimtab.adapt.route import Layout, Owner, Part
-from trimtab.adapt.slots import Slot, stored
+from trimtab.adapt.slots import Slot, stored, tidy
 from trimtab.errors import TargetError
 from trimtab.frozen import Layer, view
 from trimtab.frozen.experts import ExpertLayer, run
@@ -52,6 +53,7 @@ class SiteBase(Looks, nn.Module):
         self._bank = (bank,)
         self._covered: tuple[nn.Module, ...] = ()
         self.edits: dict[str, list[Edit]] = {}
+        """Of each adapter, innermost first; changed by `add` and `withdraw` alone."""
         self.room: Inside = nullcontext
         """Where the frozen layer computes (`trimtab.train.profiler` times what happens there)."""
         self.train(base_layer.training)
@@ -94,7 +96,16 @@ class SiteBase(Looks, nn.Module):
 
     def bare(self) -> bool:
         """Whether no adapter has an edit here."""
-        return not any(self.edits.values())
+        return not self.edits
+
+    def add(self, edit: Edit) -> nn.Module:
+        """Let an edit act here; returns the module below which its tensors are to lie."""
+        self.edits.setdefault(edit.adapter, []).append(edit)
+        return self.slots
+
+    def withdraw(self, adapter: str) -> list[Edit]:
+        """Take an adapter's edits out, and return them."""
+        return self.edits.pop(adapter, [])
 
     def acting(self, owner: Owner, *, training: bool = False) -> list[Edit]:
         """The edits of an owner at this site, innermost first."""
@@ -172,6 +183,8 @@ class LayerSite(SiteBase):
         self.siblings: tuple[LayerSite, ...] = ()
         """Other layers that are called with the same x, after this one (`trimtab.adapt.fusing`)."""
         self._entered: tuple[list[list[Bound]], Layout] | None = None
+        self._entering = 0
+        """How many edits change what goes in."""
         self._hook: Any = None
         self._hooked = self.layer.kind == "sublayer"
         if self._hooked:
@@ -188,7 +201,7 @@ class LayerSite(SiteBase):
         bank = self.bank
         bank.fire(self.path)
         x, call = self._input(args, kwargs)
-        if self._hooked and not self._enters():
+        if self._hooked and not self._entering:
             return self.base_layer(*args, **kwargs)
         alone = len(args) == 1 and not kwargs
         if alone and bank.early and (done := fusing.early(self, x)) is not None:
@@ -214,8 +227,14 @@ class LayerSite(SiteBase):
             self._entered = stacks, split
         return call(given)
 
-    def _enters(self) -> bool:
-        return any(edit.enters for edits in self.edits.values() for edit in edits)
+    def add(self, edit: Edit) -> nn.Module:
+        self._entering += edit.enters
+        return super().add(edit)
+
+    def withdraw(self, adapter: str) -> list[Edit]:
+        found = super().withdraw(adapter)
+        self._entering -= sum(edit.enters for edit in found)
+        return found
 
     def stacks(self, x: Tensor) -> tuple[list[list[Bound]], Layout, Tensor]:
         """Whose edits act on which part of x; and x with rows as the batch has them."""
@@ -275,6 +294,23 @@ class Site(LayerSite):
 class ExpertsSite(SiteBase):
     """Wrapped experts of a mixture. Each 3-D parameter is a site: its tensors lie in the child of that name."""
 
+    def __init__(self, base_layer: nn.Module, path: str, bank: Bank) -> None:
+        super().__init__(base_layer, path, bank)
+        self._paths = Counter[str]()
+        """How many edits there are of each parameter."""
+
+    def add(self, edit: Edit) -> nn.Module:
+        super().add(edit)
+        self._paths[edit.path] += 1
+        return self._holder(edit.path.rpartition(".")[2])
+
+    def withdraw(self, adapter: str) -> list[Edit]:
+        found = super().withdraw(adapter)
+        for edit in found:
+            self._paths[edit.path] -= 1
+            tidy(self, edit.path.rpartition(".")[2])
+        return found
+
     def forward(self, hidden_NH: Tensor, index_NK: Tensor, weights_NK: Tensor) -> Tensor:
         bank = self.bank
         context = bank.context(self.training)
@@ -282,7 +318,7 @@ class ExpertsSite(SiteBase):
         if self.covers(split.parts):
             y: Tensor = self.base_layer(hidden_NH, index_NK, weights_NK)
             return y
-        for name in {edit.path for edits in self.edits.values() for edit in edits}:
+        for name in +self._paths:
             bank.fire(name)
         pieces = []
         places = torch.arange(hidden_NH.shape[0], device=hidden_NH.device)
@@ -313,10 +349,10 @@ class ExpertsSite(SiteBase):
 
         return run(self.frozen, hidden, index, weights, around)
 
-    def holder(self, parameter: str) -> nn.Module:
+    def _holder(self, parameter: str) -> nn.Module:
         """The module that holds the adapter tensors of one expert parameter."""
         if parameter not in self._modules:
-            self._modules[parameter] = Slot().train(self.training)
+            self._modules[parameter] = Slot(self)
         return self.get_submodule(parameter)
 
 

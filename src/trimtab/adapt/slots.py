@@ -10,18 +10,51 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
 from trimtab.errors import AttachError
 
 
+class _Mode:
+    """Whether the slots below one place are in training mode: one answer for all of them."""
+
+    __slots__ = ("training",)
+
+    def __init__(self, training: bool) -> None:
+        self.training = training
+
+
 class Slot(nn.Module):
     """A node of the slot tree. Its forward is never called.
 
     It is read like a ``ModuleDict`` or ``ParameterDict``: ``site.lora_A["default"].weight``, ``site.ia3_l["default"]``.
+    Slots below a slot share its mode, so that ``train()`` stops at the topmost: there may be thousands below it.
+
+    Args:
+        around: the module that it is put into.
     """
+
+    def __init__(self, around: nn.Module | None = None) -> None:
+        training = around is None or around.training
+        self.__dict__["_mode"] = around._mode if isinstance(around, Slot) else _Mode(training)
+        super().__init__()
+        self.training = training
+
+    @property
+    def training(self) -> bool:
+        """Whether it is in training mode."""
+        return bool(self.__dict__["_mode"].training)
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        self.__dict__["_mode"].training = mode
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; those below it follow by themselves."""
+        self.training = mode
+        return self
 
     def __getitem__(self, name: str) -> nn.Module | Tensor:
         return self._held[name]
@@ -97,7 +130,7 @@ def nested(root: nn.Module, path: str) -> nn.Module:
     node = root
     for segment in path.split("."):
         if segment not in node._modules:
-            node.add_module(segment, Slot().train(node.training))
+            node.add_module(segment, Slot(node))
         node = node.get_submodule(segment)
     return node
 
@@ -120,6 +153,34 @@ def remove(root: nn.Module, slot: str, adapter: str) -> None:
     delattr(root.get_submodule(".".join(nodes)), name)
 
 
+def withdraw(root: nn.Module, slot: str, adapter: str) -> None:
+    """Drop the tensor of a slot, and the nodes that hold nothing then."""
+    remove(root, slot, adapter)
+    tidy(root, ".".join(place(slot, adapter)[0]))
+
+
+def tidy(root: nn.Module, path: str) -> None:
+    """Drop the slots along a path below ``root`` that hold nothing any more, from its end upwards."""
+    nodes = [root]
+    for segment in path.split("."):
+        child = nodes[-1]._modules.get(segment)
+        if child is None:
+            break
+        nodes.append(child)
+    names = path.split(".")[: len(nodes) - 1]
+    for around, segment, node in zip(nodes[-2::-1], names[::-1], nodes[:0:-1], strict=True):
+        if not _empty(node):
+            return
+        del around._modules[segment]
+
+
+def _empty(node: nn.Module) -> bool:
+    """Whether it is a slot that holds nothing."""
+    return (
+        isinstance(node, Slot) and not node._modules and not node._parameters and not node._buffers
+    )
+
+
 def stored(root: nn.Module) -> dict[str, Tensor]:
     """What a state dict holds of the slots below ``root``: their parameters and stored buffers, by name."""
     found = {}
@@ -132,11 +193,11 @@ def stored(root: nn.Module) -> dict[str, Tensor]:
 
 
 def prune(root: nn.Module) -> None:
-    """Drop the slot modules below ``root`` that hold nothing any more."""
+    """Drop all slots below ``root`` that hold nothing: what an attachment that failed may have left."""
     for name, child in list(root._modules.items()):
         if isinstance(child, Slot):
             prune(child)
-            if not child._modules and not child._parameters and not child._buffers:
+            if _empty(child):
                 del root._modules[name]
 
 

@@ -20,15 +20,18 @@ from trimtab.errors import (
 from trimtab.frozen import Layer
 from trimtab.models.anatomy import Anatomy
 
+Specs = dict[tuple[int, str], dict[str, Spec]]
+"""By (number of the site, or -1 - number of the method for its shared tensors; path): short name -> spec."""
+
 
 def specs_of(
     adapter: Adapter,
     anatomy: Anatomy,
     layers: Mapping[str, Layer],
     observed: Mapping[str, Sequence[Observed]] = MappingProxyType({}),
-) -> dict[tuple[int, str], dict[str, Spec]]:
-    """Specs by (number of the site, or -1 - number of the method for its shared tensors; path)."""
-    found: dict[tuple[int, str], dict[str, Spec]] = {}
+) -> Specs:
+    """What the methods of an adapter need at its sites and for all of them."""
+    found: Specs = {}
     for number, site in enumerate(adapter.sites):
         method = adapter.methods[site.method].at(site.path)
         if site.path in anatomy.experts:

@@ -53,7 +53,12 @@ def _walked(root: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
 
 
 def anatomy_of(root: nn.Module) -> Anatomy:
-    """The anatomy of a model, whether or not adapters are attached."""
+    """The anatomy of a model, whether or not adapters are attached; a model with adapters keeps it."""
+    from trimtab.adapt.bank import CHILD, Bank
+
+    bank = root._modules.get(CHILD)
+    if isinstance(bank, Bank):
+        return bank.known.anatomy(root, *_walked(root))
     return Anatomy(root, *_walked(root))
 
 

@@ -21,6 +21,7 @@ from trimtab.adapt.whole import COPIES
 
 if TYPE_CHECKING:
     from trimtab.adapt.bank import Bank
+    from trimtab.adapt.edit import Edit
 
 SAVED = COPIES.rstrip(".")
 
@@ -38,8 +39,12 @@ class WholeModule(SiteBase):
         return self.base_layer(*args, **kwargs)
 
     def bare(self) -> bool:
-        self.owners = [name for name in self.owners if name in self.bank.adapters]
         return not self.owners
+
+    def withdraw(self, adapter: str) -> list[Edit]:
+        if adapter in self.owners:
+            self.owners.remove(adapter)
+        return super().withdraw(adapter)
 
     @property
     def active_adapters(self) -> list[str]:

@@ -27,7 +27,7 @@ from trimtab.engine.results import LossResult, StepResult
 from trimtab.engine.rooms import Rooms, Unwatched
 from trimtab.engine.sampling import Completion, SamplingParams
 from trimtab.engine.streaming import Stream
-from trimtab.engine.tenant import Tenant
+from trimtab.engine.tenant import Tenant, Tenants
 from trimtab.errors import (
     DataError,
     RouteError,
@@ -77,7 +77,7 @@ class Engine:
         """Told of the parts of each training step (`trimtab.train.profiler`)."""
         self.frozen: Frozen | None = None
         """What keeps hidden states below the adapters; by default they are computed each time."""
-        self._tenants: dict[str, Tenant] = {}
+        self.tenants = Tenants(self.memory.optimiser)
         self.answering = Answering(self.model, self.tokenizer, self._answering, sample_tokens)
         """What answers: the requests in progress, and their keys and values."""
         anatomy = anatomy_of(self.model)
@@ -284,11 +284,7 @@ class Engine:
         return owners
 
     def _tenant(self, name: str) -> Tenant:
-        adapter = bank_of(self.model).require(name)
-        tenant = self._tenants.get(name)
-        if tenant is None or tenant.adapter is not adapter:
-            tenant = self._tenants[name] = Tenant(adapter, self.memory.optimiser)
-        return tenant
+        return self.tenants.of(bank_of(self.model).require(name))
 
     def context(self, owner: Who = None) -> int | None:
         """The most tokens of one example: the model's positions, less those that a method takes."""
@@ -301,7 +297,7 @@ class Engine:
     def _pass(self) -> Pass:
         return Pass(
             self.model, self._head, self._layout, self.memory, self.rooms, self.frozen,
-            self.micro_tokens, self.packed, {n: t.generator for n, t in self._tenants.items()},
+            self.micro_tokens, self.packed, self.tenants.generators,
         )  # fmt: skip
 
     def _mode(self, *, train: bool) -> AbstractContextManager[None]:

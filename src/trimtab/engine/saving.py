@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trimtab.adapt.bank import Bank, bank_of
 from trimtab.adapt.checkpoint import Capturing
-from trimtab.adapt.tree import anatomy_of, sites_of
+from trimtab.adapt.tree import anatomy_of, sites_of, walk
 from trimtab.errors import UnsupportedError
 from trimtab.optim.params import Memory
 
@@ -97,7 +97,7 @@ def _again(modules: list[nn.Module], bank: Bank) -> Iterator[None]:
 @contextmanager
 def _blocks(model: nn.Module) -> Iterator[None]:
     """By transformers' own switch, which also keeps caches out of it."""
-    switches = [module for module in model.modules() if hasattr(module, _SWITCH)]
+    switches = [module for module in walk(model) if hasattr(module, _SWITCH)]
     # releases differ in its name
     names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
     enable = next((name for name in names if hasattr(model, name)), None)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -38,7 +39,8 @@ class Saved:
     optimiser: dict[str, Tensor]
     gradients: dict[str, Tensor]
     memory: dict[str, Tensor]
-    rng: Tensor
+    rng: Tensor | None
+    """What the adapter's generator has come to; None where nobody has trained it yet."""
     steps: int
     weight: float
     origins: list[str]
@@ -47,6 +49,11 @@ class Saved:
 
 def write(tenant: Tenant, folder: Path, extra: Mapping[str, Any]) -> None:
     """Write the state of ``tenant``. Raises `StorageError`; what was in ``folder`` is then intact."""
+    put(tenant.adapter, tensors_of(tenant), {**facts_of(tenant), "extra": dict(extra)}, folder)
+
+
+def tensors_of(tenant: Tenant) -> dict[str, Tensor]:
+    """All tensors of a state but the adapter's, on CPU, as they are named in a file."""
     tensors = dict(tenant.adam.state())
     for key, parameter in tenant.adam.named.items():
         if parameter.grad is not None:
@@ -54,20 +61,36 @@ def write(tenant: Tenant, folder: Path, extra: Mapping[str, Any]) -> None:
     tensors[_RNG] = tenant.generator.get_state()
     memory = tenant.stepper.memory
     tensors |= {f"{_MEMORY}{k}": value.detach().cpu().contiguous() for k, value in memory.items()}
-    counts = {
-        "schema": SCHEMA,
-        "steps": tenant.steps,
-        "weight": tenant.weight,
-        "origins": tenant.origins,
-    }
+    return tensors
+
+
+NEW: Mapping[str, Any] = MappingProxyType({"steps": 0, "weight": 0.0, "origins": []})
+"""The facts of an adapter that nobody has trained yet."""
+
+
+def facts_of(tenant: Tenant) -> dict[str, Any]:
+    """What else a state holds of a tenant."""
+    return {"steps": tenant.steps, "weight": tenant.weight, "origins": list(tenant.origins)}
+
+
+def put(
+    adapter: Adapter, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], folder: Path
+) -> None:
+    """Write a folder that `parts` reads. Raises `StorageError`; what was in ``folder`` is then intact."""
     with replacing(folder) as temporary:
-        tenant.adapter.save(temporary / ADAPTER)
-        save_file(tensors, temporary / TENSORS)
-        write_json(temporary / STATE, {**counts, "extra": dict(extra)})
+        adapter.save(temporary / ADAPTER)
+        save_file(dict(tensors), temporary / TENSORS)
+        write_json(temporary / STATE, {"schema": SCHEMA, **facts})
 
 
 def read(folder: Path) -> Saved:
     """Read a state. Raises `FileFormatError` for a folder that is not a whole one."""
+    adapter, tensors, facts = parts(folder)
+    return assembled(adapter, tensors, facts, str(folder / STATE))
+
+
+def parts(folder: Path) -> tuple[Adapter, dict[str, Tensor], dict[str, Any]]:
+    """The adapter, the other tensors and the facts of a state. Raises as `read`."""
     for needed in (STATE, TENSORS):
         if not (folder / needed).is_file():
             raise FileFormatError(
@@ -79,22 +102,27 @@ def read(folder: Path) -> Saved:
             f"{folder / STATE}: schema {counts.get('schema')!r}; this version reads {SCHEMA}."
         )
     tensors = read_tensors(folder / TENSORS)
+    return Adapter.load(folder / ADAPTER), tensors, counts
+
+
+def assembled(
+    adapter: Adapter, tensors: Mapping[str, Tensor], counts: Mapping[str, Any], where: str
+) -> Saved:
+    """A state of its parts. Raises `FileFormatError` where facts are missing; ``where`` they should be."""
     try:
         return Saved(
-            adapter=Adapter.load(folder / ADAPTER),
+            adapter=adapter,
             optimiser={k: v for k, v in tensors.items() if not k.startswith(_OTHERS)},
             gradients=_below(tensors, _GRADIENT),
             memory=_below(tensors, _MEMORY),
-            rng=tensors[_RNG],
+            rng=tensors.get(_RNG),
             steps=int(counts["steps"]),
             weight=float(counts["weight"]),
             origins=list(counts["origins"]),
             extra=dict(counts["extra"]),
         )
     except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, FileFormatError):
-            raise
-        raise FileFormatError(f"{folder / STATE} is incomplete: {error!r}.") from error
+        raise FileFormatError(f"{where} is incomplete: {error!r}.") from error
 
 
 def restore(tenant: Tenant, saved: Saved) -> None:
@@ -110,6 +138,11 @@ def restore(tenant: Tenant, saved: Saved) -> None:
     with torch.no_grad():
         for key, tensor in tenant.adapter.tensors.items():
             tensor.copy_(values[key])
+    take_up(tenant, saved)
+
+
+def take_up(tenant: Tenant, saved: Saved) -> None:
+    """Let a tenant, whose tensors are those of a state, go on from it."""
     tenant.adam.clear()
     tenant.adam.restore(saved.optimiser)
     for key, value in saved.gradients.items():
@@ -119,7 +152,8 @@ def restore(tenant: Tenant, saved: Saved) -> None:
     tenant.stepper.memory = {k: v.to(next(iter(devices))) for k, v in saved.memory.items()}
     tenant.stepper.step = saved.steps
     tenant.weight, tenant.origins = saved.weight, list(saved.origins)
-    tenant.generator.set_state(saved.rng)
+    if saved.rng is not None:
+        tenant.generator.set_state(saved.rng.clone())  # torch reads it as aligned
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

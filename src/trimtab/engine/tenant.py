@@ -92,6 +92,43 @@ def _seed(name: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+class Tenants:
+    """The tenants of one engine, by name. What is of an adapter that was detached is dropped."""
+
+    def __init__(self, place: StatePlace) -> None:
+        self._place = place
+        self._found: dict[str, Tenant] = {}
+
+    def of(self, adapter: Adapter) -> Tenant:
+        """The tenant that an attached adapter is, made if it is none yet."""
+        found = self.known(adapter)
+        if found is None:
+            self._found = {n: t for n, t in self._found.items() if t.adapter.attached}
+            found = self._found[adapter.name] = Tenant(adapter, self._place)
+        return found
+
+    def known(self, adapter: Adapter) -> Tenant | None:
+        """The tenant that an attached adapter is, if it is one already."""
+        found = self._found.get(adapter.name)
+        return found if found is not None and found.adapter is adapter else None
+
+    def __contains__(self, tenant: Tenant) -> bool:
+        return self._found.get(tenant.adapter.name) is tenant
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    @property
+    def generators(self) -> dict[str, torch.Generator]:
+        """What each draws its random numbers from."""
+        return {name: tenant.generator for name, tenant in self._found.items()}
+
+    def leave(self, name: str) -> Tenant | None:
+        """Take a tenant out, if there is one of that name whose adapter is attached."""
+        found = self._found.pop(name, None)
+        return found if found is not None and found.adapter.attached else None
+
+
 def listed(origins: Iterable[str]) -> str:
     """The first few origins, and how many more."""
     found = list(origins)
