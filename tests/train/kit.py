@@ -72,15 +72,15 @@ def go(recipe: Recipe, *, resume: bool = False) -> Outcome:
 @contextmanager
 def at_step(number: int, action: Callable[[Run], Any]) -> Iterator[None]:
     """Do something when a run begins that step."""
-    original = Run._step
+    original = Run._computed
 
-    def step(self: Run, members: Any, cursor: Any) -> None:
+    def computed(self: Run, members: Any) -> Any:
         if self.progress.step + 1 == number:
             action(self)
-        original(self, members, cursor)
+        return original(self, members)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "_step", step)
+        patch.setattr(Run, "_computed", computed)
         yield
 
 
