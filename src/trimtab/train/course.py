@@ -15,7 +15,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -24,9 +23,8 @@ import torch
 from trimtab.adapt.adapter import Adapter
 from trimtab.data import Cursor, Datum, preview
 from trimtab.data.feed import Step
-from trimtab.engine import Engine, LossResult, StepResult
+from trimtab.engine import StepResult
 from trimtab.errors import DataError, StorageError
-from trimtab.models.load import Base
 from trimtab.train import facts
 from trimtab.train.checkpoints import Checkpoints
 from trimtab.train.events import Events, read_events
@@ -35,7 +33,6 @@ from trimtab.train.profiler import Profiler
 from trimtab.train.progress import Progress
 from trimtab.train.recipe import Recipe
 from trimtab.train.recipe_file import write_recipe
-from trimtab.train.screen import Screen
 from trimtab.train.setup import (
     Rows,
     check_same,
@@ -46,30 +43,12 @@ from trimtab.train.setup import (
     total_steps,
 )
 from trimtab.train.sources import Sources
+from trimtab.train.stage import Computed, Stage
 from trimtab.train.trackers import Trackers
 from trimtab.train.unrelated import Unrelated
 
 PREVIEWS = 2
 RECIPE, EVENTS, CHECKPOINTS = "recipe.yaml", "events.jsonl", "checkpoints"
-
-
-@dataclass(frozen=True, slots=True)
-class Computed:
-    """What the examples of a step gave: their losses (the gradients lie in the adapter), and the seconds they took."""
-
-    loss: LossResult
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Where courses take place: on this base, by this engine, shown on this screen. ``warn`` says one line of what a
-    user should know in any case."""
-
-    base: Base
-    engine: Engine
-    screen: Screen
-    warn: Callable[[str], None]
 
 
 class Course:

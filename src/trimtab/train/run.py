@@ -22,7 +22,7 @@ from trimtab.data import Datum
 from trimtab.engine import Engine
 from trimtab.errors import NonFiniteLossError, StorageError, TrimtabError
 from trimtab.models.load import Base
-from trimtab.train.course import Computed, Course, Stage
+from trimtab.train.course import Course
 from trimtab.train.ending import finish
 from trimtab.train.frozen import kept_below
 from trimtab.train.interrupt import Interrupt
@@ -34,6 +34,7 @@ from trimtab.train.report import write_report
 from trimtab.train.screen import Screen
 from trimtab.train.setup import resolved, run_folder
 from trimtab.train.sources import Sources, read_sources
+from trimtab.train.stage import Computed, Stage
 from trimtab.train.trackers import Trackers
 
 
