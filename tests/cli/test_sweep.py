@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from pathlib import Path
 
 import pytest
 
 from tests.cli.conftest import Ran
+from tests.train.kit import at_joined_step
 from trimtab.adapt.adapter import Adapter
 
 RECIPE = """
@@ -97,3 +99,16 @@ def test_a_folder_is_resumed_as_it_is(run: Ran, home: Path) -> None:
     (home / "empty").mkdir(exist_ok=True)
     assert "give --resume and nothing else" in run("sweep", "empty", "seed=[1,2]")[2]
     assert "holds no sweep" in run("sweep", "empty", "--resume")[2]
+
+
+def test_ctrl_c_is_an_exit_code_and_the_same_command_goes_on(
+    run: Ran, home: Path, recipe: str
+) -> None:
+    command = ("sweep", recipe, "optim.lr=[1e-3,1e-2]", "out=stopped")
+    with at_joined_step(3, lambda: signal.raise_signal(signal.SIGINT)):
+        code, out, _ = run(*command)
+    assert code == 130
+    assert "the same command with --resume goes on" in out and "3 of 8" in out
+    assert not (home / "stopped" / "adapter").exists()
+    code, out, _ = run(*command, "--resume")
+    assert code == 0 and "winner" in out

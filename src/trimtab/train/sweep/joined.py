@@ -47,8 +47,8 @@ class Joined:
             group = [one for one in wanted if one.loss == loss]
             try:
                 found |= self._together(group)
-            except NonFiniteLossError:  # all gradients of the call are dropped
-                found |= self._apart(group)
+            except NonFiniteLossError as error:  # all gradients of the call are dropped
+                found |= {group[0].adapter: error} if len(group) == 1 else self._apart(group)
         return found
 
     def _together(self, group: Sequence[Wanted]) -> Mapping[str, Computed]:

@@ -127,7 +127,8 @@ def _check_memory(base: Base, ready: Sequence[Ready], count: int) -> None:
     device = base.model.device
     most = facts.whole_memory(device)
     own = {p.data_ptr() for one in ready for p in one.adapter.parameters()}
-    held = sum(p.nbytes for p in base.model.parameters() if p.data_ptr() not in own)
+    tensors = (*base.model.parameters(), *base.model.buffers())
+    held = sum(tensor.nbytes for tensor in tensors if tensor.data_ptr() not in own)
     needed = training_bytes(ready)
     if most is not None and held + needed > most:
         raise ConfigError(

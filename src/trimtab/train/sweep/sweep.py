@@ -68,9 +68,10 @@ class Sweep:
     ) -> None:
         self.screen = screen
         space = space_of(asked.options)
-        self.sampler = samplers.get(asked.config.sampler)(space.axes, asked.config)
+        kind = samplers.get(asked.config.sampler)
+        self.sampler = kind(space.axes, asked.config)
         self.folder = folder_of(out, "sweep", resume=resume)
-        self.resume = resume and (self.folder / FILE).exists()
+        self.resume = resume and _begun(self.folder)
         if self.resume:
             self.record = Record.read(self.folder)
             self.record.check_same(asked)
@@ -78,6 +79,10 @@ class Sweep:
             self.record = Record(self.folder, asked)
         self.config = asked.config
         self.variants = Variants(asked.recipe, space, self.folder, asked.where)
+        if asked.config.together is not None:  # what is wrong in a later round is told now
+            checked, sampler = self.variants.another(), kind(space.axes, asked.config)
+            while choices := sampler.ask():
+                checked.make(choices)
         self._stage: Stage | None = None
         self._library: Library | None = None
 
@@ -168,3 +173,8 @@ class Sweep:
             shutil.copyfile(source / RECIPE, self.folder / RECIPE)
         except OSError as error:
             raise StorageError(f"cannot write {self.folder / RECIPE}: {error}.") from error
+
+
+def _begun(folder: Path) -> bool:
+    """Whether there is anything in it, but for what a killed process left half-written."""
+    return folder.is_dir() and any(entry.name != f".{FILE}" for entry in folder.iterdir())

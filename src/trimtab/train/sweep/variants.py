@@ -70,6 +70,10 @@ class Variants:
         self.made: list[Variant] = []
         self._recipes: list[Recipe] = []
 
+    def another(self) -> Variants:
+        """One that has made none so far."""
+        return Variants(self._values, self._space, self._folder, self._where)
+
     def make(self, choices: Sequence[Choice]) -> list[Variant]:
         """The variants of these choices.
 
