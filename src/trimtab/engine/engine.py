@@ -150,6 +150,10 @@ class Engine:
         """What the optimiser of an adapter keeps between steps."""
         return self._tenant(adapter).adam.kept
 
+    def forget(self, adapter: str) -> None:
+        """Give back what is kept for an adapter that was detached: its gradients and its optimiser."""
+        self._tenants.pop(adapter, None)
+
     def averaged(self, adapter: str) -> AbstractContextManager[None]:
         """The moving averages of an adapter's tensors in their place, inside a ``with`` (see ``AdamParams.ema``);
         the tensors themselves where no average is kept."""

@@ -154,6 +154,7 @@ class Round:
         self._record.write()
         for one in gone:
             detach(self._stage.base.model, one.name)
+            self._stage.engine.forget(one.name)
 
 
 def bound(rungs: Sequence[Rung], decided: int, total: int) -> int:

@@ -132,6 +132,7 @@ class Sweep:
             bank = find_bank(stage.base.model)
             for name in [] if bank is None else list(bank.adapters):
                 detach(stage.base.model, name)
+                stage.engine.forget(name)
 
     def _opened(self, variant: Variant) -> tuple[Stage, Library]:
         """The base and what stands on it, which are of all rounds."""
