@@ -107,9 +107,13 @@ class Engine:
         Gradients are sums; `optim_step` divides them by the token weights, once. A method's auxiliary
         losses are added once per forward, times the token weight of that forward.
 
+        A loss that is not finite concerns its adapter alone, whose gradients of the step in progress are dropped while
+        its tensors and its optimiser stay as they were. Where the data are of several adapters, the others get the
+        gradients that they would get without it, and ``errors`` of the result says what was wrong; where they are of
+        one, that is raised.
+
         Raises:
-            NonFiniteLossError: names the examples. The adapters' tensors and optimisers are as they were,
-                and the gradients of the step in progress are dropped.
+            NonFiniteLossError: names the examples; only where all data are of one adapter.
             DataError: a datum longer than the model's context, or than a micro-batch.
         """
         aim = loss if isinstance(loss, CrossEntropy) else LOSSES.get(loss)
@@ -126,6 +130,9 @@ class Engine:
                 tenant.discard()
             raise
         for owner, tenant in tenants.items():
+            if owner in result.errors:
+                tenant.discard()
+                continue
             own = [index for index, name in enumerate(owners) if name == owner]
             tenant.add(sum(result.weights[i] for i in own), (data[i].origin for i in own))
         return result
@@ -336,7 +343,11 @@ class Engine:
         if not data:
             raise DataError("there are no examples to compute a loss of.")
         self._check(data, owners)
-        return self._pass.run(self.micro_batches(data, owners), data, aim, train=train)
+        result = self._pass.run(self.micro_batches(data, owners), data, aim, train=train)
+        if len(set(owners)) == 1:
+            for error in result.errors.values():
+                raise error
+        return result
 
     def _mode(self, *, train: bool) -> AbstractContextManager[None]:
         return mode(self.model, train=train)

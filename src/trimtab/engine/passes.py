@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,9 +23,8 @@ from trimtab.engine.micro import Layout, Micro, Who
 from trimtab.engine.results import LossResult
 from trimtab.engine.rooms import Rooms
 from trimtab.engine.saving import saving
-from trimtab.engine.tenant import listed
-from trimtab.errors import NonFiniteLossError
-from trimtab.losses import Form
+from trimtab.engine.tally import Tally
+from trimtab.losses import Form, TokenLoss
 from trimtab.optim.params import CrossEntropy, Memory
 
 
@@ -46,20 +43,22 @@ class Pass:
     def run(
         self, micros: Iterable[Micro], data: Sequence[Datum], aim: CrossEntropy, *, train: bool
     ) -> LossResult:
-        """The losses of ``data``, which the micro-batches hold; with their gradients, to ``train``."""
-        sums, weights, hits = totals = [[0.0] * len(data) for _ in range(3)]
-        auxiliary: dict[str, float] = defaultdict(float)
+        """The losses of ``data``, which the micro-batches hold; with their gradients, to ``train``.
+
+        Once a loss of an adapter's is not finite, no more is computed for it alone; others share no sum with it, and
+        get the gradients that they would get without.
+        """
+        tally = Tally(data)
         with mode(self.model, train=train), Lean(self.model), torch.set_grad_enabled(train):
             for micro in self.rooms.each("data", micros):
+                if not any(map(tally.healthy, micro.owners)):
+                    continue
                 with saving(self.model, self.memory) if train else nullcontext():
-                    objective, found = self._forward(micro, data, aim, auxiliary)
-                for place, member in enumerate(micro.members):
-                    for total, values in zip(totals, found, strict=True):
-                        total[member] = values[place]
+                    objective = self._forward(micro, data, aim, tally)
                 if train and objective is not None:
                     with self.rooms.backward(objective):
                         objective.backward()
-        return LossResult(sums, weights, hits, dict(auxiliary))
+        return tally.result()
 
     def classes(
         self, head: ClassHead, micros: Iterable[Micro], data: Sequence[Datum]
@@ -75,39 +74,33 @@ class Pass:
         return found
 
     def _forward(
-        self,
-        micro: Micro,
-        data: Sequence[Datum],
-        aim: CrossEntropy,
-        auxiliary: dict[str, float],
-    ) -> tuple[Tensor | None, list[list[float]]]:
-        """The objective of one micro-batch; and sums, weights and hits of its documents."""
-        documents = len(micro.members)
+        self, micro: Micro, data: Sequence[Datum], aim: CrossEntropy, tally: Tally
+    ) -> Tensor | None:
+        """The objective of one micro-batch: of the documents whose owners' losses are finite."""
         with self.rooms.inside("data"):
             kept = Kept.of(micro.batch)
             if not len(kept.index):
-                return None, [[0.0] * documents for _ in range(3)]
+                return None
             batch, kept = self._placed(micro, kept)
         with self._shown(micro, batch, data) as route, self.rooms.inside("head"):
             form = Form(aim.label_smoothing, aim.z_loss)
             token = self.head.loss(micro.inputs(batch), kept, form, together=route.every)
             bank = find_bank(self.model)
             extras = [] if bank is None else bank.take_losses()
-        weights = kept.weights.double()
-        per_token = torch.stack(
-            [token.nll.double() * weights, weights, token.best.double() * weights]
+        losses_D = token.each.new_zeros(len(micro.members)).index_add(
+            0, kept.document, token.each * kept.weights.to(token.each.dtype)
         )
-        zeros = torch.zeros(3, documents, dtype=torch.float64, device=per_token.device)
-        found: list[list[float]] = zeros.index_add(1, kept.document, per_token).tolist()
-        objective = token.loss
+        weights = tally.add(micro, _summed(token, kept, losses_D))
         for adapter, name, value in extras:
-            weight = sum(
-                w for w, owner in zip(found[1], micro.owners, strict=True) if owner == adapter
-            )
-            objective = objective + value * weight
-            auxiliary[f"{adapter}.{name}"] += float(value.detach()) * weight
-        _check_finite(found[0], float(objective.detach()), micro, data)
-        return objective, found
+            tally.add_auxiliary(micro, adapter, name, float(value.detach()) * weights[adapter])
+        healthy = [n for n, owner in enumerate(micro.owners) if tally.healthy(owner)]
+        if not healthy:
+            return None
+        objective = (losses_D if len(healthy) == len(losses_D) else losses_D[healthy]).sum()
+        for adapter, _, value in extras:
+            if tally.healthy(adapter):
+                objective = objective + value * weights[adapter]
+        return objective
 
     @contextmanager
     def _shown(self, micro: Micro, batch: Batch, data: Sequence[Datum]) -> Iterator[Route]:
@@ -136,12 +129,14 @@ class Pass:
         return micro.batch.to(device), moved
 
 
-def _check_finite(sums: list[float], objective: float, micro: Micro, data: Sequence[Datum]) -> None:
-    if math.isfinite(objective) and all(map(math.isfinite, sums)):
-        return
-    bad = [m for m, value in zip(micro.members, sums, strict=True) if not math.isfinite(value)]
-    origins = [data[member].origin or f"example {member}" for member in (bad or micro.members)]
-    raise NonFiniteLossError(f"the loss is not finite for {listed(origins)} No tensor was changed.")
+def _summed(token: TokenLoss, kept: Kept, losses_D: Tensor) -> list[list[float]]:
+    """For each document the sum of nll, the weights, the weight of hits, and its loss."""
+    weights = kept.weights.double()
+    per_token = torch.stack([token.nll.double() * weights, weights, token.best.double() * weights])
+    zeros = torch.zeros(3, len(losses_D), dtype=torch.float64, device=per_token.device)
+    summed = zeros.index_add(1, kept.document, per_token)
+    found: list[list[float]] = torch.cat([summed, losses_D.detach().double()[None]]).tolist()
+    return found
 
 
 @contextmanager
