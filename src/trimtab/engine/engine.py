@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,7 +15,8 @@ from trimtab.adapt.bank import bank_of, find_bank
 from trimtab.adapt.route import Route
 from trimtab.adapt.tree import anatomy_of
 from trimtab.data import Datum
-from trimtab.engine import sampling, state
+from trimtab.engine import limits, sampling, state
+from trimtab.engine.aims import Aim
 from trimtab.engine.class_head import ClassHead
 from trimtab.engine.frozen import Frozen
 from trimtab.engine.head import Head, TokenHead
@@ -29,17 +30,13 @@ from trimtab.engine.tenant import Tenant
 from trimtab.errors import (
     DataError,
     RouteError,
-    UnknownNameError,
     UnsupportedError,
-    suggest,
 )
 from trimtab.models.load import Base
-from trimtab.optim.params import AdamParams, CrossEntropy, Memory
+from trimtab.optim.params import AdamParams, Memory
 
 Owners = Who | Sequence[Who]
 """One adapter (or None, the bare base) for all, or one for each datum or prompt."""
-
-LOSSES = {"cross_entropy": CrossEntropy()}
 
 
 class Engine:
@@ -100,12 +97,14 @@ class Engine:
         self,
         data: Sequence[Datum],
         adapter: str | Sequence[str],
-        loss: Literal["cross_entropy"] | CrossEntropy = "cross_entropy",
+        loss: Aim | Sequence[Aim] = "cross_entropy",
     ) -> LossResult:
-        """Add the gradient of Σ weight · loss over the tokens of ``data`` to each datum's adapter.
+        """Add the gradient of the losses of ``data`` to each datum's adapter.
 
-        Gradients are sums; `optim_step` divides them by the token weights, once. A method's auxiliary
-        losses are added once per forward, times the token weight of that forward.
+        ``loss`` is one for all, or one for each datum: a name, a `CrossEntropy`, or a value of `trimtab.losses`.
+        Gradients are sums; `optim_step` divides them once, by what the data count: the weight of their tokens, or one
+        for a pair of preferences. A method's auxiliary losses are added once per forward, times what its data in that
+        forward count.
 
         A loss that is not finite concerns its adapter alone, whose gradients of the step in progress are dropped while
         its tensors and its optimiser stay as they were. Where the data are of several adapters, the others get the
@@ -114,27 +113,25 @@ class Engine:
 
         Raises:
             NonFiniteLossError: names the examples; only where all data are of one adapter.
-            DataError: a datum longer than the model's context, or than a micro-batch.
+            DataError: a datum longer than the model's context, or than a micro-batch; or one that lacks what its loss
+                needs. No gradient has changed then.
         """
-        aim = loss if isinstance(loss, CrossEntropy) else LOSSES.get(loss)
-        if aim is None:
-            raise UnknownNameError(
-                f"unknown loss {loss!r}.{suggest(str(loss), LOSSES)} Known: {', '.join(LOSSES)}."
-            )
         owners = self._each(data, adapter)
         tenants = {owner: self._tenant(owner) for owner in dict.fromkeys(owners)}
+        aims = self._pass.aims(data, owners, loss)
         try:
-            result = self._run(data, owners, aim, train=True)
+            result = self._pass.run(data, owners, aims, train=True)
         except BaseException:
             for tenant in tenants.values():
                 tenant.discard()
             raise
+        counts = aims.counts(result.weights)
         for owner, tenant in tenants.items():
             if owner in result.errors:
                 tenant.discard()
                 continue
             own = [index for index, name in enumerate(owners) if name == owner]
-            tenant.add(sum(result.weights[i] for i in own), (data[i].origin for i in own))
+            tenant.add(sum(counts[i] for i in own), (data[i].origin for i in own))
         return result
 
     def micro_batches(self, data: Sequence[Datum], adapter: Owners) -> Iterator[Micro]:
@@ -159,9 +156,15 @@ class Engine:
         """Let the moving averages be the adapter's tensors from now on (nothing changes without any)."""
         self._tenant(adapter).adam.average.take()
 
-    def forward(self, data: Sequence[Datum], adapter: Owners = None) -> LossResult:
-        """The loss of ``data`` without gradients, in eval mode: what held-out evaluation uses."""
-        return self._run(data, self._each(data, adapter), CrossEntropy(), train=False)
+    def forward(
+        self,
+        data: Sequence[Datum],
+        adapter: Owners = None,
+        loss: Aim | Sequence[Aim] = "cross_entropy",
+    ) -> LossResult:
+        """The losses of ``data`` without gradients, in eval mode: what held-out evaluation uses."""
+        owners = self._each(data, adapter)
+        return self._pass.run(data, owners, self._pass.aims(data, owners, loss), train=False)
 
     # -- answering -----------------------------------------------------------------------------------
 
@@ -215,11 +218,7 @@ class Engine:
         data = [
             Datum.classified(ids, 0, origin=f"text {number}") for number, ids in enumerate(texts)
         ]
-        self._check(data, owners)
-        budget = max(self.micro_tokens, *map(len, data)) if data else 0
-        micros = self._layout.plan(data, owners, budget, False) if data else iter(())
-        found = self._pass.classes(head, micros, data)
-        return [found[number] for number in range(len(data))]
+        return self._pass.classes(head, data, owners)
 
     def stream(
         self, prompt: Sequence[int], params: SamplingParams | None = None, adapter: Who = None
@@ -307,47 +306,17 @@ class Engine:
 
     def context(self, owner: Who = None) -> int | None:
         """The most tokens of one example: the model's positions, less those that a method takes."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is None:
-            return None
-        taken = (
-            0
-            if owner is None
-            else sum(
-                m.virtual_tokens + m.prompt_tokens
-                for m in bank_of(self.model).require(owner).methods
-            )
-        )
-        return int(limit) - taken
-
-    def _check(self, data: Sequence[Datum], owners: Sequence[Who]) -> None:
-        """Raise `DataError` for a datum that is too long, or none for this model's head."""
-        for datum, owner in zip(data, owners, strict=True):
-            self._check_length(len(datum), owner, datum.origin or "an example")
-            self._head.check(datum)
+        return limits.context(self.model, owner)
 
     def _check_length(self, length: int, owner: Who, what: str) -> None:
-        limit = self.context(owner)
-        if limit is not None and length > limit:
-            raise DataError(
-                f"{what}: {length} tokens, more than the model's context of {limit}. Shorten it."
-            )
+        limits.check_length(self.model, length, owner, what)
 
     @property
     def _pass(self) -> Pass:
-        return Pass(self.model, self._head, self._layout, self.memory, self.rooms, self.frozen)
-
-    def _run(
-        self, data: Sequence[Datum], owners: Sequence[Who], aim: CrossEntropy, *, train: bool
-    ) -> LossResult:
-        if not data:
-            raise DataError("there are no examples to compute a loss of.")
-        self._check(data, owners)
-        result = self._pass.run(self.micro_batches(data, owners), data, aim, train=train)
-        if len(set(owners)) == 1:
-            for error in result.errors.values():
-                raise error
-        return result
+        return Pass(
+            self.model, self._head, self._layout, self.memory, self.rooms, self.frozen,
+            self.micro_tokens, self.packed,
+        )  # fmt: skip
 
     def _mode(self, *, train: bool) -> AbstractContextManager[None]:
         return mode(self.model, train=train)

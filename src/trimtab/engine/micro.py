@@ -93,21 +93,24 @@ class Layout:
     pad_id: int
 
     def plan(
-        self, data: Sequence[Datum], owners: Sequence[Who], budget: int, packed: bool | None = None
+        self,
+        data: Sequence[Datum],
+        owners: Sequence[Who],
+        budget: int,
+        packed: bool | None = None,
+        units: Sequence[Sequence[int]] | None = None,
     ) -> Iterator[Micro]:
         """Micro-batches of at most ``budget`` cells, that together hold each datum once.
 
-        ``packed`` forces one of the two layouts. Raises `DataError` for a datum over the budget.
+        ``packed`` forces one of the two layouts; ``units`` are data that must be seen together (by default each is
+        one). Raises `DataError` for a datum, or a unit, over the budget.
         """
         lengths = [len(datum) for datum in data]
-        if max(lengths) > budget:
-            longest = data[lengths.index(max(lengths))]
-            raise DataError(
-                f"{longest.origin or 'an example'} has {len(longest)} tokens, more than a micro-batch may "
-                f"have ({budget}); raise micro_tokens, or shorten the example."
-            )
-        rows = plan_batches(lengths, budget, each=self.each)
-        if len(set(owners)) > 1 or packed is False or not self.packs:
+        units = units or [(index,) for index in range(len(data))]
+        check_fit(data, units, budget)
+        rows = self._row_plan(lengths, units, budget)
+        several = len(set(owners)) > 1 or len(units) < len(data)
+        if several or packed is False or not self.packs:
             return self._rows(data, owners, rows)
         costs: dict[
             int, float
@@ -127,6 +130,18 @@ class Layout:
         if best == 0:
             return self._rows(data, owners, rows)
         return self._packed(data, owners, lengths, best, budget)
+
+    def _row_plan(
+        self, lengths: Sequence[int], units: Sequence[Sequence[int]], budget: int
+    ) -> list[list[int]]:
+        """Data by micro-batch, where each has a row; those whose units are of one size go together."""
+        found: list[list[int]] = []
+        for size in sorted({len(unit) for unit in units}):
+            own = [unit for unit in units if len(unit) == size]
+            cells = [size * max(lengths[index] for index in unit) for unit in own]
+            for batch in plan_batches(cells, budget, each=self.each):
+                found.append([index for place in batch for index in own[place]])
+        return found
 
     def _cost(self, cells: int, seen: int) -> float:
         """Of cells each of which sees half of so many."""
@@ -174,6 +189,20 @@ class Layout:
             apart=_documents(batch, width is not None)
             if self.apart and (width is not None or not self.causal)
             else None,
+        )
+
+
+def check_fit(data: Sequence[Datum], units: Sequence[Sequence[int]], budget: int) -> None:
+    """Raise `DataError` for data that must be seen together, and are more than a micro-batch may have."""
+    for unit in units:
+        longest = max((data[index] for index in unit), key=len)
+        if len(unit) * len(longest) <= budget:
+            continue
+        what = f"{longest.origin or 'an example'} has {len(longest)} tokens"
+        if len(unit) > 1:
+            what += f" and must be seen together with {len(unit) - 1} more, {len(unit) * len(longest)} in all"
+        raise DataError(
+            f"{what}, more than a micro-batch may have ({budget}); raise micro_tokens, or shorten the example."
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import final
@@ -11,21 +11,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimtab.adapt.bank import Plan, find_bank
+from trimtab.adapt.bank import Plan, bank_of, find_bank
 from trimtab.adapt.injected import apart
 from trimtab.adapt.lean import Lean
 from trimtab.adapt.route import Route
 from trimtab.data import Batch, Datum
+from trimtab.engine import limits
+from trimtab.engine.aims import Aim, Aims, Group, forms_of, losses_of
 from trimtab.engine.class_head import ClassHead
 from trimtab.engine.frozen import Frozen
 from trimtab.engine.head import Head, Kept
-from trimtab.engine.micro import Layout, Micro, Who
+from trimtab.engine.micro import Layout, Micro, Who, check_fit
 from trimtab.engine.results import LossResult
 from trimtab.engine.rooms import Rooms
 from trimtab.engine.saving import saving
 from trimtab.engine.tally import Tally
-from trimtab.losses import Form, TokenLoss
-from trimtab.optim.params import CrossEntropy, Memory
+from trimtab.errors import DataError
+from trimtab.losses import TokenLoss
+from trimtab.optim.params import Memory
 
 
 @final
@@ -39,67 +42,111 @@ class Pass:
     memory: Memory
     rooms: Rooms
     frozen: Frozen | None
+    micro_tokens: int
+    packed: bool | None
+
+    def aims(self, data: Sequence[Datum], owners: Sequence[Who], aim: Aim | Sequence[Aim]) -> Aims:
+        """What is to be learnt from ``data``. Raises `DataError` for what cannot be."""
+        if not data:
+            raise DataError("there are no examples to compute a loss of.")
+        limits.check(self.model, self.head, data, owners)
+        aims = Aims.of(aim, data, owners)
+        for reference in aims.references(data).values():
+            if reference.adapter is not None:
+                bank_of(self.model).require(reference.adapter)
+        check_fit(data, aims.units, self.micro_tokens)
+        return aims
 
     def run(
-        self, micros: Iterable[Micro], data: Sequence[Datum], aim: CrossEntropy, *, train: bool
+        self, data: Sequence[Datum], owners: Sequence[Who], aims: Aims, *, train: bool
     ) -> LossResult:
-        """The losses of ``data``, which the micro-batches hold; with their gradients, to ``train``.
+        """The losses of ``data``; with their gradients, to ``train``.
+
+        Raises:
+            NonFiniteLossError: where all data have one owner.
+        """
+        result = self._through(self._compared(data, aims), owners, aims, train=train)
+        if len(set(owners)) == 1:
+            for error in result.errors.values():
+                raise error
+        return result
+
+    def classes(
+        self, head: ClassHead, data: Sequence[Datum], owners: Sequence[Who]
+    ) -> list[list[float]]:
+        """The probability of each class for each datum."""
+        limits.check(self.model, head, data, owners)
+        found: dict[int, list[float]] = {}
+        budget = max(self.micro_tokens, *map(len, data)) if data else 0
+        with mode(self.model, train=False), torch.no_grad():
+            for micro in self.layout.plan(data, owners, budget, False) if data else ():
+                batch = micro.batch.to(self.model.device)
+                with self._shown(micro, batch, data):
+                    shares = head.logits(micro.inputs(batch)).double().softmax(-1)
+                found |= zip(micro.members, shares.tolist(), strict=True)
+        return [found[number] for number in range(len(data))]
+
+    def _compared(self, data: Sequence[Datum], aims: Aims) -> Sequence[Datum]:
+        """The data with the log-probabilities of those with whom their losses compare."""
+        references = aims.references(data)
+        if not references:
+            return data
+        chosen = [data[index] for index in references]
+        owners = [reference.adapter for reference in references.values()]
+        plain = self.aims(chosen, owners, "cross_entropy")
+        found = self._through(chosen, owners, plain, train=False).logprobs
+        whole = list(data)
+        for index, logprobs in zip(references, found, strict=True):
+            whole[index] = data[index].with_logprobs(logprobs)
+        return whole
+
+    def _through(
+        self, data: Sequence[Datum], owners: Sequence[Who], aims: Aims, *, train: bool
+    ) -> LossResult:
+        """All data through the model.
 
         Once a loss of an adapter's is not finite, no more is computed for it alone; others share no sum with it, and
         get the gradients that they would get without.
         """
-        tally = Tally(data)
+        tally = Tally(data, aims)
+        micros = self.layout.plan(data, owners, self.micro_tokens, self.packed, aims.units)
         with mode(self.model, train=train), Lean(self.model), torch.set_grad_enabled(train):
             for micro in self.rooms.each("data", micros):
                 if not any(map(tally.healthy, micro.owners)):
                     continue
                 with saving(self.model, self.memory) if train else nullcontext():
-                    objective = self._forward(micro, data, aim, tally)
+                    objective = self._forward(micro, data, aims, tally)
                 if train and objective is not None:
                     with self.rooms.backward(objective):
                         objective.backward()
         return tally.result()
 
-    def classes(
-        self, head: ClassHead, micros: Iterable[Micro], data: Sequence[Datum]
-    ) -> dict[int, list[float]]:
-        """The probability of each class for each datum, by its number."""
-        found: dict[int, list[float]] = {}
-        with mode(self.model, train=False), torch.no_grad():
-            for micro in micros:
-                batch = micro.batch.to(self.model.device)
-                with self._shown(micro, batch, data):
-                    shares = head.logits(micro.inputs(batch)).double().softmax(-1)
-                found |= zip(micro.members, shares.tolist(), strict=True)
-        return found
-
     def _forward(
-        self, micro: Micro, data: Sequence[Datum], aim: CrossEntropy, tally: Tally
+        self, micro: Micro, data: Sequence[Datum], aims: Aims, tally: Tally
     ) -> Tensor | None:
         """The objective of one micro-batch: of the documents whose owners' losses are finite."""
         with self.rooms.inside("data"):
             kept = Kept.of(micro.batch)
             if not len(kept.index):
                 return None
-            batch, kept = self._placed(micro, kept)
+            groups = aims.groups(micro, kept, data)
+            batch, kept, groups = self._placed(micro, kept, groups)
         with self._shown(micro, batch, data) as route, self.rooms.inside("head"):
-            form = Form(aim.label_smoothing, aim.z_loss)
-            token = self.head.loss(micro.inputs(batch), kept, form, together=route.every)
+            forms = forms_of(groups)
+            token = self.head.loss(micro.inputs(batch), kept, forms, together=route.every)
             bank = find_bank(self.model)
             extras = [] if bank is None else bank.take_losses()
-        losses_D = token.each.new_zeros(len(micro.members)).index_add(
-            0, kept.document, token.each * kept.weights.to(token.each.dtype)
-        )
-        weights = tally.add(micro, _summed(token, kept, losses_D))
+            losses_D, metrics = losses_of(groups, token.each, len(micro.members))
+        counts = tally.add(micro, kept, token.nll, _summed(token, kept, losses_D), metrics)
         for adapter, name, value in extras:
-            tally.add_auxiliary(micro, adapter, name, float(value.detach()) * weights[adapter])
+            tally.add_auxiliary(micro, adapter, name, float(value.detach()) * counts[adapter])
         healthy = [n for n, owner in enumerate(micro.owners) if tally.healthy(owner)]
         if not healthy:
             return None
         objective = (losses_D if len(healthy) == len(losses_D) else losses_D[healthy]).sum()
         for adapter, _, value in extras:
             if tally.healthy(adapter):
-                objective = objective + value * weights[adapter]
+                objective = objective + value * counts[adapter]
         return objective
 
     @contextmanager
@@ -119,14 +166,16 @@ class Pass:
             m.needs_prompt for n in names for m in bank.require(n).methods
         )
 
-    def _placed(self, micro: Micro, kept: Kept) -> tuple[Batch, Kept]:
+    def _placed(
+        self, micro: Micro, kept: Kept, groups: list[Group]
+    ) -> tuple[Batch, Kept, list[Group]]:
         device = self.model.device
         if device.type == "cpu":
-            return micro.batch, kept
+            return micro.batch, kept, groups
         moved = Kept(
             *(t.to(device) for t in (kept.index, kept.document, kept.targets, kept.weights))
         )
-        return micro.batch.to(device), moved
+        return micro.batch.to(device), moved, [group.to(device) for group in groups]
 
 
 def _summed(token: TokenLoss, kept: Kept, losses_D: Tensor) -> list[list[float]]:

@@ -17,7 +17,7 @@ SHOWN = 8
 
 
 class Tenant:
-    """An attached adapter; ``weight`` and ``origins`` say which tokens and examples its gradients hold. ``place`` is
+    """An attached adapter; ``weight`` and ``origins`` say what its gradients are sums of. ``place`` is
     where its moments lie between steps."""
 
     def __init__(self, adapter: Adapter, place: StatePlace = "device") -> None:
@@ -54,10 +54,10 @@ class Tenant:
         self.origins = []
 
     def step(self, params: AdamParams) -> StepResult:
-        """One optimiser step, normalised by the weight of all tokens since the last one.
+        """One optimiser step on the gradients since the last one, divided by what their data count.
 
         Raises:
-            TrainingError: no example with a weight has been seen since the last step.
+            TrainingError: no example that counts has been seen since the last step.
             NonFiniteLossError: the gradient is not finite; names the examples, changes no tensor.
         """
         name, weight = self.adapter.name, self.weight
@@ -66,7 +66,8 @@ class Tenant:
                 f"adapter {name!r} has no gradients; call forward_backward before optim_step."
             )
         try:
-            self.adam.normalise(weight)
+            if params.divide:
+                self.adam.normalise(weight)
             self.stepper.total = params.total
             self.stepper.before()
             norm = self.adam.step(params)
