@@ -13,6 +13,9 @@ costs as much as the layers (from the model's widths), and E the cells that woul
 costs whatever its size. Anything that is not a decoder gets padded rows with a mask, which attention that can be told
 of documents does not need; rows of like length share a micro-batch, as far as E lets that pay.
 
+Documents of several owners share a row only where attention is told of them: under a mask, what is not finite in one
+document would reach the others. Those of an owner follow one another, in one row for each micro-batch.
+
 Legend: R cells of a row.
 """
 
@@ -110,16 +113,19 @@ class Layout:
         check_fit(data, units, budget)
         rows = self._row_plan(lengths, units, budget)
         several = len(set(owners)) > 1 or len(units) < len(data)
-        if several or packed is False or not self.packs:
+        if packed is False or not self.packs or (several and not self.apart):
             return self._rows(data, owners, rows)
-        costs: dict[
-            int, float
-        ] = {}  # by the width of packed rows; 0 stands for rows of one document
-        if not packed:
-            widths = [max(lengths[index] for index in members) for members in rows]
-            pairs = zip(rows, widths, strict=True)
-            costs[0] = sum(len(members) * self._cost(width, width) for members, width in pairs)
-            costs[0] += len(rows) * self.each
+        plainly = float("inf") if packed else self._rows_cost(lengths, rows)
+        if several:
+            own = [sum(lengths[index] for index in unit) for unit in units]
+            chosen = pack(own, budget)
+            cost = sum(self._cost(length, length) for length in lengths) + len(chosen) * self.each
+            if plainly <= cost:
+                return self._rows(data, owners, rows)
+            return self._joined(
+                data, owners, [[i for u in row for i in units[u]] for row in chosen]
+            )
+        costs = {0: plainly}  # by the width of packed rows; 0 stands for rows of one document
         for width in sorted({min(max(lengths) * times, budget) for times in (1, 2, 4, budget)}):
             count = len(pack(lengths, width))
             cells = count * width
@@ -130,6 +136,13 @@ class Layout:
         if best == 0:
             return self._rows(data, owners, rows)
         return self._packed(data, owners, lengths, best, budget)
+
+    def _rows_cost(self, lengths: Sequence[int], rows: Sequence[Sequence[int]]) -> float:
+        """Of micro-batches in which each datum has a row."""
+        widths = [max(lengths[index] for index in members) for members in rows]
+        pairs = zip(rows, widths, strict=True)
+        each = sum(len(members) * self._cost(width, width) for members, width in pairs)
+        return each + len(rows) * self.each
 
     def _row_plan(
         self, lengths: Sequence[int], units: Sequence[Sequence[int]], budget: int
@@ -151,9 +164,15 @@ class Layout:
         self, data: Sequence[Datum], owners: Sequence[Who], plan: list[list[int]]
     ) -> Iterator[Micro]:
         for indices in plan:
-            names = list(dict.fromkeys(owners[index] for index in indices))
-            together = sorted(indices, key=lambda index: names.index(owners[index]))
-            yield self._micro(data, owners, together, width=None)
+            yield self._micro(data, owners, _by_owner(indices, owners), width=None)
+
+    def _joined(
+        self, data: Sequence[Datum], owners: Sequence[Who], plan: list[list[int]]
+    ) -> Iterator[Micro]:
+        """One row each, in which the documents of an owner follow one another."""
+        for indices in plan:
+            width = sum(len(data[index]) for index in indices)
+            yield self._micro(data, owners, _by_owner(indices, owners), width=width)
 
     def _packed(
         self,
@@ -190,6 +209,12 @@ class Layout:
             if self.apart and (width is not None or not self.causal)
             else None,
         )
+
+
+def _by_owner(indices: Sequence[int], owners: Sequence[Who]) -> list[int]:
+    """So that the data of each owner follow one another: their parts of a batch are slices then."""
+    names = list(dict.fromkeys(owners[index] for index in indices))
+    return sorted(indices, key=lambda index: names.index(owners[index]))
 
 
 def check_fit(data: Sequence[Datum], units: Sequence[Sequence[int]], budget: int) -> None:
