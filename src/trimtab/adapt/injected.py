@@ -163,16 +163,17 @@ class Injected:
     def stretches(self, rows: int, length: int) -> list[Stretch] | None:
         """Rows or tokens by whose virtual tokens they see; None where they cannot be told apart like that."""
         route = self.context.route
-        if route.spans is not None and any(entry.keys.dim() == 3 for entry in self.before):
-            return None
         told = {e.owner for e in self.before} | {e.owner for e in self.beside}
-        return stretches(route, rows, length, told)
+        packed = route.spans is not None
+        each = {e.owner for e in self.before if packed and e.keys.dim() == 3}
+        return stretches(route, rows, length, told, each)
 
     def of(self, stretch: Stretch) -> Injected:
         """What one of them gets."""
-        rows = slice(stretch.start, stretch.stop)
+        packed = self.context.route.spans is not None
+        units = stretch.unit if packed else slice(stretch.start, stretch.stop)
         before = [
-            e if e.keys.dim() == 2 else Before(e.owner, e.keys[rows], e.values[rows], e.read)
+            e if e.keys.dim() == 2 else Before(e.owner, e.keys[units], e.values[units], e.read)
             for e in self.before
             if e.owner == stretch.owner
         ]

@@ -95,12 +95,13 @@ class Aims:
 
     def groups(self, micro: Micro, kept: Kept, data: Sequence[Datum]) -> list[Group]:
         """The documents of a micro-batch by their loss, those of a unit one after the other."""
-        places: dict[Loss, list[tuple[int, int]]] = {}
+        places: dict[Loss, list[tuple[int, int, int]]] = {}
         for place, member in enumerate(micro.members):
-            places.setdefault(self.each[member], []).append((self._unit[member], place))
+            place_in = self._unit[member], member, place
+            places.setdefault(self.each[member], []).append(place_in)
         found = []
         for loss, ordered in places.items():
-            own = [place for _, place in sorted(ordered)]
+            own = [place for _, _, place in sorted(ordered)]
             number = torch.full((len(micro.members),), -1)
             number[own] = torch.arange(len(own))
             index_K = (number[kept.document] >= 0).nonzero()[:, 0]

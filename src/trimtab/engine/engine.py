@@ -271,7 +271,7 @@ class Engine:
     def load(self, folder: str | Path, adapter: str | None = None) -> dict[str, Any]:
         """Take up a saved state, attaching the adapter if no such is attached; returns ``extra``.
 
-        The process's random generators continue where they were. Raises `FileFormatError`, `AttachError`.
+        Its random numbers continue where they were. Raises `FileFormatError`, `AttachError`.
         """
         saved = state.read(Path(folder))
         name = adapter or saved.adapter.name
@@ -315,7 +315,7 @@ class Engine:
     def _pass(self) -> Pass:
         return Pass(
             self.model, self._head, self._layout, self.memory, self.rooms, self.frozen,
-            self.micro_tokens, self.packed,
+            self.micro_tokens, self.packed, {n: t.generator for n, t in self._tenants.items()},
         )  # fmt: skip
 
     def _mode(self, *, train: bool) -> AbstractContextManager[None]:

@@ -1,8 +1,14 @@
-"""One pass over data: micro-batch by micro-batch through the model, to the loss, and back."""
+"""One pass over data: micro-batch by micro-batch through the model, to the loss, and back.
+
+In training each adapter draws from a generator of its own (`Tenant.generator`), one seed for each forward, so that
+beside others it draws what it would draw alone, as long as its data are laid out alike: masks are drawn for the cells
+of a micro-batch, so that rows padded to another width, or data divided into other micro-batches, get others. A base's
+own dropout (GPT-2, BERT) is drawn for all rows of a forward at once, from the seed of the first owner.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import final
@@ -12,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trimtab.adapt.bank import Plan, bank_of, find_bank
+from trimtab.adapt.context import NO_SEEDS
 from trimtab.adapt.injected import apart
 from trimtab.adapt.lean import Lean
 from trimtab.adapt.route import Route
@@ -44,13 +51,14 @@ class Pass:
     frozen: Frozen | None
     micro_tokens: int
     packed: bool | None
+    generators: Mapping[str, torch.Generator]
 
     def aims(self, data: Sequence[Datum], owners: Sequence[Who], aim: Aim | Sequence[Aim]) -> Aims:
         """What is to be learnt from ``data``. Raises `DataError` for what cannot be."""
         if not data:
             raise DataError("there are no examples to compute a loss of.")
-        limits.check(self.model, self.head, data, owners)
         aims = Aims.of(aim, data, owners)
+        limits.check(self.model, self.head, data, owners)
         for reference in aims.references(data).values():
             if reference.adapter is not None:
                 bank_of(self.model).require(reference.adapter)
@@ -114,15 +122,26 @@ class Pass:
             for micro in self.rooms.each("data", micros):
                 if not any(map(tally.healthy, micro.owners)):
                     continue
+                seeds = self._seeds(micro) if train else NO_SEEDS
                 with saving(self.model, self.memory) if train else nullcontext():
-                    objective = self._forward(micro, data, aims, tally)
+                    objective = self._forward(micro, data, aims, tally, seeds)
                 if train and objective is not None:
                     with self.rooms.backward(objective):
                         objective.backward()
         return tally.result()
 
+    def _seeds(self, micro: Micro) -> dict[str, int]:
+        """What the random numbers of each adapter begin from in a forward, by its own generator."""
+        names = [owner for owner in dict.fromkeys(micro.owners) if owner is not None]
+        return {n: int(torch.randint(1 << 62, (), generator=self.generators[n])) for n in names}
+
     def _forward(
-        self, micro: Micro, data: Sequence[Datum], aims: Aims, tally: Tally
+        self,
+        micro: Micro,
+        data: Sequence[Datum],
+        aims: Aims,
+        tally: Tally,
+        seeds: Mapping[str, int],
     ) -> Tensor | None:
         """The objective of one micro-batch: of the documents whose owners' losses are finite."""
         with self.rooms.inside("data"):
@@ -131,7 +150,7 @@ class Pass:
                 return None
             groups = aims.groups(micro, kept, data)
             batch, kept, groups = self._placed(micro, kept, groups)
-        with self._shown(micro, batch, data) as route, self.rooms.inside("head"):
+        with self._shown(micro, batch, data, seeds) as route, self.rooms.inside("head"):
             forms = forms_of(groups)
             token = self.head.loss(micro.inputs(batch), kept, forms, together=route.every)
             bank = find_bank(self.model)
@@ -150,12 +169,20 @@ class Pass:
         return objective
 
     @contextmanager
-    def _shown(self, micro: Micro, batch: Batch, data: Sequence[Datum]) -> Iterator[Route]:
+    def _shown(
+        self,
+        micro: Micro,
+        batch: Batch,
+        data: Sequence[Datum],
+        seeds: Mapping[str, int] = NO_SEEDS,
+    ) -> Iterator[Route]:
         """Route a forward of ``micro``, whose ``batch`` lies on the model's device."""
         route = micro.route(per_document=self._gated(micro.owners))
-        plan = Plan(mask=batch.attention_mask, prompt=micro.prompt.to(self.model.device))
+        prompt = micro.prompt.to(self.model.device)
+        plan = Plan(mask=batch.attention_mask, prompt=prompt, seeds=seeds)
         begins = nullcontext() if self.frozen is None else self.frozen.around(micro, route, data)
-        with scope(self.model, route, plan), apart(micro.apart), begins:
+        draws = _drawing(next(iter(seeds.values()), None), self.model.device)
+        with scope(self.model, route, plan), apart(micro.apart), begins, draws:
             yield route
 
     def _gated(self, owners: Sequence[Who]) -> bool:
@@ -186,6 +213,20 @@ def _summed(token: TokenLoss, kept: Kept, losses_D: Tensor) -> list[list[float]]
     summed = zeros.index_add(1, kept.document, per_token)
     found: list[list[float]] = torch.cat([summed, losses_D.detach().double()[None]]).tolist()
     return found
+
+
+@contextmanager
+def _drawing(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Inside, torch's own generators, from which a base draws its own dropout, begin from ``seed``, if there is one;
+    then they are as they were."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+        yield
 
 
 @contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from hashlib import blake2b
 
+import torch
 from torch import nn
 
 from trimtab.adapt.adapter import Adapter
@@ -34,6 +36,8 @@ class Tenant:
             )
         self.adam = Adam(named, adapter.rates, place=place)
         self.stepper = Stepper(adapter)
+        self.generator = torch.Generator().manual_seed(_seed(adapter.name))
+        """What its random numbers begin from (dropout, gates), one for each forward that it takes part in."""
         self.weight = 0.0
         self.origins: list[str] = []
 
@@ -79,6 +83,13 @@ class Tenant:
         finally:
             self.discard()
         return StepResult(self.steps, norm, weight)
+
+
+def _seed(name: str) -> int:
+    """Of an adapter's generator: from what the process was seeded with, and its name alone, so that it does not matter
+    which others there are, and in which order they came."""
+    digest = blake2b(f"{torch.initial_seed()} {name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def listed(origins: Iterable[str]) -> str:
