@@ -15,8 +15,8 @@ from tests.engine import kit
 from trimtab.adapt import injected
 from trimtab.adapt.attach import attach
 from trimtab.adapt.injected import Documents
-from trimtab.engine import Engine, micro
-from trimtab.engine.micro import separates
+from trimtab.engine import Engine, separating
+from trimtab.engine.separating import separates
 from trimtab.kernels import varlen
 from trimtab.kernels.attention import blocked_attention
 from trimtab.methods.lora import LoRA
@@ -140,7 +140,7 @@ def test_a_model_is_told_of_documents_where_the_kernel_is_there_and_works(
     kernel: Any, told: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on CUDA, where nothing of ours takes its place."""
-    monkeypatch.setattr(micro, "_masks", lambda device: True)
+    monkeypatch.setattr(separating, "_masks", lambda device: True)
     monkeypatch.setattr(injected, "_fits", lambda *args, **kwargs: False)
     monkeypatch.setattr(varlen, "takes", lambda *given: kernel is not None)
     monkeypatch.setattr(varlen, "_kernel", lambda: kernel)

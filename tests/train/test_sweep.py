@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import signal
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,12 @@ import torch
 from tests.data.kit import write_jsonl
 from tests.train import kit
 from trimtab.adapt.adapter import Adapter
+from trimtab.engine import Engine
 from trimtab.errors import ConfigError, FileFormatError, TrainingError, UnknownNameError
 from trimtab.train.events import Event, read_events
 from trimtab.train.recipe_file import make_recipe
 from trimtab.train.sweep.api import sweep_recipe
 from trimtab.train.sweep.config import SweepConfig
-from trimtab.train.sweep.joined import Joined, Wanted
 from trimtab.train.sweep.record import Asked, Record
 from trimtab.train.sweep.summary import SweepSummary
 from trimtab.train.sweep.sweep import SweepOutcome
@@ -115,16 +114,24 @@ def test_each_variant_is_the_run_that_it_is_alone(home: Path) -> None:
 
 def test_steps_are_one_forward_and_backward(home: Path) -> None:
     groups: list[int] = []
-    original = Joined._together
+    original = Engine.forward_backward
 
-    def counted(self: Joined, group: Sequence[Wanted]) -> Any:
-        groups.append(len(group))
-        return original(self, group)
+    def counted(self: Engine, data: Any, adapter: Any, *losses: Any) -> Any:
+        groups.append(len(set(adapter)))
+        return original(self, data, adapter, *losses)
 
+    options = {"optim.lr": [1e-3, 2e-3], "loss.z_loss": [0.0, 1e-3]}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Joined, "_together", counted)
-        sweep(home, {"optim.lr": [1e-3, 2e-3, 3e-3]}, config={"eta": 1}, steps=3)
-    assert groups == [3, 3, 3]
+        patch.setattr(Engine, "forward_backward", counted)
+        sweep(home, options, config={"eta": 1}, steps=3)
+    assert groups == [4, 4, 4]
+
+
+def test_what_a_variant_draws_does_not_depend_on_the_others(home: Path) -> None:
+    one = sweep(home, {"seed": [3, 4]}, config={"eta": 1}, method=DRAWS, steps=6)
+    two = sweep(home, {"seed": [3, 5]}, config={"eta": 1}, method=DRAWS, steps=6, out="two")
+    assert_alike(variant(one.folder, 0), variant(two.folder, 0))
+    assert kit.steps_of(variant(one.folder, 1)) != kit.steps_of(variant(two.folder, 1))
 
 
 # -- who goes on -------------------------------------------------------------------------------------

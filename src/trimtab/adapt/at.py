@@ -54,6 +54,7 @@ class At:
     """
 
     __slots__ = (
+        "_generator",
         "around",
         "context",
         "dtype",
@@ -88,6 +89,30 @@ class At:
         self.holder: nn.Module | None = None
         self.gates: Tensor | None = None
         self.around: Around | None = None
+        self._generator: torch.Generator | None = None
+
+    def generator(self, device: torch.device) -> torch.Generator | None:
+        """What this call of the edit draws its random numbers from; None: torch's own. Methods that draw must use it,
+        so that an adapter that trains beside others draws what it would draw alone."""
+        if self._generator is None:
+            self._generator = self.context.generator(self.name, self.path, device)
+        return self._generator
+
+    def per_unit(self, drawn: Callable[[int], Tensor]) -> Tensor:
+        """What is drawn for each unit that this owner acts on, in their order, laid out for all units of the batch.
+        Others have 0, so that it does not matter how many they are."""
+        part, route = self.part, self.context.route
+        if part.units is not None:
+            own = part.members(part.units.device)
+        elif route.every or len(route.owners) != part.unit_count:
+            return drawn(part.unit_count)
+        else:
+            own = torch.tensor([u for u, who in enumerate(route.owners) if who == part.owner])
+        values = drawn(len(own))
+        if len(own) == part.unit_count:
+            return values
+        laid = values.new_zeros(part.unit_count, *values.shape[1:])
+        return laid.index_copy(0, own.to(values.device), values)
 
     @property
     def shared(self) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from trimtab.adapt import checkpoint, slots
 from trimtab.adapt.adapter import Adapter
-from trimtab.adapt.context import Context
+from trimtab.adapt.context import NO_SEEDS, Context
 from trimtab.adapt.lean import lean, leans
 from trimtab.adapt.route import Owner, Route
 from trimtab.errors import AttachError, RouteError, UnknownNameError, suggest
@@ -209,19 +209,24 @@ class Bank(nn.Module):
         """``function`` run under ``context`` again, if it is not in force (a checkpoint's recomputation)."""
 
         runs = 0
+        drawn: dict[tuple[str, str], int] = {}
 
         def recalled(*args: Any, **kwargs: Any) -> Any:
             nonlocal runs
-            before = self._context, self._scope
+            before, now = (self._context, self._scope), context.drawn
             self._context, self._scope = context, context.route
             context.recomputing, runs = runs > 0, runs + 1
             context.again = {}
+            if context.recomputing:
+                context.drawn = dict(drawn)
+            else:
+                drawn.update(now)
             try:
                 with context.lean or nullcontext():
                     return function(*args, **kwargs)
             finally:
                 self._context, self._scope = before
-                context.recomputing = False
+                context.recomputing, context.drawn = False, now
                 self.early.clear()
 
         return recalled
@@ -304,6 +309,7 @@ class Bank(nn.Module):
             memory=self._memory(past, kwargs),
             past=past,
             ids=_token_ids(batch),
+            seeds=NO_SEEDS if plan is None else plan.seeds,
         )
 
     def _decoding(self, past: Any) -> bool:
@@ -362,11 +368,18 @@ def _keep_own(bank: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -
 
 
 class Plan:
-    """What the engine knows of a batch beside the route: masks that no argument of the model carries."""
+    """What the engine knows of a batch beside the route: masks that no argument of the model carries, and what each
+    adapter's random numbers of one forward begin from."""
 
-    def __init__(self, mask: Tensor | None = None, prompt: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        mask: Tensor | None = None,
+        prompt: Tensor | None = None,
+        seeds: Mapping[str, int] = NO_SEEDS,
+    ) -> None:
         self.mask = mask
         self.prompt = prompt
+        self.seeds = seeds
 
 
 def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -6,6 +6,8 @@ checkpointed, so that a recomputation in backward sees what the forward saw.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 KeysValues = dict[str, tuple[Tensor, Tensor]]
 """Path of an attention -> its keys and values, (length, C) for all rows alike or (B, length, C)."""
+NO_SEEDS: Mapping[str, int] = {}
 IGNORED = -100
 """The label that transformers gives to positions without loss."""
 
@@ -35,6 +38,7 @@ class Context:
         memory: where gates keep decisions that outlive this forward (a generation).
         ids: (B, T) the tokens, or None where the model was given none.
         decoding: whether the prompt lies in the cache already; told only where a method needs the prompt.
+        seeds: of the random numbers that adapters draw in this forward, by name; others draw from torch's own.
 
     ``scratch`` carries tensors from one site to a later one of the same forward; who reads them takes them out.
     ``ready`` holds what methods made of their shared tensors; ``prompts`` the keys and values of the owners' prompts
@@ -56,8 +60,12 @@ class Context:
         memory: dict[Any, Any] | None = None,
         past: Any = None,
         ids: Tensor | None = None,
+        seeds: Mapping[str, int] = NO_SEEDS,
     ) -> None:
         self.route = route
+        self.seeds = seeds
+        self.drawn: dict[tuple[str, str], int] = {}
+        """How often an adapter has drawn at a path; kept by `generator`."""
         self.rows = rows
         self.batch = None if rows is None or length is None else (rows, length)
         self.mask = mask
@@ -105,7 +113,9 @@ class Context:
             memory=self.memory,
             past=self.past,
             ids=_rows(self.ids, index),
+            seeds=self.seeds,
         )
+        own.drawn = self.drawn
         own.losses = self.losses
         own._drops = self._drops
         own._only = Part(owner, None, index, False, count)
@@ -154,8 +164,19 @@ class Context:
     def dropped(self, adapter: str, blocks: int) -> int:
         """How many of the first blocks an adapter leaves out of this forward of training; drawn once."""
         if adapter not in self._drops:
-            self._drops[adapter] = int(torch.randint(blocks, ()))
+            own = self.generator(adapter, "", torch.device("cpu"))
+            self._drops[adapter] = int(torch.randint(blocks, (), generator=own))
         return self._drops[adapter]
+
+    def generator(self, adapter: str, path: str, device: torch.device) -> torch.Generator | None:
+        """What an adapter draws from at a path: its own numbers where it has a seed, whoever else is in the batch; and
+        torch's own (None) where it has none. Drawn from in the same order, it gives a recomputation the same."""
+        seed = self.seeds.get(adapter)
+        if seed is None or device.type == "meta":  # where there are no values, nothing is drawn
+            return None
+        number = self.drawn[adapter, path] = self.drawn.get((adapter, path), 0) + 1
+        digest = blake2b(f"{seed} {number} {path}".encode(), digest_size=8).digest()
+        return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
     @property
     def share(self) -> tuple[int, ...] | None:

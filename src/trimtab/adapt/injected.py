@@ -7,7 +7,8 @@ registered here put its keys and values before the model's own and widen the mas
 gated attentions beside. So caches, checkpoints, grouped queries, padding and generation are the model's own.
 
 The virtual tokens of all owners in a batch lie side by side, and each position sees its own owner's only: one
-rule for rows, for packed documents and for stacks.
+rule for rows, for packed documents and for stacks. Where attention is ours, it is done for each owner by itself
+instead: no mask is needed then, and what is not finite stays with its owner.
 
 Shapes: B rows, T queries, S keys, U units, P virtual tokens, H heads, G key heads, D head width, C = G · D.
 """
@@ -28,6 +29,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from trimtab.adapt.context import Context
 from trimtab.adapt.route import Owner, units_at
+from trimtab.adapt.stretches import Stretch, stretches
 from trimtab.errors import RouteError
 from trimtab.kernels import varlen
 from trimtab.kernels.attention import blocked_attention
@@ -62,6 +64,11 @@ class Documents:
     def masked(self) -> bool:
         """Whether some attention needed a mask."""
         return bool(self._masks)
+
+    def within(self, start: int, stop: int, rows: slice) -> Documents:
+        """Those from one place to another among the flattened tokens, which lie in these rows."""
+        ends = tuple(end - start for end in self.ends if start < end <= stop)
+        return Documents(ends, None if self.lengths is None else self.lengths[rows])
 
     def starts(self, device: torch.device) -> Tensor:
         """(N + 1,) int32: where each begins, and the end."""
@@ -153,6 +160,26 @@ class Injected:
             positions = torch.arange(length)[None]
         return seen & (positions.to(device)[:, None, :, None] + behind < window)
 
+    def stretches(self, rows: int, length: int) -> list[Stretch] | None:
+        """Rows or tokens by whose virtual tokens they see; None where they cannot be told apart like that."""
+        route = self.context.route
+        told = {e.owner for e in self.before} | {e.owner for e in self.beside}
+        packed = route.spans is not None
+        each = {e.owner for e in self.before if packed and e.keys.dim() == 3}
+        return stretches(route, rows, length, told, each)
+
+    def of(self, stretch: Stretch) -> Injected:
+        """What one of them gets."""
+        packed = self.context.route.spans is not None
+        units = stretch.unit if packed else slice(stretch.start, stretch.stop)
+        before = [
+            e if e.keys.dim() == 2 else Before(e.owner, e.keys[units], e.values[units], e.read)
+            for e in self.before
+            if e.owner == stretch.owner
+        ]
+        beside = [entry for entry in self.beside if entry.owner == stretch.owner]
+        return Injected(self.path, self.context, before, beside, self.bias)
+
     def owned(self, owner: Owner, rows: int, length: int, device: torch.device) -> Tensor:
         """(B or 1, 1, T or 1, 1), true where that owner acts."""
         mine = torch.tensor([[who == owner] for who in self.context.route.owners])
@@ -213,6 +240,9 @@ def _attend(inner: Callable[..., Any], module: nn.Module, query: Tensor, key: Te
     caught = injected.context.caught
     if caught is not None:
         caught[injected.path] = key, value
+    apart = inner is _by_documents and _divides(injected, module, query, key, mask, args, kwargs)
+    if apart and (found := injected.stretches(query.shape[0], query.shape[2])):
+        return _owner_by_owner(injected, found, module, query, key, value, kwargs), None
     beside = [_beside(injected, entry, query, kwargs.get("scaling")) for entry in injected.beside]
     if (
         injected.before
@@ -245,6 +275,43 @@ def _led(injected: Injected, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
     return torch.cat([tokens, key], 2), torch.cat([values, value], 2), tokens.shape[2]
 
 
+def _divides(injected: Injected, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None,
+             args: Any, kwargs: dict[str, Any]) -> bool:  # fmt: skip
+    """Whether owners differ, and ours may do the attention of a text to itself for each of them."""
+    route = injected.context.route
+    causal, dropout = _is_causal(module, kwargs), float(kwargs.get("dropout") or 0.0)
+    return (
+        mask is None
+        and route.single is None
+        and (route.spans is None or kwargs.get(DOCUMENTS) is not None)
+        and kwargs.get("sliding_window") is None
+        and _plain(query, key, args, kwargs)
+        and _fits(query, documents=True, causal=causal, dropout=dropout)
+    )
+
+
+def _owner_by_owner(injected: Injected, found: Sequence[Stretch], module: nn.Module, query: Tensor,
+                    key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> Tensor:  # fmt: skip
+    """(B, T, H, D): attention of each stretch of rows, or of tokens, by itself."""
+    packed = injected.context.route.spans is not None
+    documents: Documents | None = kwargs.pop(DOCUMENTS, None)
+    each = 1 if packed else query.shape[2]
+    sizes = [stretch.length for stretch in found]
+    split = (tensor.split(sizes, 2 if packed else 0) for tensor in (query, key, value))
+    outs = []
+    for stretch, q, k, v in zip(found, *split, strict=True):
+        own = injected.of(stretch)
+        more: dict[str, Any] = {}
+        if documents is not None:
+            rows = slice(None) if packed else slice(stretch.start, stretch.stop)
+            more[DOCUMENTS] = documents.within(stretch.start * each, stretch.stop * each, rows)
+        if own.before:
+            k, v, more[LEAD] = _led(own, k, v)
+        out: Tensor = _by_documents(module, q, k, v, None, **kwargs, **more)[0]
+        outs.append(sum((_gated(e, q, kwargs.get("scaling")) for e in own.beside), out))
+    return torch.cat(outs, 1 if packed else 0)
+
+
 def _leads(injected: Injected, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None,
            args: Any, kwargs: dict[str, Any]) -> bool:  # fmt: skip
     """Whether every position of a text that attends to itself sees all virtual tokens, and ours may do it."""
@@ -262,7 +329,14 @@ def _leads(injected: Injected, module: nn.Module, query: Tensor, key: Tensor, ma
 
 def _beside(injected: Injected, entry: Beside, query: Tensor, scaling: float | None) -> Tensor:
     """(B, T, H, D): the gated attention over these tokens alone, zero where their owner does not act."""
-    rows, heads, length, width = query.shape
+    rows, _, length, _ = query.shape
+    mine = injected.owned(entry.owner, rows, length, query.device)
+    return _gated(entry, query, scaling).masked_fill(~mine.transpose(1, 2), 0)
+
+
+def _gated(entry: Beside, query: Tensor, scaling: float | None) -> Tensor:
+    """(B, T, H, D): the gated attention over these tokens alone."""
+    _, heads, _, width = query.shape
 
     def as_heads(tokens_PC: Tensor) -> Tensor:
         tokens = tokens_PC.to(query.dtype).unflatten(-1, (-1, width)).transpose(0, 1)
@@ -271,8 +345,7 @@ def _beside(injected: Injected, entry: Beside, query: Tensor, scaling: float | N
     scores = query @ as_heads(entry.keys).mT * (width**-0.5 if scaling is None else scaling)
     shares = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32))
     gated = entry.gate.view(-1, 1, 1) * (shares.to(query.dtype) @ as_heads(entry.values))
-    mine = injected.owned(entry.owner, rows, length, query.device)
-    return gated.masked_fill(~mine, 0).transpose(1, 2)
+    return gated.transpose(1, 2)
 
 
 def _own_mask(module: nn.Module, mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor,

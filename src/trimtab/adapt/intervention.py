@@ -26,6 +26,7 @@ from trimtab.adapt.at import PromptRanks
 from trimtab.adapt.contract import At, Init, Layer, Method, Params, Place, Spec, kaiming_uniform
 from trimtab.adapt.mlp import width_of
 from trimtab.errors import UnsupportedError
+from trimtab.kernels.dropout import drawn_masks
 from trimtab.models.anatomy import Anatomy
 
 FIRST, LAST, BOTH = "first", "last", "both"
@@ -118,9 +119,14 @@ class Intervention(Method):
         for end, (index, real) in self._positions(ranks):
             change = self.change(of_end(p, end), flat[index])
             if self.dropout and at.training:
-                change = F.dropout(change, self.dropout)
+                change = change * self._masks(change, ranks.unit_count, at)
             out = out.index_add(0, index, change.to(y.dtype) * real)
         return out.view_as(y)
+
+    def _masks(self, change: Tensor, units: int, at: At) -> Tensor:
+        """Dropout's, drawn unit by unit."""
+        draw, each = at.generator(change.device), change.view(units, -1, change.shape[-1])
+        return at.per_unit(lambda n: drawn_masks(each[:n], self.dropout, draw)).view(change.shape)
 
     def _positions(self, ranks: PromptRanks) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
         """For each end, its positions unit by unit, and 1 or 0 for whether each exists."""

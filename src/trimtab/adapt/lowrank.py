@@ -14,6 +14,7 @@ With ``lora_bias`` B has a bias of its own, c, which starts at zero:   y = W x +
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -252,7 +253,8 @@ class LowRank(Method):
         if not self.fuses or at.role in BIASES or not {"c", "D", "A0"}.isdisjoint(p):
             return None
         share = self.dropout if at.training else 0.0
-        return Change(p["A"], p["B"], self.scaling, share)
+        draw = partial(at.generator, p["A"].device)
+        return Change(p["A"], p["B"], self.scaling, share, draw)
 
     def change(self, p: Params, x: Tensor, at: At) -> Tensor:
         """s · B A x, of an x that dropout has seen."""

@@ -43,7 +43,10 @@ def chosen(y: Tensor, at: At, temperature: float) -> Tensor:
     logits_UL2 = F.linear(hidden, s["gate_up"], s["gate_b_up"]).float().unflatten(1, (-1, 2))
     if not at.training:
         return (logits_UL2[..., 1] > logits_UL2[..., 0]).float()
-    noise = -torch.empty_like(logits_UL2).exponential_().log()
+    draw = at.generator(logits_UL2.device)
+    noise = at.per_unit(
+        lambda count: -torch.empty_like(logits_UL2[:count]).exponential_(generator=draw).log()
+    )
     return straight_through(((logits_UL2 + noise) / temperature).softmax(-1)[..., 1])
 
 

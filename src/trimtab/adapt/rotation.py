@@ -34,7 +34,7 @@ class Rotation(Biased):
     def turn(self, p: Params, x: Tensor, *, back: bool) -> Tensor:
         """x R, or x Rᵀ with ``back``."""
 
-    def kept(self, p: Params) -> Params:
+    def kept(self, p: Params, at: At | None = None) -> Params:
         """The tensors without what is left out by chance, asked for in training only; by default all of them."""
         return p
 
@@ -57,7 +57,7 @@ class Rotation(Biased):
         return super().peft_differs(layer)
 
     def _used(self, p: Params, at: At) -> Params:
-        return self.kept(p) if at.training else p
+        return self.kept(p, at) if at.training else p
 
 
 class InBlocks(Rotation):
@@ -81,15 +81,17 @@ class InBlocks(Rotation):
         size = blocks_of(self.kind, layer, self.blocks) if self.blocks else self.block
         return blocks_of(self.kind, layer, size), size
 
-    def kept(self, p: Params) -> Params:
+    def kept(self, p: Params, at: At | None = None) -> Params:
         """Multiplicative dropout (BOFT, arXiv 2311.06243): some blocks of one of the factors, chosen by chance."""
         if not self.dropout:
             return p
         q = p["Q"]
+        draw = None if at is None else at.generator(q.device)
         *factors, count = q.shape[: q.dim() // 2]
         gone = torch.zeros(factors[0] if factors else 1, count, dtype=torch.bool, device=q.device)
-        factor = torch.randint(gone.shape[0], (1,), device=q.device)
-        gone[factor] = torch.randperm(count, device=q.device) < int(self.dropout * count)
+        factor = torch.randint(gone.shape[0], (1,), device=q.device, generator=draw)
+        order = torch.randperm(count, device=q.device, generator=draw)
+        gone[factor] = order < int(self.dropout * count)
         return {**p, "Q": q.masked_fill(gone.view(*factors, count, *[1] * (q.dim() // 2)), 0)}
 
     def to_peft(self, places: Sequence[Place]) -> dict[str, Any]:

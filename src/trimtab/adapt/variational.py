@@ -45,10 +45,10 @@ def identity(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.eye(*shape)
 
 
-def drawn(a_RI: Tensor, samples: int) -> Draws:
-    """New numbers, from torch's own generator."""
+def drawn(a_RI: Tensor, samples: int, generator: torch.Generator | None = None) -> Draws:
+    """New numbers, by default from torch's own generator."""
     rank, features = a_RI.shape
-    options: dict[str, Any] = {"dtype": a_RI.dtype, "device": a_RI.device}
+    options: dict[str, Any] = {"dtype": a_RI.dtype, "device": a_RI.device, "generator": generator}
     chi = torch.randn(rank, rank, **options).float().square().sum(0)
     normal = torch.randn(samples, features, rank, **options)
     return Draws(normal, chi.to(a_RI.dtype), torch.randn(samples, **options))

@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from trimtab.adapt.contract import At, Method, Params, Place, check_patterns, pattern_value
 from trimtab.errors import UnsupportedError
 from trimtab.frozen import Layer
+from trimtab.kernels.dropout import drawn_dropout
 from trimtab.models.anatomy import Anatomy
 
 
@@ -112,10 +112,13 @@ class Lycoris(WeightDelta):
         if not at.training or not (self.rank_dropout or self.module_dropout):
             return super().delta(p, x, at)
         change = self.change(p, at.layer).reshape(at.layer.shape[0], -1)
-        whole = torch.rand(1, device=change.device) >= self.module_dropout  # first, as in PEFT
+        draw, device = at.generator(change.device), change.device
+        whole = (
+            torch.rand(1, device=device, generator=draw) >= self.module_dropout
+        )  # first, as in PEFT
         kept = whole.to(change.dtype)
         if self.rank_dropout:
-            rows = torch.rand(change.shape[0], device=change.device) >= self.rank_dropout
+            rows = torch.rand(len(change), device=device, generator=draw) >= self.rank_dropout
             share = rows.to(change.dtype).mean().clamp_min(1 / change.shape[0])
             kept = rows * (kept / share if self.rescales else kept)
         change = change * kept[:, None]
@@ -145,7 +148,7 @@ def dropped(x: Tensor, share: float, at: At) -> Tensor:
         raise UnsupportedError(
             f"{at.path}: dropout before an embedding would drop token ids; set dropout=0 for it."
         )
-    return F.dropout(x, share)
+    return drawn_dropout(x, share, at.generator(x.device))
 
 
 def columns(layer: Layer) -> int:

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 
 from trimtab.adapt.acting import using
 from trimtab.data import Datum
-from trimtab.engine.head import Head, Kept, uncached
+from trimtab.engine.head import Forms, Head, Kept, formed, uncached
 from trimtab.errors import DataError, ModelError, UnsupportedError
-from trimtab.losses import Form, TokenLoss, weighted_cross_entropy
+from trimtab.losses import TokenLoss, weighted_cross_entropy
 
 
 @final
@@ -82,10 +82,10 @@ class ClassHead(Head):
         return found
 
     def loss(
-        self, inputs: dict[str, Tensor], kept: Kept, form: Form, *, together: bool
+        self, inputs: dict[str, Tensor], kept: Kept, forms: Forms, *, together: bool
     ) -> TokenLoss:
         rows = kept.index // inputs["input_ids"].shape[1]
-        return weighted_cross_entropy(self.logits(inputs)[rows], kept.targets, kept.weights, form)
+        return formed(self.logits(inputs)[rows], kept, forms, weighted_cross_entropy)
 
 
 def labels_of(model: nn.Module) -> tuple[str, ...]:

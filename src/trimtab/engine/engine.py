@@ -2,51 +2,41 @@
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trimtab.adapt.attach import attach
-from trimtab.adapt.bank import Bank, Plan, bank_of, find_bank
-from trimtab.adapt.injected import apart
-from trimtab.adapt.lean import Lean
+from trimtab.adapt.bank import bank_of, find_bank
 from trimtab.adapt.route import Route
 from trimtab.adapt.tree import anatomy_of
-from trimtab.data import Batch, Datum
-from trimtab.engine import sampling, state
+from trimtab.data import Datum
+from trimtab.engine import limits, sampling, state
+from trimtab.engine.aims import Aim
 from trimtab.engine.class_head import ClassHead
 from trimtab.engine.frozen import Frozen
-from trimtab.engine.head import Head, Kept, TokenHead
+from trimtab.engine.head import Head, TokenHead
 from trimtab.engine.micro import Layout, Micro, Who, layout_of
+from trimtab.engine.passes import Pass, mode, scope
 from trimtab.engine.results import LossResult, StepResult
 from trimtab.engine.rooms import Rooms, Unwatched
 from trimtab.engine.sampling import Completion, SamplingParams
-from trimtab.engine.saving import saving
 from trimtab.engine.streaming import Stream
-from trimtab.engine.tenant import Tenant, listed
+from trimtab.engine.tenant import Tenant
 from trimtab.errors import (
     DataError,
-    NonFiniteLossError,
     RouteError,
-    UnknownNameError,
     UnsupportedError,
-    suggest,
 )
-from trimtab.losses import Form
 from trimtab.models.load import Base
-from trimtab.optim.params import AdamParams, CrossEntropy, Memory
+from trimtab.optim.params import AdamParams, Memory
 
 Owners = Who | Sequence[Who]
 """One adapter (or None, the bare base) for all, or one for each datum or prompt."""
-
-LOSSES = {"cross_entropy": CrossEntropy()}
 
 
 class Engine:
@@ -92,7 +82,7 @@ class Engine:
                 "so far. Train it with its own loss: attach the adapter and use any loop."
             )
         self.causal = anatomy.causal
-        with self._scope(Route.everyone(())):
+        with scope(self.model, Route.everyone(())):
             classes = ClassHead.of(self.model)
             self._head: Head = classes or TokenHead.of(self.model)
             pad = None if self.tokenizer is None else self.tokenizer.pad_token_id
@@ -107,34 +97,41 @@ class Engine:
         self,
         data: Sequence[Datum],
         adapter: str | Sequence[str],
-        loss: Literal["cross_entropy"] | CrossEntropy = "cross_entropy",
+        loss: Aim | Sequence[Aim] = "cross_entropy",
     ) -> LossResult:
-        """Add the gradient of Σ weight · loss over the tokens of ``data`` to each datum's adapter.
+        """Add the gradient of the losses of ``data`` to each datum's adapter.
 
-        Gradients are sums; `optim_step` divides them by the token weights, once. A method's auxiliary
-        losses are added once per forward, times the token weight of that forward.
+        ``loss`` is one for all, or one for each datum: a name, a `CrossEntropy`, or a value of `trimtab.losses`.
+        Gradients are sums; `optim_step` divides them once, by what the data count: the weight of their tokens, or one
+        for a pair of preferences. A method's auxiliary losses are added once per forward, times what its data in that
+        forward count.
+
+        A loss that is not finite concerns its adapter alone, whose gradients of the step in progress are dropped while
+        its tensors and its optimiser stay as they were. Where the data are of several adapters, the others get the
+        gradients that they would get without it, and ``errors`` of the result says what was wrong; where they are of
+        one, that is raised.
 
         Raises:
-            NonFiniteLossError: names the examples. The adapters' tensors and optimisers are as they were,
-                and the gradients of the step in progress are dropped.
-            DataError: a datum longer than the model's context, or than a micro-batch.
+            NonFiniteLossError: names the examples; only where all data are of one adapter.
+            DataError: a datum longer than the model's context, or than a micro-batch; or one that lacks what its loss
+                needs. No gradient has changed then.
         """
-        aim = loss if isinstance(loss, CrossEntropy) else LOSSES.get(loss)
-        if aim is None:
-            raise UnknownNameError(
-                f"unknown loss {loss!r}.{suggest(str(loss), LOSSES)} Known: {', '.join(LOSSES)}."
-            )
         owners = self._each(data, adapter)
         tenants = {owner: self._tenant(owner) for owner in dict.fromkeys(owners)}
+        aims = self._pass.aims(data, owners, loss)
         try:
-            result = self._run(data, owners, aim, train=True)
+            result = self._pass.run(data, owners, aims, train=True)
         except BaseException:
             for tenant in tenants.values():
                 tenant.discard()
             raise
+        counts = aims.counts(result.weights)
         for owner, tenant in tenants.items():
+            if owner in result.errors:
+                tenant.discard()
+                continue
             own = [index for index, name in enumerate(owners) if name == owner]
-            tenant.add(sum(result.weights[i] for i in own), (data[i].origin for i in own))
+            tenant.add(sum(counts[i] for i in own), (data[i].origin for i in own))
         return result
 
     def micro_batches(self, data: Sequence[Datum], adapter: Owners) -> Iterator[Micro]:
@@ -150,6 +147,11 @@ class Engine:
         """What the optimiser of an adapter keeps between steps."""
         return self._tenant(adapter).adam.kept
 
+    def admit(self, adapter: str) -> None:
+        """Keep an optimiser and a generator for an adapter, which begins from what the process is seeded with now
+        instead of when the adapter is first used."""
+        self._tenant(adapter)
+
     def forget(self, adapter: str) -> None:
         """Give back what is kept for an adapter that was detached: its gradients and its optimiser."""
         self._tenants.pop(adapter, None)
@@ -163,9 +165,15 @@ class Engine:
         """Let the moving averages be the adapter's tensors from now on (nothing changes without any)."""
         self._tenant(adapter).adam.average.take()
 
-    def forward(self, data: Sequence[Datum], adapter: Owners = None) -> LossResult:
-        """The loss of ``data`` without gradients, in eval mode: what held-out evaluation uses."""
-        return self._run(data, self._each(data, adapter), CrossEntropy(), train=False)
+    def forward(
+        self,
+        data: Sequence[Datum],
+        adapter: Owners = None,
+        loss: Aim | Sequence[Aim] = "cross_entropy",
+    ) -> LossResult:
+        """The losses of ``data`` without gradients, in eval mode: what held-out evaluation uses."""
+        owners = self._each(data, adapter)
+        return self._pass.run(data, owners, self._pass.aims(data, owners, loss), train=False)
 
     # -- answering -----------------------------------------------------------------------------------
 
@@ -219,16 +227,7 @@ class Engine:
         data = [
             Datum.classified(ids, 0, origin=f"text {number}") for number, ids in enumerate(texts)
         ]
-        self._check(data, owners)
-        found: dict[int, list[float]] = {}
-        budget = max(self.micro_tokens, *map(len, data)) if data else 0
-        with self._mode(train=False), torch.no_grad():
-            for micro in self._layout.plan(data, owners, budget, False) if data else ():
-                batch = micro.batch.to(self.model.device)
-                with self._shown(micro, batch, data):
-                    shares = head.logits(micro.inputs(batch)).double().softmax(-1)
-                found |= zip(micro.members, shares.tolist(), strict=True)
-        return [found[number] for number in range(len(data))]
+        return self._pass.classes(head, data, owners)
 
     def stream(
         self, prompt: Sequence[int], params: SamplingParams | None = None, adapter: Who = None
@@ -281,7 +280,7 @@ class Engine:
     def load(self, folder: str | Path, adapter: str | None = None) -> dict[str, Any]:
         """Take up a saved state, attaching the adapter if no such is attached; returns ``extra``.
 
-        The process's random generators continue where they were. Raises `FileFormatError`, `AttachError`.
+        Its random numbers continue where they were. Raises `FileFormatError`, `AttachError`.
         """
         saved = state.read(Path(folder))
         name = adapter or saved.adapter.name
@@ -290,96 +289,6 @@ class Engine:
             attach(self.model, saved.adapter, name)
         state.restore(self._tenant(name), saved)
         return saved.extra
-
-    # -- one pass over data --------------------------------------------------------------------------
-
-    def _run(
-        self, data: Sequence[Datum], owners: Sequence[Who], aim: CrossEntropy, *, train: bool
-    ) -> LossResult:
-        if not data:
-            raise DataError("there are no examples to compute a loss of.")
-        self._check(data, owners)
-        sums, weights, hits = totals = [[0.0] * len(data) for _ in range(3)]
-        auxiliary: dict[str, float] = defaultdict(float)
-        with (
-            self._mode(train=train),
-            Lean(self.model),
-            torch.set_grad_enabled(train),
-        ):
-            for micro in self.rooms.each("data", self.micro_batches(data, owners)):
-                with saving(self.model, self.memory) if train else nullcontext():
-                    objective, found = self._forward(micro, data, aim, auxiliary)
-                for place, member in enumerate(micro.members):
-                    for total, values in zip(totals, found, strict=True):
-                        total[member] = values[place]
-                if train and objective is not None:
-                    with self.rooms.backward(objective):
-                        objective.backward()
-        return LossResult(sums, weights, hits, dict(auxiliary))
-
-    def _forward(
-        self,
-        micro: Micro,
-        data: Sequence[Datum],
-        aim: CrossEntropy,
-        auxiliary: dict[str, float],
-    ) -> tuple[Tensor | None, list[list[float]]]:
-        """The objective of one micro-batch; and sums, weights and hits of its documents."""
-        documents = len(micro.members)
-        with self.rooms.inside("data"):
-            kept = Kept.of(micro.batch)
-            if not len(kept.index):
-                return None, [[0.0] * documents for _ in range(3)]
-            batch, kept = self._placed(micro, kept)
-        with self._shown(micro, batch, data) as route, self.rooms.inside("head"):
-            form = Form(aim.label_smoothing, aim.z_loss)
-            token = self._head.loss(micro.inputs(batch), kept, form, together=route.every)
-            bank = find_bank(self.model)
-            extras = [] if bank is None else bank.take_losses()
-        weights = kept.weights.double()
-        per_token = torch.stack(
-            [token.nll.double() * weights, weights, token.best.double() * weights]
-        )
-        zeros = torch.zeros(3, documents, dtype=torch.float64, device=per_token.device)
-        found: list[list[float]] = zeros.index_add(1, kept.document, per_token).tolist()
-        objective = token.loss
-        for adapter, name, value in extras:
-            weight = sum(
-                w for w, owner in zip(found[1], micro.owners, strict=True) if owner == adapter
-            )
-            objective = objective + value * weight
-            auxiliary[f"{adapter}.{name}"] += float(value.detach()) * weight
-        self._check_finite(found[0], float(objective.detach()), micro, data)
-        return objective, found
-
-    def _check_finite(
-        self, sums: list[float], objective: float, micro: Micro, data: Sequence[Datum]
-    ) -> None:
-        if math.isfinite(objective) and all(map(math.isfinite, sums)):
-            return
-        bad = [m for m, value in zip(micro.members, sums, strict=True) if not math.isfinite(value)]
-        origins = [data[member].origin or f"example {member}" for member in (bad or micro.members)]
-        raise NonFiniteLossError(
-            f"the loss is not finite for {listed(origins)} No tensor was changed."
-        )
-
-    @contextmanager
-    def _shown(self, micro: Micro, batch: Batch, data: Sequence[Datum]) -> Iterator[Route]:
-        """Route a forward of ``micro``, whose ``batch`` lies on the model's device."""
-        route = micro.route(per_document=self._gated(micro.owners))
-        plan = Plan(mask=batch.attention_mask, prompt=micro.prompt.to(self.model.device))
-        begins = nullcontext() if self.frozen is None else self.frozen.around(micro, route, data)
-        with self._scope(route, plan), apart(micro.apart), begins:
-            yield route
-
-    def _placed(self, micro: Micro, kept: Kept) -> tuple[Batch, Kept]:
-        device = self.model.device
-        if device.type == "cpu":
-            return micro.batch, kept
-        moved = Kept(
-            *(t.to(device) for t in (kept.index, kept.document, kept.targets, kept.weights))
-        )
-        return micro.batch.to(device), moved
 
     # -- who acts, and how ---------------------------------------------------------------------------
 
@@ -404,56 +313,25 @@ class Engine:
             tenant = self._tenants[name] = Tenant(adapter, self.memory.optimiser)
         return tenant
 
-    def _gated(self, owners: Sequence[Who]) -> bool:
-        """Whether some acting method must tell documents apart."""
-        bank: Bank | None = find_bank(self.model)
-        names = {name for name in owners if name is not None}
-        return bank is not None and any(
-            m.needs_prompt for n in names for m in bank.require(n).methods
-        )
-
     def context(self, owner: Who = None) -> int | None:
         """The most tokens of one example: the model's positions, less those that a method takes."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is None:
-            return None
-        taken = (
-            0
-            if owner is None
-            else sum(
-                m.virtual_tokens + m.prompt_tokens
-                for m in bank_of(self.model).require(owner).methods
-            )
-        )
-        return int(limit) - taken
-
-    def _check(self, data: Sequence[Datum], owners: Sequence[Who]) -> None:
-        """Raise `DataError` for a datum that is too long, or none for this model's head."""
-        for datum, owner in zip(data, owners, strict=True):
-            self._check_length(len(datum), owner, datum.origin or "an example")
-            self._head.check(datum)
+        return limits.context(self.model, owner)
 
     def _check_length(self, length: int, owner: Who, what: str) -> None:
-        limit = self.context(owner)
-        if limit is not None and length > limit:
-            raise DataError(
-                f"{what}: {length} tokens, more than the model's context of {limit}. Shorten it."
-            )
+        limits.check_length(self.model, length, owner, what)
 
-    @contextmanager
-    def _mode(self, *, train: bool) -> Iterator[None]:
-        before = self.model.training
-        if before != train:
-            self.model.train(train)
-        try:
-            yield
-        finally:
-            if before != train:
-                self.model.train(before)
+    @property
+    def _pass(self) -> Pass:
+        return Pass(
+            self.model, self._head, self._layout, self.memory, self.rooms, self.frozen,
+            self.micro_tokens, self.packed, {n: t.generator for n, t in self._tenants.items()},
+        )  # fmt: skip
 
-    def _scope(self, route: Route, plan: Plan | None = None) -> Any:
-        bank = find_bank(self.model)
-        return nullcontext() if bank is None else bank.scope(route, plan)
+    def _mode(self, *, train: bool) -> AbstractContextManager[None]:
+        return mode(self.model, train=train)
+
+    def _scope(self, route: Route) -> AbstractContextManager[None]:
+        return scope(self.model, route)
 
 
 def _owner(who: Who) -> tuple[str, ...]:

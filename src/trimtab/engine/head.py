@@ -15,6 +15,7 @@ A model that gives one row of logits for a whole text has a head of its own kind
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -25,6 +26,9 @@ from trimtab.adapt.site import SiteBase
 from trimtab.data import Batch, Datum
 from trimtab.errors import UnsupportedError
 from trimtab.losses import Form, TokenLoss, linear_cross_entropy, weighted_cross_entropy
+
+Forms = Sequence[tuple[Form, Tensor]]
+"""The forms that a token's loss has here, and the numbers of the kept positions that have each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +67,30 @@ class Head(ABC):
 
     @abstractmethod
     def loss(
-        self, inputs: dict[str, Tensor], kept: Kept, form: Form, *, together: bool
+        self, inputs: dict[str, Tensor], kept: Kept, forms: Forms, *, together: bool
     ) -> TokenLoss:
         """Run the model and the loss. ``together``: one owner acts on all rows."""
+
+
+def formed(
+    rows_KX: Tensor,
+    kept: Kept,
+    forms: Forms,
+    take: Callable[[Tensor, Tensor, Tensor, Form], TokenLoss],
+) -> TokenLoss:
+    """The loss of what the model says of each kept position, where positions may differ in its form."""
+    if len(forms) == 1:
+        return take(rows_KX, kept.targets, kept.weights, forms[0][0])
+    found = [
+        take(rows_KX[index], kept.targets[index], kept.weights[index], form)
+        for form, index in forms
+    ]
+    order = torch.cat([index for _, index in forms]).argsort()
+    nll, best, each = (
+        torch.cat(parts)[order]
+        for parts in zip(*((one.nll, one.best, one.each) for one in found), strict=True)
+    )
+    return TokenLoss(torch.stack([one.loss for one in found]).sum(), nll, best, each)
 
 
 @final
@@ -89,20 +114,16 @@ class TokenHead(Head):
         return cls(model, None)
 
     def loss(
-        self, inputs: dict[str, Tensor], kept: Kept, form: Form, *, together: bool
+        self, inputs: dict[str, Tensor], kept: Kept, forms: Forms, *, together: bool
     ) -> TokenLoss:
-        capped = form._replace(cap=self._cap)
         if self._plain is not None:
+            capped = [(form._replace(cap=self._cap), index) for form, index in forms]
             head = self._model.get_output_embeddings()  # type: ignore[operator]
             if head is self._plain and not self._plain.weight.requires_grad:
-                hidden = self._picked(inputs, kept)
-                weight, bias = self._plain.weight, self._plain.bias
-                return linear_cross_entropy(
-                    hidden, weight, kept.targets, kept.weights, bias, capped
-                )
+                return formed(self._picked(inputs, kept), kept, capped, self._chunked)
             if together:
                 logits = head(self._picked(inputs, kept)[None])[0]
-                return weighted_cross_entropy(logits, kept.targets, kept.weights, capped)
+                return formed(logits, kept, capped, weighted_cross_entropy)
         logits = self._model(**inputs, **uncached(self._model)).logits
         if logits.dim() != 3:
             raise UnsupportedError(
@@ -110,7 +131,13 @@ class TokenHead(Head):
                 "tokens needs (rows, tokens, vocabulary)."
             )
         picked = logits.flatten(0, 1).index_select(0, kept.index)
-        return weighted_cross_entropy(picked, kept.targets, kept.weights, form)
+        return formed(picked, kept, forms, weighted_cross_entropy)
+
+    def _chunked(self, hidden: Tensor, targets: Tensor, weights: Tensor, form: Form) -> TokenLoss:
+        """From hidden states, without all logits."""
+        assert self._plain is not None
+        bias = self._plain.bias
+        return linear_cross_entropy(hidden, self._plain.weight, targets, weights, bias, form)
 
     def _picked(self, inputs: dict[str, Tensor], kept: Kept) -> Tensor:
         backbone = _backbone(self._model)

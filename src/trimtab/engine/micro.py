@@ -13,6 +13,9 @@ costs as much as the layers (from the model's widths), and E the cells that woul
 costs whatever its size. Anything that is not a decoder gets padded rows with a mask, which attention that can be told
 of documents does not need; rows of like length share a micro-batch, as far as E lets that pay.
 
+Documents of several owners share a row only where attention is told of them: under a mask, what is not finite in one
+document would reach the others. Those of an owner follow one another, in one row for each micro-batch.
+
 Legend: R cells of a row.
 """
 
@@ -26,10 +29,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimtab.adapt import attention
-from trimtab.adapt.injected import DOCUMENTS, OURS, Documents, apart
+from trimtab.adapt.injected import DOCUMENTS, Documents
 from trimtab.adapt.route import Route, Span
 from trimtab.data import Batch, Datum, collate, pack, plan_batches
+from trimtab.engine.separating import separates
 from trimtab.errors import DataError
 
 Who = str | None
@@ -93,30 +96,36 @@ class Layout:
     pad_id: int
 
     def plan(
-        self, data: Sequence[Datum], owners: Sequence[Who], budget: int, packed: bool | None = None
+        self,
+        data: Sequence[Datum],
+        owners: Sequence[Who],
+        budget: int,
+        packed: bool | None = None,
+        units: Sequence[Sequence[int]] | None = None,
     ) -> Iterator[Micro]:
         """Micro-batches of at most ``budget`` cells, that together hold each datum once.
 
-        ``packed`` forces one of the two layouts. Raises `DataError` for a datum over the budget.
+        ``packed`` forces one of the two layouts; ``units`` are data that must be seen together (by default each is
+        one). Raises `DataError` for a datum, or a unit, over the budget.
         """
         lengths = [len(datum) for datum in data]
-        if max(lengths) > budget:
-            longest = data[lengths.index(max(lengths))]
-            raise DataError(
-                f"{longest.origin or 'an example'} has {len(longest)} tokens, more than a micro-batch may "
-                f"have ({budget}); raise micro_tokens, or shorten the example."
-            )
-        rows = plan_batches(lengths, budget, each=self.each)
-        if len(set(owners)) > 1 or packed is False or not self.packs:
+        units = units or [(index,) for index in range(len(data))]
+        check_fit(data, units, budget)
+        rows = self._row_plan(lengths, units, budget)
+        several = len(set(owners)) > 1 or len(units) < len(data)
+        if packed is False or not self.packs or (several and not self.apart):
             return self._rows(data, owners, rows)
-        costs: dict[
-            int, float
-        ] = {}  # by the width of packed rows; 0 stands for rows of one document
-        if not packed:
-            widths = [max(lengths[index] for index in members) for members in rows]
-            pairs = zip(rows, widths, strict=True)
-            costs[0] = sum(len(members) * self._cost(width, width) for members, width in pairs)
-            costs[0] += len(rows) * self.each
+        plainly = float("inf") if packed else self._rows_cost(lengths, rows)
+        if several:
+            own = [sum(lengths[index] for index in unit) for unit in units]
+            chosen = pack(own, budget)
+            cost = sum(self._cost(length, length) for length in lengths) + len(chosen) * self.each
+            if plainly <= cost:
+                return self._rows(data, owners, rows)
+            return self._joined(
+                data, owners, [[i for u in row for i in units[u]] for row in chosen]
+            )
+        costs = {0: plainly}  # by the width of packed rows; 0 stands for rows of one document
         for width in sorted({min(max(lengths) * times, budget) for times in (1, 2, 4, budget)}):
             count = len(pack(lengths, width))
             cells = count * width
@@ -128,6 +137,25 @@ class Layout:
             return self._rows(data, owners, rows)
         return self._packed(data, owners, lengths, best, budget)
 
+    def _rows_cost(self, lengths: Sequence[int], rows: Sequence[Sequence[int]]) -> float:
+        """Of micro-batches in which each datum has a row."""
+        widths = [max(lengths[index] for index in members) for members in rows]
+        pairs = zip(rows, widths, strict=True)
+        each = sum(len(members) * self._cost(width, width) for members, width in pairs)
+        return each + len(rows) * self.each
+
+    def _row_plan(
+        self, lengths: Sequence[int], units: Sequence[Sequence[int]], budget: int
+    ) -> list[list[int]]:
+        """Data by micro-batch, where each has a row; those whose units are of one size go together."""
+        found: list[list[int]] = []
+        for size in sorted({len(unit) for unit in units}):
+            own = [unit for unit in units if len(unit) == size]
+            cells = [size * max(lengths[index] for index in unit) for unit in own]
+            for batch in plan_batches(cells, budget, each=self.each):
+                found.append([index for place in batch for index in own[place]])
+        return found
+
     def _cost(self, cells: int, seen: int) -> float:
         """Of cells each of which sees half of so many."""
         return cells * (1 + seen / 2 / self.balance)
@@ -136,9 +164,15 @@ class Layout:
         self, data: Sequence[Datum], owners: Sequence[Who], plan: list[list[int]]
     ) -> Iterator[Micro]:
         for indices in plan:
-            names = list(dict.fromkeys(owners[index] for index in indices))
-            together = sorted(indices, key=lambda index: names.index(owners[index]))
-            yield self._micro(data, owners, together, width=None)
+            yield self._micro(data, owners, _by_owner(indices, owners), width=None)
+
+    def _joined(
+        self, data: Sequence[Datum], owners: Sequence[Who], plan: list[list[int]]
+    ) -> Iterator[Micro]:
+        """One row each, in which the documents of an owner follow one another."""
+        for indices in plan:
+            width = sum(len(data[index]) for index in indices)
+            yield self._micro(data, owners, _by_owner(indices, owners), width=width)
 
     def _packed(
         self,
@@ -177,6 +211,26 @@ class Layout:
         )
 
 
+def _by_owner(indices: Sequence[int], owners: Sequence[Who]) -> list[int]:
+    """So that the data of each owner follow one another: their parts of a batch are slices then."""
+    names = list(dict.fromkeys(owners[index] for index in indices))
+    return sorted(indices, key=lambda index: names.index(owners[index]))
+
+
+def check_fit(data: Sequence[Datum], units: Sequence[Sequence[int]], budget: int) -> None:
+    """Raise `DataError` for data that must be seen together, and are more than a micro-batch may have."""
+    for unit in units:
+        longest = max((data[index] for index in unit), key=len)
+        if len(unit) * len(longest) <= budget:
+            continue
+        what = f"{longest.origin or 'an example'} has {len(longest)} tokens"
+        if len(unit) > 1:
+            what += f" and must be seen together with {len(unit) - 1} more, {len(unit) * len(longest)} in all"
+        raise DataError(
+            f"{what}, more than a micro-batch may have ({budget}); raise micro_tokens, or shorten the example."
+        )
+
+
 def _documents(batch: Batch, packed: bool) -> Documents:
     """Those of a batch; the padding that ends a row is one more."""
     rows, width = batch.input_ids.shape
@@ -202,55 +256,3 @@ def layout_of(model: PreTrainedModel, *, causal: bool, pad_id: int) -> Layout:
         each=max(int(idle), 1),
         pad_id=pad_id,
     )
-
-
-@torch.no_grad()
-def separates(model: PreTrainedModel, vocabulary: int, *, told: bool = False) -> bool:
-    """Whether positions that restart keep packed documents apart in this model; or, where its attention is ``told`` of
-    them, that does.
-
-    Change the first of two documents and see whether the second one's outputs change. Where nothing
-    leaks they are bitwise the same; where rounding depends on the batch (experts) the change is far
-    smaller than in one running text. On CUDA a kernel of torch's has to do it: a mask is no gain over the model's own.
-    """
-    device = next(model.parameters()).device
-    implementation = model.config._attn_implementation
-    if told and implementation not in ("sdpa", OURS["sdpa"]):
-        return False
-    by_kernel = told and _masks(device)
-    documents = Documents((6, 12)) if told else None
-    ids = (torch.arange(3 * 6, device=device) * 7 + 5) % vocabulary
-    first, other, second = ids.split(6)
-    runs = torch.arange(6, device=device).repeat(2)[None]
-    joined = torch.arange(12, device=device)[None]
-
-    def change(positions: Tensor, documents: Documents | None) -> float:
-        more: dict[str, Any] = {} if documents is None else {DOCUMENTS: documents}
-        outputs = []
-        for head in (first, other):
-            both = torch.cat([head, second])[None]
-            with attention.Ours(model), apart(documents):
-                out = model(input_ids=both, position_ids=positions, use_cache=False, **more)
-            outputs.append(out[0][0, 6:])
-        return float((outputs[0] - outputs[1]).abs().max())
-
-    training = model.training
-    try:
-        model.eval()
-        leak = change(runs, documents)
-        if by_kernel and documents is not None and documents.masked:
-            return False
-        return leak == 0.0 or leak < 0.1 * change(joined, None)
-    except TypeError:  # it takes no position ids, or hands no further word on
-        return False
-    except RuntimeError:
-        if by_kernel:  # torch's kernel was not built for this GPU
-            return False
-        raise
-    finally:
-        model.train(training)
-
-
-def _masks(device: torch.device) -> bool:
-    """Whether attention that is told of documents makes a mask of them there, where torch's kernel does not take it."""
-    return device.type == "cuda"

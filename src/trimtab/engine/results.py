@@ -5,17 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from trimtab.errors import NonFiniteLossError
+
 
 @dataclass(frozen=True)
 class LossResult:
     """Per datum, in the order given: the weighted ``sums`` of nll (nats), the token ``weights``, and the
     weight of tokens whose best guess is the target (``hits``). ``auxiliary`` sums a method's own losses,
-    by ``adapter.name``."""
+    by ``adapter.name``.
+
+    ``losses`` are what was learnt from, whatever the loss; ``logprobs`` the log-probability of each token that has a
+    weight, in order; ``metrics`` what the loss tells beside (`trimtab.losses`). ``errors`` says of which adapters
+    (None: of the bare base) a loss was not finite, and names the examples; what the other fields say of their data is
+    of no use, and gradients were added for none of them."""
 
     sums: Sequence[float]
     weights: Sequence[float]
     hits: Sequence[float]
     auxiliary: Mapping[str, float] = field(default_factory=dict)
+    losses: Sequence[float] = ()
+    logprobs: Sequence[Sequence[float]] = ()
+    metrics: Sequence[Mapping[str, float]] = ()
+    errors: Mapping[str | None, NonFiniteLossError] = field(default_factory=dict)
 
     @property
     def total(self) -> float:

@@ -1,7 +1,7 @@
 """The state of one adapter's training as a folder, so that it resumes exactly.
 
     adapter/            the adapter folder itself
-    state.safetensors   optimiser moments and counts, gradients so far, what the method remembers, RNG states
+    state.safetensors   optimiser moments and counts, gradients so far, what the method remembers, its RNG
     state.json          schema, counts, token weight of the gradients, and what the caller adds
 
 Nothing is pickled. Writing is atomic (`trimtab.adapt.files.replacing`).
@@ -23,9 +23,11 @@ from trimtab.adapt.disk import read_json, read_tensors, replacing, write_json
 from trimtab.engine.tenant import Tenant
 from trimtab.errors import BaseMismatchError, FileFormatError
 
-SCHEMA = 1
+SCHEMA = 2
 ADAPTER, TENSORS, STATE = "adapter", "state.safetensors", "state.json"
-_GRADIENT, _RNG, _MEMORY = _OTHERS = "grad::", "rng::", "memory::"
+_GRADIENT, _MEMORY = "grad::", "memory::"
+_RNG = "rng"
+_OTHERS = _GRADIENT, _MEMORY, _RNG
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Saved:
     optimiser: dict[str, Tensor]
     gradients: dict[str, Tensor]
     memory: dict[str, Tensor]
-    rng: dict[str, Tensor]
+    rng: Tensor
     steps: int
     weight: float
     origins: list[str]
@@ -49,7 +51,7 @@ def write(tenant: Tenant, folder: Path, extra: Mapping[str, Any]) -> None:
     for key, parameter in tenant.adam.named.items():
         if parameter.grad is not None:
             tensors[f"{_GRADIENT}{key}"] = parameter.grad.detach().cpu().contiguous()
-    tensors |= {f"{_RNG}{name}": value for name, value in rng_state().items()}
+    tensors[_RNG] = tenant.generator.get_state()
     memory = tenant.stepper.memory
     tensors |= {f"{_MEMORY}{k}": value.detach().cpu().contiguous() for k, value in memory.items()}
     counts = {
@@ -83,7 +85,7 @@ def read(folder: Path) -> Saved:
             optimiser={k: v for k, v in tensors.items() if not k.startswith(_OTHERS)},
             gradients=_below(tensors, _GRADIENT),
             memory=_below(tensors, _MEMORY),
-            rng=_below(tensors, _RNG),
+            rng=tensors[_RNG],
             steps=int(counts["steps"]),
             weight=float(counts["weight"]),
             origins=list(counts["origins"]),
@@ -96,7 +98,7 @@ def read(folder: Path) -> Saved:
 
 
 def restore(tenant: Tenant, saved: Saved) -> None:
-    """Put a state into a tenant whose adapter has the same tensors; and the RNG of the process."""
+    """Put a state into a tenant whose adapter has the same tensors."""
     made_for, here = saved.adapter.base, tenant.adapter.base
     if made_for is not None and here is not None and (reason := made_for.mismatch(here)):
         raise BaseMismatchError(f"the state was saved on another base: {reason}.")
@@ -117,24 +119,7 @@ def restore(tenant: Tenant, saved: Saved) -> None:
     tenant.stepper.memory = {k: v.to(next(iter(devices))) for k, v in saved.memory.items()}
     tenant.stepper.step = saved.steps
     tenant.weight, tenant.origins = saved.weight, list(saved.origins)
-    set_rng_state(saved.rng)
-
-
-def rng_state() -> dict[str, Tensor]:
-    """The generators that training draws from (dropout, gates): the CPU's and each CUDA device's."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states |= {f"cuda:{n}": state for n, state in enumerate(torch.cuda.get_rng_state_all())}
-    return states
-
-
-def set_rng_state(states: Mapping[str, Tensor]) -> None:
-    """Restore what `rng_state` gave; devices that this machine lacks are passed over."""
-    for name, state in states.items():
-        if name == "cpu":
-            torch.set_rng_state(state)
-        elif torch.cuda.is_available() and int(name.partition(":")[2]) < torch.cuda.device_count():
-            torch.cuda.set_rng_state(state, name)
+    tenant.generator.set_state(saved.rng)
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from hashlib import blake2b
 
+import torch
 from torch import nn
 
 from trimtab.adapt.adapter import Adapter
@@ -17,7 +19,7 @@ SHOWN = 8
 
 
 class Tenant:
-    """An attached adapter; ``weight`` and ``origins`` say which tokens and examples its gradients hold. ``place`` is
+    """An attached adapter; ``weight`` and ``origins`` say what its gradients are sums of. ``place`` is
     where its moments lie between steps."""
 
     def __init__(self, adapter: Adapter, place: StatePlace = "device") -> None:
@@ -34,6 +36,8 @@ class Tenant:
             )
         self.adam = Adam(named, adapter.rates, place=place)
         self.stepper = Stepper(adapter)
+        self.generator = torch.Generator().manual_seed(_seed(adapter.name))
+        """What its random numbers begin from (dropout, gates), one for each forward that it takes part in."""
         self.weight = 0.0
         self.origins: list[str] = []
 
@@ -54,10 +58,10 @@ class Tenant:
         self.origins = []
 
     def step(self, params: AdamParams) -> StepResult:
-        """One optimiser step, normalised by the weight of all tokens since the last one.
+        """One optimiser step on the gradients since the last one, divided by what their data count.
 
         Raises:
-            TrainingError: no example with a weight has been seen since the last step.
+            TrainingError: no example that counts has been seen since the last step.
             NonFiniteLossError: the gradient is not finite; names the examples, changes no tensor.
         """
         name, weight = self.adapter.name, self.weight
@@ -66,7 +70,8 @@ class Tenant:
                 f"adapter {name!r} has no gradients; call forward_backward before optim_step."
             )
         try:
-            self.adam.normalise(weight)
+            if params.divide:
+                self.adam.normalise(weight)
             self.stepper.total = params.total
             self.stepper.before()
             norm = self.adam.step(params)
@@ -78,6 +83,13 @@ class Tenant:
         finally:
             self.discard()
         return StepResult(self.steps, norm, weight)
+
+
+def _seed(name: str) -> int:
+    """Of an adapter's generator: from what the process was seeded with, and its name alone, so that it does not matter
+    which others there are, and in which order they came."""
+    digest = blake2b(f"{torch.initial_seed()} {name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def listed(origins: Iterable[str]) -> str:

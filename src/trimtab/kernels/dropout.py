@@ -34,6 +34,19 @@ def dropout(x: Tensor, share: float) -> Tensor:
     return remade(y, dropped, x, share, seed)
 
 
+def drawn_dropout(x: Tensor, share: float, generator: torch.Generator | None) -> Tensor:
+    """``F.dropout`` in training with a generator's numbers, by default those of torch's own; ``share`` is below 1."""
+    if generator is None:
+        return F.dropout(x, share)
+    return x * drawn_masks(x, share, generator)
+
+
+def drawn_masks(like: Tensor, share: float, generator: torch.Generator | None) -> Tensor:
+    """0 for elements that are dropped, and what the others grow by."""
+    keeps = 1 - share
+    return torch.empty_like(like).bernoulli_(keeps, generator=generator).div_(keeps)
+
+
 def drawn_seed() -> int:
     """From torch's default generator."""
     return int(torch.randint(1 << 62, ()))

@@ -40,12 +40,14 @@ class Frozen:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What is added to a frozen layer: ``scale`` · B A of an x of which ``share`` is dropped."""
+    """What is added to a frozen layer: ``scale`` · B A of an x of which ``share`` is dropped, by the numbers of what
+    ``draw`` gives, or of torch's own generator."""
 
     a_RI: Tensor
     b_OR: Tensor
     scale: float
     share: float = 0.0
+    draw: Callable[[], torch.Generator | None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,8 @@ def changed_linear(
     if share and (len(layers) > 1 or len(counts) > 1):
         raise ValueError("layers with dropout are computed one by one: each draws its own masks")
     bounds = tuple(pairwise((0, *accumulate(counts))))
-    how = _How(layers, bounds, share, torch.get_rng_state() if share else None)
+    generator = _generator(layers) if share else torch.default_generator
+    how = _How(layers, bounds, share, generator, generator.get_state() if share else None)
     tensors: list[Tensor | None] = []
     for layer in layers:
         weight = layer.layer.weight
@@ -80,14 +83,22 @@ def changed_linear(
     return found
 
 
+def _generator(layers: Sequence[Changed]) -> torch.Generator:
+    """That of the one change there is, with dropout."""
+    (change,) = layers[0].changes
+    drawn = None if change is None else change.draw()
+    return torch.default_generator if drawn is None else drawn
+
+
 @dataclass(frozen=True, slots=True)
 class _How:
     layers: Sequence[Changed]
     bounds: Sequence[tuple[int, int]]
     """Where each segment begins and ends."""
     share: float
+    generator: torch.Generator
     state: Tensor | None
-    """Of torch's generator, before the masks are drawn."""
+    """Of the generator, before the masks are drawn."""
 
     @property
     def changes(self) -> list[Change]:
@@ -204,7 +215,7 @@ def _forward(
     parts, segments = _taken(how, tensors, torch.float32 if wide else x.dtype)
     flat = given = x.reshape(-1, x.shape[-1])
     if how.share:
-        given = (x * how.masks(x, torch.default_generator)).reshape(flat.shape)
+        given = (x * how.masks(x, how.generator)).reshape(flat.shape)
     kept = [x.new_empty(s.stop - s.start, len(s.a_QI)) for s in segments]
     found: list[Tensor] = []
     for rows in _slices(len(flat), whole=not wide):

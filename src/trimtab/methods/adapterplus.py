@@ -42,5 +42,8 @@ class AdapterPlus(InsertedMLP):
         change = super().change(p, h, at)
         if not self.drop or not at.training:
             return change
-        kept = torch.rand(at.part.unit_count, device=h.device) >= self.drop
+        draw = at.generator(h.device)
+        kept = at.per_unit(
+            lambda count: torch.rand(count, device=h.device, generator=draw) >= self.drop
+        )
         return change * at.part.spread(kept.to(h.dtype) / (1 - self.drop), h)

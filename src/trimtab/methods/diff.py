@@ -69,7 +69,8 @@ class DiffPruning(WeightDelta):
             return super().delta(p, x, at)
         soft = (p["gates"] == SOFT).to(p["alpha"].dtype)
         at.add_loss("open", self.penalty * (torch.sigmoid(p["alpha"] + p["group"]) * soft).sum())
-        change = p["w"] * _gates(p, _noise(p["alpha"]), _noise(p["group"]))
+        draw = at.generator(p["alpha"].device)
+        change = p["w"] * _gates(p, _noise(p["alpha"], draw), _noise(p["group"], draw))
         return at.layer.apply(x, change.reshape(at.layer.shape))
 
     def after_step(self, sites: Sites, memory: dict[str, Tensor], progress: Progress) -> None:
@@ -100,6 +101,7 @@ def _stretched(logits: Tensor) -> Tensor:
     return (torch.sigmoid(logits) * (RIGHT - LEFT) + LEFT).clamp(0, 1)
 
 
-def _noise(like: Tensor) -> Tensor:
-    u = torch.rand_like(like).clamp(1e-4, 1 - 1e-4)
+def _noise(like: Tensor, draw: torch.Generator | None) -> Tensor:
+    u = torch.rand(like.shape, generator=draw, dtype=like.dtype, device=like.device)
+    u = u.clamp(1e-4, 1 - 1e-4)
     return u.log() - (1 - u).log()

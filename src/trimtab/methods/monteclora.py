@@ -70,7 +70,7 @@ class MonteCLoRA(Variant):
     def change(self, p: Params, x: Tensor, at: At) -> Tensor:
         if not at.training:
             return super().change(p, x, at)
-        draws = drawn(p["A"], self.samples)
+        draws = drawn(p["A"], self.samples, at.generator(p["A"].device))
         a, variance, weights = sampled(p["A"], p["std"], p["rho"], draws, self.noise)
         with torch.no_grad():
             p["V"].copy_(variance.diag())

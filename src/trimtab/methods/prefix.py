@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self, final
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from trimtab.adapt.encoder import TABLE, mlp, mlp_specs, table
 from trimtab.adapt.peft_config import refuse_unknown
 from trimtab.adapt.reading import read
 from trimtab.errors import UnsupportedError
+from trimtab.kernels.dropout import drawn_dropout
 from trimtab.models.anatomy import Anatomy
 
 _READ = {
@@ -93,7 +93,10 @@ class Prefix(Method):
     def keys_values(self, p: Params, at: At) -> tuple[Tensor, Tensor] | None:
         mine = at.shared[TABLE].unflatten(1, (at.count, 2, -1))[:, at.index].to(at.dtype)
         if at.training and self.dropout:
-            mine = F.dropout(mine.expand(at.part.unit_count, -1, -1, -1), self.dropout)
+            one, draw = mine, at.generator(mine.device)
+            mine = at.per_unit(
+                lambda count: drawn_dropout(one.expand(count, -1, -1, -1), self.dropout, draw)
+            )
         keys, values = mine.unbind(-2)
         return keys, values
 

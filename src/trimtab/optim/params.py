@@ -16,7 +16,9 @@ class AdamParams(Config):
     ``clip`` bounds the global norm of the adapter's gradient (None: no bound). ``weight_decay`` holds
     for matrices only: vectors (biases, scales, gates) are never pulled to zero. ``ema`` keeps an
     exponential moving average of the tensors with that decay beside them (None: none). ``total`` is the number
-    of steps of the whole run, for methods with a schedule of their own (AdaLoRA's budget).
+    of steps of the whole run, for methods with a schedule of their own (AdaLoRA's budget). Gradients are sums;
+    ``divide`` says whether a step divides them by what their data count (the weight of their tokens), so that
+    ``clip`` and ``eps`` mean the same whatever the size of a batch, or takes them as they are, as Tinker does.
     """
 
     lr: float = Field(gt=0)
@@ -27,6 +29,7 @@ class AdamParams(Config):
     clip: float | None = Field(default=1.0, gt=0)
     ema: float | None = Field(default=None, gt=0, lt=1)
     total: int | None = Field(default=None, ge=1)
+    divide: bool = True
 
 
 class CrossEntropy(Config):

@@ -109,6 +109,7 @@ class Course:
         last = self.checkpoints.last() if step is None else step
         if not resume or not last:
             torch.manual_seed(self.recipe.seed)
+            self.engine.admit(self.adapter.name)
         else:
             extra = self.engine.load(self.checkpoints.path(last), self.adapter.name)
             self.progress = Progress.of(extra)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from trimtab.data import Datum
-from trimtab.engine.state import rng_state, set_rng_state
 from trimtab.errors import NonFiniteLossError, StorageError
 from trimtab.train.course import Course
 from trimtab.train.ending import finish
@@ -92,13 +91,11 @@ class Contestant:
 
     def finish(self) -> None:
         """Measure it to the end and keep its adapter; or note the error that it came to."""
-        drawn = rng_state()
         if self.error is None:
             try:
                 after = finish(self.course)
             except NonFiniteLossError as error:
                 self.error = error
-        set_rng_state(drawn)  # the best state may have been loaded, with what was drawn next then
         if self.error is not None:
             self._fail(self.error)
             return

@@ -1,13 +1,13 @@
 """One step of several variants in one forward and backward.
 
-Micro-batches hold documents of all of them, so that small steps fill them; gradients are sums and no gradient crosses
-from one owner to another. Variants with another loss are computed in a call of their own.
+Micro-batches hold documents of all of them, each with the loss of its own variant, so that small steps fill them;
+gradients are sums and no gradient crosses from one owner to another.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trimtab.data import Datum
@@ -42,38 +42,25 @@ class Joined:
 
     def compute(self, wanted: Sequence[Wanted]) -> Found:
         """The losses of each, whose gradients its adapter then holds."""
-        found: Found = {}
-        for loss in dict.fromkeys(one.loss for one in wanted):
-            group = [one for one in wanted if one.loss == loss]
-            try:
-                found |= self._together(group)
-            except NonFiniteLossError as error:  # all gradients of the call are dropped
-                found |= {group[0].adapter: error} if len(group) == 1 else self._apart(group)
-        return found
-
-    def _together(self, group: Sequence[Wanted]) -> Mapping[str, Computed]:
         began = time.perf_counter()
-        data = [datum for one in group for datum in one.members]
-        owners = [one.adapter for one in group for _ in one.members]
+        data = [datum for one in wanted for datum in one.members]
+        owners = [one.adapter for one in wanted for _ in one.members]
+        losses = [one.loss for one in wanted for _ in one.members]
         self._engine.micro_tokens = max(self._micro_tokens, *map(len, data))
-        result = self._engine.forward_backward(data, owners, group[0].loss)
+        try:
+            result = self._engine.forward_backward(data, owners, losses)
+        except NonFiniteLossError as error:  # all data are of one adapter
+            return dict.fromkeys(owners, error)
         each = (time.perf_counter() - began) / sum(map(len, data))
-        found, first = {}, 0
-        for one in group:
+        found: Found = {}
+        first = 0
+        for one in wanted:
             last = first + len(one.members)
             seconds = each * sum(map(len, one.members))
-            found[one.adapter] = Computed(part_of(result, one.adapter, first, last), seconds)
+            found[one.adapter] = result.errors.get(one.adapter) or Computed(
+                part_of(result, one.adapter, first, last), seconds
+            )
             first = last
-        return found
-
-    def _apart(self, group: Sequence[Wanted]) -> Found:
-        """One after the other, which tells whose loss it is that is not finite."""
-        found: Found = {}
-        for one in group:
-            try:
-                found |= self._together([one])
-            except NonFiniteLossError as error:
-                found[one.adapter] = error
         return found
 
 

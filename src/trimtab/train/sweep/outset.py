@@ -95,8 +95,7 @@ def opened(
             ]
         )
     with ExitStack() as stack:
-        # What is drawn next is the process's: that of the latest state is to be loaded last.
-        for step, course in sorted(zip(steps, courses, strict=True), key=lambda pair: pair[0]):
+        for step, course in zip(steps, courses, strict=True):
             course.checkpoints.forget_after(step)
             course.open(resume=resume, step=step)
             stack.callback(course.close)

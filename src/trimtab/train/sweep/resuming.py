@@ -1,7 +1,7 @@
 """Where a sweep goes on: at the last moment of which every variant has its state.
 
 Variants step together, so that the state of one at step 120 and of another at step 110 are of different moments; going
-on from both would show the model other batches than an uninterrupted sweep does, and draw other numbers.
+on from both would show the model other batches than an uninterrupted sweep does, which round otherwise.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     adapter/         the winner's, beside the recipe.yaml that made it
     report.html      the table and the curves
 
-A variant that is trained to its end is the run that its recipe makes alone, up to rounding and to what is drawn while
-training (dropout): variants share the generator of the process.
+A variant that is trained to its end is the run that its recipe makes alone, up to rounding; with dropout it is another
+draw of it, because its texts lie in other micro-batches.
 """
 
 from __future__ import annotations

@@ -1,0 +1,38 @@
+"""How long an example may be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel
+
+from trimtab.adapt.bank import bank_of
+from trimtab.data import Datum
+from trimtab.engine.head import Head
+from trimtab.engine.micro import Who
+from trimtab.errors import DataError
+
+
+def context(model: PreTrainedModel, owner: Who = None) -> int | None:
+    """The most tokens of one example: the model's positions, less those that an adapter's methods take."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        return None
+    methods = () if owner is None else bank_of(model).require(owner).methods
+    return int(limit) - sum(m.virtual_tokens + m.prompt_tokens for m in methods)
+
+
+def check_length(model: PreTrainedModel, length: int, owner: Who, what: str) -> None:
+    """Raise `DataError` for more tokens than the context has."""
+    limit = context(model, owner)
+    if limit is not None and length > limit:
+        raise DataError(
+            f"{what}: {length} tokens, more than the model's context of {limit}. Shorten it."
+        )
+
+
+def check(model: PreTrainedModel, head: Head, data: Sequence[Datum], owners: Sequence[Who]) -> None:
+    """Raise `DataError` for a datum that is too long, or none for this model's head."""
+    for datum, owner in zip(data, owners, strict=True):
+        check_length(model, len(datum), owner, datum.origin or "an example")
+        head.check(datum)
