@@ -42,3 +42,12 @@ def test_what_is_shown_of_storage_runs(here: Path) -> None:
     for block in shown(text, "bash"):
         run_commands(block)
     assert (here / "merged-nf4").is_dir()
+
+
+def test_what_is_shown_of_sweeps_runs(here: Path) -> None:
+    text = (DOCS / "sweep.md").read_text(encoding="utf-8")
+    (block,) = shown(text, "bash")
+    run_commands(block)
+    for folder, count in (("rates", 6), ("drawn", 4)):
+        assert (here / "runs" / folder / "adapter/adapter_model.safetensors").is_file()
+        assert len(list((here / "runs" / folder / "variants").iterdir())) == count

@@ -45,6 +45,7 @@ def test_help_is_quick_and_without_torch() -> None:
         ["train", "--help"],
         ["data", "preview", "--help"],
         ["compare", "--help"],
+        ["sweep", "--help"],
         ["--version"],
     ):
         done = subprocess.run(

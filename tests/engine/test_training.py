@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from transformers import PreTrainedModel
 
 from tests.engine import kit
 from trimtab.adapt.acting import using
-from trimtab.adapt.attach import attach
+from trimtab.adapt.attach import attach, detach
 from trimtab.adapt.bank import bank_of
 from trimtab.adapt.contract import Method
 from trimtab.data import Datum
@@ -115,6 +117,25 @@ def test_two_owners_in_one_call_train_as_alone() -> None:
 
     for one, other in zip(run(True), run(False), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_kept_for_a_detached_adapter_is_given_back() -> None:
+    data = kit.datums()
+    base = kit.base()
+    engine = Engine(base)
+    for name in ("a", "b"):
+        attach(base.model, LoRA(rank=2), name)
+    engine.forward_backward(data[:2], ["a", "b"])
+    for name in ("a", "b"):
+        engine.optim_step(name, STEP)
+    kept = {
+        name: [weakref.ref(tensor) for tensor in engine.optimiser_tensors(name)] for name in "ab"
+    }
+    detach(base.model, "a")
+    engine.forget("a")
+    gc.collect()
+    assert kept["a"] and all(moment() is None for moment in kept["a"])
+    assert kept["b"] and all(moment() is not None for moment in kept["b"])
 
 
 def test_an_encoder_trains_on_padded_rows() -> None:

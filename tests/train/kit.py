@@ -7,7 +7,7 @@ import random
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from trimtab.train.events import read_events
 from trimtab.train.recipe import Recipe
 from trimtab.train.recipe_file import make_recipe
 from trimtab.train.run import Outcome, Run
+from trimtab.train.sweep.joined import Found, Joined, Wanted
 
 
 def model_folder(path: Path) -> Path:
@@ -72,15 +73,33 @@ def go(recipe: Recipe, *, resume: bool = False) -> Outcome:
 @contextmanager
 def at_step(number: int, action: Callable[[Run], Any]) -> Iterator[None]:
     """Do something when a run begins that step."""
-    original = Run._step
+    original = Run._computed
 
-    def step(self: Run, members: Any, cursor: Any) -> None:
+    def computed(self: Run, members: Any) -> Any:
         if self.progress.step + 1 == number:
             action(self)
-        original(self, members, cursor)
+        return original(self, members)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "_step", step)
+        patch.setattr(Run, "_computed", computed)
+        yield
+
+
+@contextmanager
+def at_joined_step(number: int, action: Callable[[], Any]) -> Iterator[None]:
+    """Do something when the variants begin that step together."""
+    original = Joined.compute
+    done = 0
+
+    def compute(self: Joined, wanted: Sequence[Wanted]) -> Found:
+        nonlocal done
+        done += 1
+        if done == number:
+            action()
+        return original(self, wanted)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Joined, "compute", compute)
         yield
 
 

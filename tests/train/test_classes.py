@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ from trimtab.train.recipe import Recipe
 from trimtab.train.recipe_file import make_recipe
 from trimtab.train.run import Outcome
 from trimtab.train.setup import with_head
+from trimtab.train.sweep.api import sweep_recipe
+from trimtab.train.sweep.config import SweepConfig
+from trimtab.train.sweep.record import Asked
 
 WORDS = [
     *("[PAD]", "[CLS]", "[SEP]", "[UNK]"),
@@ -294,3 +298,27 @@ def test_the_head_is_trained_unless_the_method_says_otherwise(job: Path) -> None
     chosen = tt.method("lora(train=('pooler', 'classifier'), targets='attention')")
     assert with_head(chosen, anatomy) == chosen
     assert with_head(tt.method("full(targets=('classifier',))"), anatomy).train == ()
+
+
+def test_variants_of_a_classifier_are_trained_together(job: Path, tmp_path: Path) -> None:
+    alone = go(recipe(job, tmp_path / "alone", method="lora(rank=2)", steps=6))
+    values = recipe(job, tmp_path, method="lora(rank=2)", steps=6).model_dump(mode="json")
+    asked = Asked(
+        {key: value for key, value in values.items() if key != "out"},
+        {"optim.lr": [1e-4, 3e-3]},
+        SweepConfig(eta=1),
+    )
+    done = sweep_recipe(asked, out=tmp_path / "sweep", quiet=True)
+    assert done.winner is not None and alone.after is not None
+    assert done.entries[1].loss == pytest.approx(alone.after.held_out.loss.value, rel=1e-5)
+    own, other = (
+        Adapter.load(folder / "adapter").tensors
+        for folder in (alone.folder, tmp_path / "sweep" / "variants" / "001")
+    )
+    assert any(key.startswith("classifier") for key in own)
+    for key, tensor in own.items():
+        torch.testing.assert_close(other[key], tensor, rtol=1e-3, atol=2e-5)
+    write_jsonl(job / "other.jsonl", rows(16, seed=4, labels=("no", "yes")))
+    paths = {"data.path": [str(job / "train.jsonl"), str(job / "other.jsonl")]}
+    with pytest.raises(ConfigError, match="different labels"):
+        sweep_recipe(replace(asked, options=paths), out=tmp_path / "labels", quiet=True)

@@ -16,8 +16,8 @@ import pytest
 from tests.train import kit
 from trimtab.errors import ConfigError, MissingPackageError, UnknownNameError
 from trimtab.train.api import train_recipe
+from trimtab.train.course import Course
 from trimtab.train.events import Events, read_events
-from trimtab.train.run import Run
 from trimtab.train.trackers import Metrics, Started, Tracked, Tracker, Trackers, trackers
 
 INTERVAL = {"low": 0.0, "high": 9.0, "count": 3}
@@ -287,15 +287,15 @@ def test_an_interrupted_run_and_its_resumption_are_one_tracked_run(
 ) -> None:
     pytest.importorskip("tensorboard")
     recipe = kit.recipe(home, "run", track=["tensorboard"], checkpoint__every=100)
-    original = Run._step
+    original = Course._step
 
-    def step(self: Run, members: Any, cursor: Any) -> None:
-        original(self, members, cursor)
+    def step(self: Course, members: Any, cursor: Any, computed: Any) -> None:
+        original(self, members, cursor, computed)
         if self.progress.step == 7:
             raise KeyboardInterrupt  # as a process that is killed: nothing is saved after step 4
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "_step", step)
+        patch.setattr(Course, "_step", step)
         with pytest.raises(KeyboardInterrupt):
             train_recipe(recipe, quiet=True)
     train_recipe(recipe, resume=True, quiet=True)

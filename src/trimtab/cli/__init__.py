@@ -22,6 +22,7 @@ from trimtab.cli import (
     methods,
     plan,
     recipe,
+    sweep,
     train,
 )
 from trimtab.errors import TrimtabError
@@ -34,6 +35,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command("train")(train.train)
+app.command("sweep")(sweep.sweep)
 app.command("plan")(plan.plan)
 app.command("eval")(eval.evaluate)
 app.command("compare")(compare.compare)

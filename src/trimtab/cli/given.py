@@ -42,7 +42,17 @@ def given_recipe(arguments: list[str], options: dict[str, Any]) -> Recipe:
 
     The folder of a run stands for its recipe.
     """
-    from trimtab.train.recipe_file import make_recipe, read_values
+    from trimtab.train.recipe_file import make_recipe
+
+    values, overrides, where = given_values(arguments, options)
+    return make_recipe(values, overrides, where=where)
+
+
+def given_values(
+    arguments: list[str], options: dict[str, Any]
+) -> tuple[dict[str, Any], list[str], str]:
+    """A recipe's values, not yet validated; the overrides; and the name of the values' source in errors."""
+    from trimtab.train.recipe_file import read_values
 
     path, overrides = _parted(arguments)
     values: dict[str, Any] = {}
@@ -55,7 +65,7 @@ def given_recipe(arguments: list[str], options: dict[str, Any]) -> Recipe:
     given = [f"{key}={_quoted(value)}" for key, value in options.items() if value is not None]
     if not values and options.get("model") is None and options.get("data.path") is None:
         raise ConfigError("name a recipe, or give --model and --data; see --help.")
-    return make_recipe(values, [*given, *overrides], where=where)
+    return values, [*given, *overrides], where
 
 
 def run_folder_of(arguments: list[str]) -> str | None:

@@ -155,6 +155,15 @@ class Engine:
         """What the optimiser of an adapter keeps between steps."""
         return self._tenant(adapter).adam.kept
 
+    def admit(self, adapter: str) -> None:
+        """Keep an optimiser and a generator for an adapter, which begins from what the process is seeded with now
+        instead of when the adapter is first used."""
+        self._tenant(adapter)
+
+    def forget(self, adapter: str) -> None:
+        """Give back what is kept for an adapter that was detached: its gradients and its optimiser."""
+        self.tenants.leave(adapter)
+
     def averaged(self, adapter: str) -> AbstractContextManager[None]:
         """The moving averages of an adapter's tensors in their place, inside a ``with`` (see ``AdamParams.ema``);
         the tensors themselves where no average is kept."""

@@ -34,6 +34,12 @@ class Checkpoints:
         """The step of the newest checkpoint."""
         return max(self.steps(), default=None)
 
+    def forget_after(self, step: int) -> None:
+        """Remove those of later steps."""
+        for later in self.steps():
+            if later > step:
+                shutil.rmtree(self.path(later), ignore_errors=True)
+
     def prune(self, best: int | None) -> None:
         """Remove all but the last ``keep`` and the best; and what a killed process left half-written."""
         steps = self.steps()

@@ -45,13 +45,14 @@ def make_recipe(
 ) -> Recipe:
     """A recipe from nested values, and overrides: texts ``a.b=value``, or values by dotted name."""
     merged: dict[str, Any] = {key: _copied(value) for key, value in values.items()}
-    named = overrides if isinstance(overrides, Mapping) else dict(map(_override, overrides))
+    named = overrides if isinstance(overrides, Mapping) else dict(map(override, overrides))
     for key, value in named.items():
         _set(merged, key.split("."), value, key)
     return Recipe.parse(merged, where=where)
 
 
-def _override(text: str) -> tuple[str, Any]:
+def override(text: str) -> tuple[str, Any]:
+    """The dotted name and the value that ``a.b=value`` says."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"override {text!r}: write option=value, for example optim.lr=1e-4.")

@@ -33,25 +33,34 @@ MOST_SHOWN = 12
 def opened_base(recipe: Recipe, loader: Callable[..., Base] = load) -> tuple[Recipe, Base, Adapter]:
     """The base of a recipe with its method attached; and the recipe, with the labels of a classifier. ``loader`` is
     called as `load`."""
-    keep_memory()
-    method = method_from(recipe.method)
+    method_from(recipe.method)  # it is read before anything is loaded
     recipe = with_labels(recipe)
-    classifies = recipe.task == "sequence-classification"
-    base = loader(
+    base = loaded(recipe, loader)
+    return recipe, base, attached(recipe, base)
+
+
+def loaded(recipe: Recipe, loader: Callable[..., Base] = load) -> Base:
+    """The base of a recipe, which names its labels if it classifies."""
+    keep_memory()
+    return loader(
         recipe.model,
         dtype=recipe.dtype,
         device=recipe.device,
         task=recipe.task,
-        labels=recipe.data.labels if classifies else None,
+        labels=recipe.data.labels if recipe.task == "sequence-classification" else None,
         storage=recipe.storage,
         exempt=recipe.exempt,
         average_bits=recipe.average_bits,
     )
-    if classifies:
+
+
+def attached(recipe: Recipe, base: Base) -> Adapter:
+    """A new adapter of a recipe's method, on its base."""
+    method = method_from(recipe.method)
+    if recipe.task == "sequence-classification":
         method = with_head(method, anatomy_of(base.model))
     batches = shown_batches(recipe, base)  # read only if the method asks
-    adapter = attach(base.model, method, recipe.name, seed=recipe.seed, batches=batches)
-    return recipe, base, adapter
+    return attach(base.model, method, recipe.name, seed=recipe.seed, batches=batches)
 
 
 def with_head(method: Method, anatomy: Anatomy) -> Method:
@@ -66,8 +75,14 @@ def with_head(method: Method, anatomy: Anatomy) -> Method:
 
 def run_folder(recipe: Recipe, adapter: Adapter, *, resume: bool) -> Path:
     """The run's folder; a new one below ``runs`` where none is named."""
-    if recipe.out is not None:
-        folder = Path(recipe.out)
+    stem = f"{Path(recipe.data.path).stem}-{adapter.method.kind}"
+    return folder_of(recipe.out, stem, resume=resume)
+
+
+def folder_of(out: str | None, stem: str, *, resume: bool) -> Path:
+    """The folder ``out``; or a new one below ``runs``, whose name begins with ``stem``."""
+    if out is not None:
+        folder = Path(out)
         taken = folder.is_dir() and any(folder.iterdir())
         if taken and not resume:
             raise ConfigError(
@@ -78,7 +93,6 @@ def run_folder(recipe: Recipe, adapter: Adapter, *, resume: bool) -> Path:
         return folder
     if resume:
         raise ConfigError("to resume a run, name its folder as 'out'.")
-    stem = f"{Path(recipe.data.path).stem}-{adapter.method.kind}"
     return next(
         folder for n in range(1, 10**6) if not (folder := Path("runs") / f"{stem}-{n}").exists()
     )

@@ -41,6 +41,8 @@ class Unrelated:
         self._engine, self._adapter = engine, adapter
         self._text = "general.txt" if option is True else Path(str(option)).name
         self.data: list[Datum] = []
+        self.bare: Forgetting | None = None
+        """The bare base, once it is measured."""
         if option is not False and engine.causal:
             text = general_text() if option is True else read_text(str(option))
             longest = min(engine.context(adapter) or LONGEST, LONGEST, engine.micro_tokens)
@@ -51,18 +53,28 @@ class Unrelated:
         """Whether there is a text to measure."""
         return bool(self.data)
 
-    def before(self, events: Events, screen: Screen) -> None:
-        """The bare base, unless it was measured before the run was resumed."""
+    def before(self, events: Events, screen: Screen, other: Unrelated | None = None) -> None:
+        """The bare base, unless it was measured before the run was resumed, or by an ``other`` on the same text."""
         if self.measures and self._noted(events) is None:
-            self._note(None, 0, events, screen)
+            same = other is not None and other.data == self.data
+            self._note(None, 0, events, screen, other.bare if other is not None and same else None)
 
     def after(self, step: int, events: Events, screen: Screen) -> None:
         """The adapter at the end of the run."""
         if self.measures:
             self._note(self._adapter, step, events, screen)
 
-    def _note(self, adapter: str | None, step: int, events: Events, screen: Screen) -> None:
-        found = forgetting(self._engine, self.data, adapter)
+    def _note(
+        self,
+        adapter: str | None,
+        step: int,
+        events: Events,
+        screen: Screen,
+        known: Forgetting | None = None,
+    ) -> None:
+        found = known or forgetting(self._engine, self.data, adapter)
+        if adapter is None:
+            self.bare = found
         of = "base" if adapter is None else "adapter"
         fields: dict[str, Any] = {"step": step, "of": of, "text": self._text}
         before = self._noted(events)

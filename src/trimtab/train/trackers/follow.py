@@ -21,7 +21,9 @@ from trimtab.train.trackers.tracker import Status, Tracked, Tracker
 IDS = "trackers.json"
 PATIENCE = 3
 LONGEST = 300  # characters of a tool's message that are shown
-ENDS: Mapping[str, Status] = {"end": "finished", "interrupted": "interrupted", "error": "failed"}
+ENDS: Mapping[str, Status] = {
+    "end": "finished", "interrupted": "interrupted", "halved": "interrupted", "error": "failed",
+}  # fmt: skip
 
 trackers: Registry[type[Tracker]] = Registry(
     "tracker",

@@ -33,6 +33,7 @@ class MLflow(Tracker):
     """What MLflow has of a run is asked of MLflow when the run goes on."""
 
     kind: ClassVar[str] = "mlflow"
+    several: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._entities = package("mlflow.entities", self.kind)

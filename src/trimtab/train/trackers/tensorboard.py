@@ -17,6 +17,7 @@ class TensorBoard(Tracker):
     """A resumed run declares all earlier points of its folder void and writes them again: none is there twice."""
 
     kind: ClassVar[str] = "tensorboard"
+    several: ClassVar[bool] = True
 
     def __init__(self) -> None:
         package("tensorboard", self.kind)

@@ -47,6 +47,8 @@ class Tracker(ABC):
     """
 
     kind: ClassVar[str]
+    several: ClassVar[bool] = False
+    """Whether a process can track several runs at once."""
 
     @abstractmethod
     def start(self, run: Tracked) -> Started:
