@@ -20,7 +20,7 @@ from tests.engine import kit
 from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.attach import attach
 from trimtab.data import Datum
-from trimtab.engine import Engine
+from trimtab.engine import Engine, passes
 from trimtab.errors import NonFiniteLossError, TrainingError
 from trimtab.optim import AdamParams
 from trimtab.optim.params import Memory
@@ -184,6 +184,17 @@ def test_the_cheaper_layout_is_taken() -> None:
     assert [m.packed for m in engine.micro_batches(alike, owners)] == [False]
     engine._layout = replace(engine._layout, apart=False)
     assert not any(m.packed for m in engine.micro_batches(ragged, owners))
+
+
+def test_where_attention_is_not_done_owner_by_owner_rows_are_not_shared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, _ = tenants(packed=True)
+    data = kit.datums(4)
+    monkeypatch.setattr(passes, "BY_OWNER", ())
+    for owners, shared_rows in (("abab", True), ("afaf", False), ("hbhb", False), ("ffff", True)):
+        plan = engine.micro_batches(data, list(owners))
+        assert all(micro.packed == shared_rows for micro in plan), owners
 
 
 def test_held_out_losses_that_are_not_finite_are_told_apart_too() -> None:

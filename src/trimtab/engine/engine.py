@@ -143,7 +143,7 @@ class Engine:
 
     def micro_batches(self, data: Sequence[Datum], adapter: Owners) -> Iterator[Micro]:
         """The micro-batches in which `forward_backward` would show ``data`` to the model."""
-        return self._layout.plan(data, self._each(data, adapter), self.micro_tokens, self.packed)
+        return self._pass.micro_batches(data, self._each(data, adapter))
 
     def optim_step(self, adapter: str, params: AdamParams) -> StepResult:
         """One step of one adapter on the gradients accumulated since its last; see `Tenant.step`."""

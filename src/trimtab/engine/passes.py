@@ -37,6 +37,9 @@ from trimtab.errors import DataError
 from trimtab.losses import TokenLoss
 from trimtab.optim.params import Memory
 
+BY_OWNER = ("cpu", "meta")
+"""Where attention is done owner by owner (`trimtab.adapt.injected`)."""
+
 
 @final
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ class Pass:
         get the gradients that they would get without.
         """
         tally = Tally(data, aims)
-        micros = self.layout.plan(data, owners, self.micro_tokens, self.packed, aims.units)
+        micros = self.micro_batches(data, owners, aims.units)
         with mode(self.model, train=train), Lean(self.model), torch.set_grad_enabled(train):
             for micro in self.rooms.each("data", micros):
                 if not any(map(tally.healthy, micro.owners)):
@@ -129,6 +132,27 @@ class Pass:
                     with self.rooms.backward(objective):
                         objective.backward()
         return tally.result()
+
+    def micro_batches(
+        self,
+        data: Sequence[Datum],
+        owners: Sequence[Who],
+        units: Sequence[Sequence[int]] | None = None,
+    ) -> Iterator[Micro]:
+        """How ``data`` are laid out. Owners share packed rows where no mask is needed for that: attention in which some
+        have tokens of their own is done for each by itself on a CPU alone."""
+        names = {owner for owner in owners if owner is not None}
+        masked = (
+            self.model.device.type not in BY_OWNER
+            and len(set(owners)) > 1
+            and any(
+                m.virtual_tokens or m.prompt_tokens or m.overrides("beside")
+                for name in names
+                for m in bank_of(self.model).require(name).methods
+            )
+        )
+        packed = False if masked else self.packed
+        return self.layout.plan(data, owners, self.micro_tokens, packed, units)
 
     def _seeds(self, micro: Micro) -> dict[str, int]:
         """What the random numbers of each adapter begin from in a forward, by its own generator."""
