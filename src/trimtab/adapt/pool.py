@@ -92,7 +92,9 @@ class Pool:
     @property
     def slot_bytes(self) -> int:
         """Of one slot."""
-        return sum(t[:1].numel() * t.element_size() for t in self._shaped())
+        a_SIR = [group.a_SIR for group in dict.fromkeys(self._groups.values())]
+        held = (*a_SIR, *self._b_SRO.values())
+        return sum(t.shape[1:].numel() * t.element_size() for t in held)
 
     @property
     def nbytes(self) -> int:
@@ -125,7 +127,8 @@ class Pool:
             b_RO = self._b_SRO[path][slot]
             a_IR[:, :rank].copy_(change.a_RI.T)
             a_IR[:, rank:].zero_()
-            b_RO[:rank].copy_(change.b_OR.T.float() * change.scale)
+            wide = torch.promote_types(change.b_OR.dtype, torch.float32)
+            b_RO[:rank].copy_(change.b_OR.T.to(wide) * change.scale)
             b_RO[rank:].zero_()
         self.taken.add(slot)
 
@@ -148,11 +151,6 @@ class Pool:
         x_NI = x.flatten(0, -2).to(group.a_SIR.dtype)
         chosen_NI = x_NI if share.index is None else x_NI[share.index]
         return stacked_product(chosen_NI, group.a_SIR, share.rows)
-
-    def _shaped(self) -> Iterable[Tensor]:
-        """Tensors of one slot and more, whatever the capacity, without memory of their own."""
-        held = [*(g.a_SIR for g in dict.fromkeys(self._groups.values())), *self._b_SRO.values()]
-        return [t.new_empty(1, *t.shape[1:], device="meta") for t in held]
 
 
 def _same(read: _Read, x: Tensor) -> bool:

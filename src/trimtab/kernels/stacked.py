@@ -33,12 +33,9 @@ class Rows:
                 self.runs[-1] = slot, self.runs[-1][1] + 1
             else:
                 self.runs.append((slot, 1))
-        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
-
-    @property
-    def long(self) -> bool:
+        self.long = len(slots) >= FEWEST * len(self.runs)
         """Whether a run has many rows."""
-        return len(self.slots_N) >= FEWEST * len(self.runs)
+        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
 
     def table(self, width: int) -> tuple[Tensor, Tensor]:
         """Where the ``width`` rows of each row's matrix lie in a table of all; and where those of each row begin."""
@@ -52,11 +49,11 @@ class Rows:
 
 def stacked_product(x_NI: Tensor, matrices_SIO: Tensor, rows: Rows) -> Tensor:
     """Each row of x by the matrix of its slot."""
-    kept = x_NI.requires_grad and torch.is_grad_enabled()
-    if rows.long or kept or x_NI.device.type != "cpu" or traced():
+    differentiated = x_NI.requires_grad and torch.is_grad_enabled()
+    if rows.long or differentiated or not x_NI.is_cpu or traced():
         return stacked_product_reference(x_NI, matrices_SIO, rows)
     places, begins = rows.table(x_NI.shape[1])
-    table = matrices_SIO.flatten(0, 1)
+    table = matrices_SIO.view(-1, matrices_SIO.shape[2])
     weights = x_NI.reshape(-1)
     y: Tensor = torch.embedding_bag(table, places, begins, False, 0, False, weights)[0]
     return y
