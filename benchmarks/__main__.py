@@ -27,6 +27,7 @@ NAMES = (
     "sft",
     "classify",
     "scoring",
+    "stacked",
 )
 APART = ("dequantise", "gpu", "side_by_side")
 """Those that are run by name alone: two that measure nothing without a GPU, and the table of what was measured."""
