@@ -339,6 +339,19 @@ def test_attached_adapters_and_slots_come_and_go_apart() -> None:
     assert sites_of(model) == {} and not other.attached
 
 
+def test_a_description_tells_of_slots() -> None:
+    model = tiny.llama()
+    adapter = tt.attach(model, METHODS["a"], "a")
+    stack = Stack.of(model)
+    slot = stack.put(adapter)
+    with slotted(model, [slot, -1, -1], [None, "a", None]):
+        told = tt.describe(model)
+    assert f"in slots: 1 adapters, {stack.nbytes:,} bytes" in told
+    assert "acting now: *slots*, a, base" in told
+    stack.drop(slot)
+    assert "in slots" not in tt.describe(model)
+
+
 REFUSED = {
     "a bias of B": "lora(rank=4, lora_bias=True)",
     "invoked": "lora(rank=4, invocation=[5, 6])",
