@@ -29,6 +29,7 @@ NAMES = (
     "classify",
     "scoring",
     "many_adapters",
+    "stacked",
 )
 APART = ("dequantise", "gpu", "side_by_side")
 """Those that are run by name alone: two that measure nothing without a GPU, and the table of what was measured."""

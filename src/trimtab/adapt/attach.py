@@ -64,7 +64,7 @@ def attach(
     Raises:
         DuplicateNameError, BaseMismatchError, TargetError, AttachError, DataError: nothing was changed.
     """
-    bank = _existing_bank(model)
+    bank = existing_bank(model)
     anatomy = anatomy_of(model)
     base = fingerprint(model, anatomy.modules) if bank is None else bank.known.fingerprint(anatomy)
     if isinstance(method, Adapter):
@@ -84,7 +84,7 @@ def attach(
             adapter = planned(model, informed, adapter.name, anatomy)
         adapter.base = base
     specs, tensors = prepared(model, adapter, anatomy, observed, seed, new=new)
-    bank = bank or _new_bank(model)
+    bank = bank or new_bank(model)
     holders: dict[TensorName, nn.Module] = {}
     try:
         _insert(model, bank, adapter, anatomy, specs, tensors, trainable, holders)
@@ -268,7 +268,7 @@ def _withdraw(
     fusing.arrange(sites_of(model))
     attention.remove(model, bank, name)
     front.remove(bank, name)
-    if not bank.adapters:
+    if not bank.adapters and bank.stacked is None:
         strip(model, bank)
 
 
@@ -283,7 +283,12 @@ def _orders(adapter: Adapter) -> list[tuple[int, int]]:
     return found
 
 
-def _existing_bank(model: nn.Module) -> Bank | None:
+def existing_bank(model: nn.Module) -> Bank | None:
+    """The bank of a model, where it has one.
+
+    Raises:
+        AttachError: it is that of a part of this model, or of one around it.
+    """
     bank = find_bank(model)
     inside = model._modules.get(CHILD) is bank if bank is not None else not sites_of(model)
     if not inside:
@@ -294,7 +299,7 @@ def _existing_bank(model: nn.Module) -> Bank | None:
     return bank
 
 
-def _new_bank(model: nn.Module) -> Bank:
+def new_bank(model: nn.Module) -> Bank:
     """Freeze the base and put the bank and its entry hooks in place."""
     if CHILD in dir(model):
         raise AttachError(

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from trimtab.adapt.front import Front, Prompt
     from trimtab.adapt.fusing import Early
     from trimtab.adapt.site import LayerSite
+    from trimtab.adapt.stack import Stack
 
 CHILD = "trimtab"
 _BATCH_KEYS = (
@@ -73,6 +74,8 @@ class Bank(nn.Module):
         """Norms with running statistics -> whether we took them out of training mode."""
         self.homes: dict[str, nn.Module] = {}
         """Adapter -> the module around this model that holds its model-level tensors; see `lodge`."""
+        self.stacked: Stack | None = None
+        """The adapters that act from slots, if there are any."""
         self.padded: list[nn.TransformerEncoder] = []
         """torch's own encoders that would take padding out, and call none of their layers then."""
         self.blocks: list[nn.Module] = []

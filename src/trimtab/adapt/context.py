@@ -89,6 +89,8 @@ class Context:
         self.pages = pages
         self.acting: dict[Any, Tensor] = {}
         """Where adapters act that wait to be invoked; kept by `trimtab.adapt.invoked`."""
+        self.stacked: dict[Any, Any] = {}
+        """Which rows of a shape lie in which slots; kept by `trimtab.adapt.stack`."""
         self.losses: list[tuple[str, str, Tensor]] = []
         self.recomputing = False
         self.lean: Lean | None = None
@@ -131,7 +133,7 @@ class Context:
         if self._only is not None:
             return Layout((self._only,), (), None)
         if route.every:
-            return Layout((Part(route.owners[0], None, None, False, x.shape[0]),), (), None)
+            return Layout((Part(route.acting[0], None, None, False, x.shape[0]),), (), None)
         key = (x.dim(), *x.shape[:2])
         if key not in self._layouts:
             self._layouts[key] = layout(route, x, self.batch)

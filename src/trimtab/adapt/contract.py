@@ -233,6 +233,11 @@ class Method(InPeft, ABC):
         ``p`` are the tensors as they are trained, not cast."""
         return None
 
+    def stacks(self, p: Params, role: str) -> Change | None:
+        """All that it does to a linear layer at evaluation, where that is to add a product of two factors: such
+        adapters lie side by side in one tensor (`trimtab.adapt.stack`). ``p`` are the tensors as they are trained."""
+        return None
+
     def leave(self, p: Params, y: Tensor, at: At) -> Tensor:
         """Edit what comes out. ``at.x`` is what went in."""
         return y

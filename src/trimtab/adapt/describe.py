@@ -36,10 +36,13 @@ def describe(model: nn.Module) -> str:
             f"({adapter.count / total:.3%}) at {len(adapter.sites)} sites{', ' + ', '.join(notes) if notes else ''}"
         )
         lines += [f"    {line}" for line in grouped(adapter)]
+    if bank.stacked is not None:
+        count, size = len(bank.stacked.slots), bank.stacked.nbytes
+        lines.append(f"  in slots: {count} adapters, {size:,} bytes")
     if acting is not None:
         lines.append("  acting now: " + (" -> ".join(acting) if acting else "the bare base"))
     else:
-        owners = bank._scope.owners if bank._scope else ()
+        owners = bank._scope.acting if bank._scope else ()
         lines.append("  acting now: " + ", ".join("+".join(o) or "base" for o in owners))
     return "\n".join(lines)
 

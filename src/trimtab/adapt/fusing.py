@@ -8,7 +8,7 @@ for all rows at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -58,11 +58,27 @@ def arrange(sites: Mapping[str, nn.Module]) -> None:
 
     for path, site in sites.items():
         if isinstance(site, LayerSite):
-            parent, dot, name = path.rpartition(".")
-            if any(word in parent.lower() for word in ACROSS):
-                continue
-            after = [sites.get(f"{parent}{dot}{other}") for other in _AFTER.get(name, ())]
+            after = [sites.get(other) for other in _after(path)]
             site.siblings = tuple(other for other in after if isinstance(other, LayerSite))
+
+
+def alike(paths: Iterable[str]) -> list[list[str]]:
+    """These paths of layers, together where they are called with the same x, in the order of their calls."""
+    given = dict.fromkeys(paths)
+    found: dict[str, list[str]] = {}
+    for path in sorted(given, key=lambda path: -len(_after(path))):
+        if path not in found:
+            group = [path, *(other for other in _after(path) if other in given)]
+            found |= dict.fromkeys(group, group)
+    return [group for path, group in found.items() if group[0] == path]
+
+
+def _after(path: str) -> list[str]:
+    """The paths of the layers that are called with the x of one after it."""
+    parent, dot, name = path.rpartition(".")
+    if any(word in parent.lower() for word in ACROSS):
+        return []
+    return [f"{parent}{dot}{other}" for other in _AFTER.get(name, ())]
 
 
 def output(site: LayerSite, x: Tensor, split: Layout, stacks: Stacks) -> Tensor | None:

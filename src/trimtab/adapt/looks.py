@@ -128,7 +128,7 @@ class Looks:
         return ()
 
     def _get_available_adapters(self) -> set[str]:
-        return set(self.edits)
+        return {name for name in self.edits if name in self.bank.adapters}
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Which adapters act, and learn: in the whole model, for all its layers share one bank.

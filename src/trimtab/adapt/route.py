@@ -10,7 +10,7 @@ Shapes: U units, B rows, T tokens of a row, N = B·T flattened tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -20,6 +20,8 @@ from trimtab.errors import RouteError
 
 Owner = tuple[str, ...]
 """Names of the adapters that act, innermost first; empty is the bare base."""
+SLOTS = "*slots*"
+"""Who acts where adapters lie in slots (`trimtab.adapt.stack`); no adapter can have such a name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,25 +37,41 @@ class Span:
 class Route:
     """``owners[u]`` acts on unit u. ``spans`` says where documents lie; None: a unit is a row.
 
-    A route with one owner and ``every`` true covers any number of rows.
+    A route with one owner and ``every`` true covers any number of rows. ``slots[u]`` is where the adapter of unit u
+    lies in the model's `trimtab.adapt.stack.Stack`; -1 where it lies in none, and ``owners[u]`` acts.
+
+    Raises:
+        RouteError: another number of slots than of owners, or a unit that has both.
     """
 
     owners: tuple[Owner, ...]
     spans: tuple[Span, ...] | None = None
     every: bool = False
+    slots: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        slots = (-1,) * len(self.owners) if self.slots is None else self.slots
+        if len(slots) != len(self.owners):
+            raise RouteError(f"{len(self.owners)} units have {len(slots)} slots; -1 is for none.")
+        if any(owner and slot >= 0 for owner, slot in zip(self.owners, slots, strict=True)):
+            raise RouteError("a unit has an owner and a slot; an adapter acts by either, not both.")
 
     @classmethod
     def everyone(cls, owner: Owner) -> Route:
         return cls((owner,), every=True)
 
     @property
-    def names(self) -> set[str]:
-        return {name for owner in self.owners for name in owner}
-
-    @property
     def single(self) -> Owner | None:
         """The one owner of all units, or None when they differ."""
         return self.owners[0] if self.every or len(set(self.owners)) == 1 else None
+
+    @property
+    def acting(self) -> tuple[Owner, ...]:
+        """Who acts on each unit, `SLOTS` among them."""
+        if self.slots is None:
+            return self.owners
+        units = zip(self.owners, self.slots, strict=True)
+        return tuple((SLOTS,) if slot >= 0 else owner for owner, slot in units)
 
     def expanded(self, rows: int, *, generating: bool) -> Route:
         """The route for a batch of ``rows`` rows: generation may have repeated each row (beams)."""
@@ -61,7 +79,8 @@ class Route:
             return self
         if generating and rows % len(self.owners) == 0:
             times = rows // len(self.owners)
-            return Route(tuple(owner for owner in self.owners for _ in range(times)))
+            slots = self.slots and tuple(slot for slot in self.slots for _ in range(times))
+            return Route(tuple(owner for owner in self.owners for _ in range(times)), slots=slots)
         raise RouteError(
             f"the batch has {rows} rows, but the route names {len(self.owners)} owners. "
             "Pass one adapter name (or None) per row to trimtab.rows()."
@@ -198,9 +217,14 @@ def layout(route: Route, x: Tensor, batch: tuple[int, int] | None) -> Layout:
     Raises:
         RouteError: the shape does not tell which position belongs to which unit.
     """
+    stacked = route.slots is not None
+    if stacked:
+        route = replace(route, owners=route.acting, slots=None)
     if route.spans is not None:
         return _by_document(route, route.spans, x, batch)
-    if route.single is not None:
+    # tokens of rows in slots must be told apart also where all are in some
+    rows_alone = route.every or x.shape[0] == len(route.owners)
+    if route.single is not None and (rows_alone or not stacked):
         count = x.shape[0] if route.every else len(route.owners)
         return Layout([Part(route.owners[0], None, None, False, count)], (), None)
     rows = len(route.owners)

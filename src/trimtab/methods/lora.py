@@ -163,6 +163,11 @@ class LoRA(LowRank):
         plain = at.role != TIED and not (self.bits or self.invocation or self.frozen_a)
         return super().lowrank(p, at) if plain else None
 
+    def stacks(self, p: Params, role: str) -> Change | None:
+        if role or self.invocation or self.tie or self.rebased or not {"c", "D"}.isdisjoint(p):
+            return None
+        return Change(*self.whole(self._rounded(p)), scale=1.0)
+
     def delta(self, p: Params, x: Tensor, at: At) -> Tensor | None:
         if at.role == TIED:
             p = turned(p, at.layer)

@@ -154,10 +154,11 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
 
 def _layers(site: SiteBase, name: str) -> list[tuple[str, list[Adapter]]]:
     """The layers at a site, each with the adapters that edit it: of experts, each parameter is one."""
-    paths = dict.fromkeys(edit.path for edits in site.edits.values() for edit in edits)
+    attached = {n: edits for n, edits in site.edits.items() if n in site.bank.adapters}
+    paths = dict.fromkeys(edit.path for edits in attached.values() for edit in edits)
     found = []
     for path in paths:
-        names = [n for n, edits in site.edits.items() if any(e.path == path for e in edits)]
+        names = [n for n, edits in attached.items() if any(e.path == path for e in edits)]
         own = f"{name}.{path.rpartition('.')[2]}" if isinstance(site, ExpertsSite) else name
         found.append((own, [site.bank.require(n) for n in names]))
     return found
