@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -13,9 +14,13 @@ from transformers import PreTrainedModel
 from tests import tiny
 from tests.engine import kit
 from trimtab.adapt.attach import attach, detach
+from trimtab.adapt.bank import Plan, bank_of
+from trimtab.adapt.route import Route
+from trimtab.adapt.stack import Stack
 from trimtab.engine import Engine, SamplingParams
 from trimtab.engine.answering import Answering
 from trimtab.engine.serve import Loop, Request
+from trimtab.engine.serve.seats import Seats
 from trimtab.errors import AnswerError, UnknownNameError, UnsupportedError
 from trimtab.methods.lora import LoRA
 from trimtab.methods.prefix import Prefix
@@ -202,7 +207,7 @@ def test_log_probabilities_are_the_models(base: Base) -> None:
         engine.sample(prompts, params, ["a", "prefix"]), prompts, ["a", "prefix"], strict=True
     ):
         ids = [*prompt, *answer.tokens]
-        with engine._answering(kit_route(name), None), torch.no_grad():
+        with engine._answering(Route.everyone((name,)), None), torch.no_grad():
             logs = base.model(torch.tensor([ids])).logits[0].log_softmax(-1)
         assert answer.logprobs is not None and answer.likeliest is not None
         for place, (token, said, best) in enumerate(
@@ -211,12 +216,6 @@ def test_log_probabilities_are_the_models(base: Base) -> None:
             own = logs[len(prompt) - 1 + place]
             assert said == pytest.approx(float(own[token]), abs=1e-4)
             assert list(best) == own.topk(3).indices.tolist()
-
-
-def kit_route(name: str) -> object:
-    from trimtab.adapt.route import Route
-
-    return Route.everyone((name,))
 
 
 # -- faults --------------------------------------------------------------------------------------------
@@ -284,21 +283,19 @@ def test_a_forward_that_fails_fails_for_its_own_requests(base: Base) -> None:
     for one in ones:
         loop.submit(one)
     loop.turn()
-    adapter = ones[0].adapter
-    assert adapter is not None
     real = loop.scope
 
-    def broken(route: object, plan: object) -> object:
-        if "a" in {name for owner in route.owners for name in owner}:
+    def broken(route: Route, plan: Plan) -> AbstractContextManager[None]:
+        if ("b",) in route.owners:
             raise RuntimeError("out of luck")
         return real(route, plan)
 
     loop.scope = broken
     loop.finish(ones)
     with pytest.raises(RuntimeError, match="out of luck"):
-        ones[0].completion()
-    for one, name in zip(ones[1:], ("b", None), strict=True):
-        assert one.tokens == wanted(base, 3, name, GREEDY)
+        ones[1].completion()
+    assert ones[0].tokens == wanted(base, 3, "a", GREEDY)
+    assert ones[2].tokens == wanted(base, 3, None, GREEDY)
 
 
 def test_more_than_all_pages_hold_is_refused_at_once(base: Base) -> None:
@@ -344,20 +341,57 @@ class Stop:
             raise KeyboardInterrupt
 
 
-def test_an_adapter_learns_when_its_answers_are_done(base: Base) -> None:
-    """An answer has one version of its adapter throughout."""
+@pytest.mark.parametrize("method", [LoRA(rank=2), "ia3"], ids=["in a slot", "by name"])
+def test_an_answer_has_one_version_of_its_adapter(method: LoRA | str) -> None:
     made = kit.base()
-    attach(made.model, LoRA(rank=2), "a")
+    attach(made.model, method, "a")
     engine = Engine(made)
+    for _ in range(3):
+        engine.forward_backward(kit.datums(), "a")
+        engine.optim_step("a", AdamParams(lr=0.05))
     whole = engine.sample([prompt_of(3)], GREEDY, "a")[0]
     with engine.stream(prompt_of(3), GREEDY, "a") as stream:
         pieces = [next(stream)]
         engine.forward_backward(kit.datums(), "a")
         engine.optim_step("a", AdamParams(lr=0.3))
+        later = engine.sample([prompt_of(3)], GREEDY, "a")[0]
         pieces += stream
-    assert stream.completion.tokens == whole.tokens
+    assert stream.completion.tokens == whole.tokens != later.tokens
     assert "".join(pieces) == whole.text
-    assert engine.sample([prompt_of(3)], GREEDY, "a")[0] != whole
+    assert engine.sample([prompt_of(3)], GREEDY, "a")[0] == later
+
+
+def test_slots_are_given_back(base: Base) -> None:
+    engine = Engine(base)
+    loop = loop_of(engine)
+    stack = Stack.of(base.model)
+    one, other = request(engine, 3, GREEDY, "a"), request(engine, 4, GREEDY, "b")
+    for each in (one, other):
+        loop.submit(each)
+    loop.turn()
+    assert [one.slot, other.slot] == [*Stack.of(base.model).slots, -1]
+    loop.finish([one, other])
+    assert not stack.slots and not Stack.of(base.model).slots
+
+
+def test_more_adapters_than_slots_take_turns_or_act_by_name() -> None:
+    base = kit.base()
+    names = [f"lora_{n}" for n in range(4)]
+    for n, name in enumerate(names):
+        adapter = attach(base.model, LoRA(rank=2), name)
+        with torch.no_grad():
+            for tensor in adapter.tensors.values():
+                tensor.normal_(std=0.2, generator=torch.Generator().manual_seed(n))
+    engine = Engine(base)
+    loop = loop_of(engine)
+    alone = [engine.sample([prompt_of(3)], GREEDY, name)[0].tokens for name in names]
+    assert len(set(alone)) == 4
+    loop.seats = Seats(stack := Stack(base.model, budget=1))
+    adapter = bank_of(base.model).require(names[0])
+    while not stack.takes(adapter):
+        stack.budget += 1024
+    ones = [request(engine, 3, GREEDY, name) for name in names * 2]
+    assert served(ones, loop) == [list(tokens) for tokens in alone * 2]
 
 
 def test_the_answering_of_an_engine_is_made_once(base: Base) -> None:

@@ -11,9 +11,10 @@ A forward that fails is tried again adapter by adapter, so that only those reque
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -25,10 +26,13 @@ from trimtab.adapt.bank import Plan, find_bank
 from trimtab.adapt.injected import PAGES, apart
 from trimtab.adapt.pages import SIZE, Pages, Store, Unit
 from trimtab.adapt.route import Route, Span
+from trimtab.adapt.stack import Stack
+from trimtab.adapt.tree import anatomy_of
 from trimtab.engine.serve import draw
 from trimtab.engine.serve.ledger import Ledger
 from trimtab.engine.serve.remembered import joined, split
 from trimtab.engine.serve.request import Request
+from trimtab.engine.serve.seats import NONE, Seats
 from trimtab.errors import AnswerError, UnknownNameError
 from trimtab.frozen import stamp
 
@@ -84,6 +88,7 @@ class Loop:
         pages = -(-tokens // SIZE)
         self.store = Store(pages)
         self.ledger = Ledger(pages, SIZE)
+        self.seats = Seats(None if anatomy_of(model).apart else Stack.of(model))
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
 
@@ -128,8 +133,8 @@ class Loop:
             raise
 
     def drain(self, name: str) -> None:
-        """Finish the requests of an adapter."""
-        self.finish([r for r in [*self.running, *self.waiting] if name in r.owner])
+        """Finish the requests on which an adapter acts by its name, with the values that it has now."""
+        self.finish([request for request in self.running if name in request.owner])
 
     def turn_away(self) -> None:
         """Let go of those who are done, are wanted no more, or whose adapter is another one or none by now."""
@@ -148,8 +153,13 @@ class Loop:
         for request in [r for r in self.running if r.done]:
             self._known(request)
             self._vacate(request)
+        for request in [*self.running, *self.waiting]:
+            if request.done:
+                self.seats.rise(request.slot)
         self.running = [r for r in self.running if not r.done]
         self.waiting = deque(r for r in self.waiting if not r.done)
+        if not self.busy:
+            self.seats.clear()
 
     def _let_in(self) -> None:
         held: list[Request] = []
@@ -165,7 +175,8 @@ class Loop:
 
     def _placed(self, request: Request) -> bool:
         """Give a request its pages, those that hold a beginning of its text among them."""
-        request.root = self._root(request)
+        if not request.tokens:  # one that comes back goes on with what it began with
+            self._begun(request)
         text = self._content(request)
         known = [] if request.root is None else self.ledger.find(request.root, text)
         if len(known) * SIZE < request.lead:
@@ -181,17 +192,17 @@ class Loop:
         self.running.append(request)
         return True
 
-    def _root(self, request: Request) -> Hashable:
-        """Who acts on a text, at which version: what its keys and values depend on beside its tokens."""
-        adapter = request.adapter
-        if request.remembers:
-            return None
-        bank = find_bank(self.model)
-        if adapter is None or bank is None:
-            return ()
-        name = adapter.name
-        scale = bank.scales.get(name, 1.0), bank.dropped.get(name, 0)
-        return (name, id(adapter), scale, stamp(adapter.named().values()))
+    def _begun(self, request: Request) -> None:
+        """Settle who acts on a text, at which version: what its keys and values depend on beside its tokens."""
+        adapter, bank = request.adapter, find_bank(self.model)
+        self.seats.rise(request.slot)
+        request.slot, request.root = NONE, None if request.remembers else ()
+        if adapter is None or bank is None or request.remembers:
+            return
+        acts = bank.scales.get(adapter.name, 1.0), bank.dropped.get(adapter.name, 0)
+        version = (adapter.name, id(adapter), acts, stamp(adapter.named().values()))
+        request.root = version
+        request.slot = self.seats.sit(adapter, version)
 
     def _content(self, request: Request) -> list[int]:
         """What stands in its pages: virtual tokens, as numbers that no token has, and its text."""
@@ -252,7 +263,7 @@ class Loop:
             else:
                 together.append(piece)
         if together:
-            yield sorted(together, key=lambda piece: piece.request.owner)
+            yield sorted(together, key=lambda piece: _place(piece.request))
 
     def _each(self, items: list[Any], work: Callable[[list[Any]], None]) -> None:
         """Work on all together; where that fails, on those of each adapter by themselves."""
@@ -262,21 +273,19 @@ class Loop:
             work(items)
             return
         except Exception as error:
-            owners = dict.fromkeys(_request(item).owner for item in items)
-            if len(owners) == 1:
+            names = dict.fromkeys(_request(item).name for item in items)
+            if len(names) == 1:
                 for item in items:
                     _request(item).error = error
                 return
-        for owner in owners:
-            self._each([item for item in items if _request(item).owner == owner], work)
+        for name in names:
+            self._each([item for item in items if _request(item).name == name], work)
 
     def _read(self, pieces: list[Piece]) -> None:
         """Read pieces of texts, one after another in one row; those that end get their first token."""
-        owners = tuple(piece.request.owner for piece in pieces)
         alone = pieces[0].request if pieces[0].request.remembers else None
-        route = Route(owners) if alone is not None else _packed(owners, pieces)
-        if alone is None and len(set(owners)) == 1:
-            route = Route.everyone(owners[0])
+        spans = None if alone is not None else _spans(pieces)
+        route = _route([piece.request for piece in pieces], spans, each=alone is not None)
         memory: dict[Any, Any] = {}
         pages = Pages(self.store, [piece.unit for piece in pieces], decoding=False)
         last = [sum(p.count for p in pieces[: n + 1]) - 1 for n in range(len(pieces))]
@@ -304,12 +313,9 @@ class Loop:
 
     def _decode(self, requests: list[Request]) -> None:
         """One token for each."""
-        requests = sorted(requests, key=lambda request: request.owner)
-        owners = tuple(request.owner for request in requests)
-        route = Route.everyone(owners[0]) if len(set(owners)) == 1 else Route(owners)
+        requests = sorted(requests, key=_place)
         remembering = any(request.remembers for request in requests)
-        if remembering:
-            route = Route(owners)
+        route = _route(requests, None, each=remembering)
         memory = joined([r.memory for r in requests]) if remembering else {}
         units = [Unit(tuple(r.pages), r.filled, 1) for r in requests]
         logits = self._forward(
@@ -350,7 +356,7 @@ class Loop:
         finite = logits_BV.amax(-1).isfinite().tolist()
         for request, well in zip(requests, finite, strict=True):
             if not well:
-                who = f"adapter {request.owner[0]!r}" if request.owner else "the base"
+                who = f"adapter {request.name!r}" if request.name else "the base"
                 request.error = AnswerError(
                     f"{who} gives logits that are not finite; its weights may have been damaged in training."
                 )
@@ -389,10 +395,23 @@ def _lead(request: Request) -> int:
     return sum(m.virtual_tokens + m.prompt_tokens for m in request.adapter.methods)
 
 
-def _packed(owners: tuple[tuple[str, ...], ...], pieces: Sequence[Piece]) -> Route:
-    """Who acts on which tokens of the row."""
-    spans, start = [], 0
-    for piece in pieces:
-        spans.append(Span(0, start, start + piece.count))
-        start += piece.count
-    return Route(owners, tuple(spans))
+def _place(request: Request) -> tuple[bool, int, tuple[str, ...]]:
+    """Rows lie in the order of their slots, behind those that have none."""
+    return request.slot != NONE, request.slot, request.owner
+
+
+def _route(requests: Sequence[Request], spans: tuple[Span, ...] | None, *, each: bool) -> Route:
+    """Who acts on whom; one owner of everything, unless ``each`` says that units matter."""
+    owners = tuple(request.owner for request in requests)
+    slots = tuple(request.slot for request in requests)
+    if set(slots) != {NONE}:
+        return Route(owners, spans, slots=slots)
+    if len(set(owners)) == 1 and not each:
+        return Route.everyone(owners[0])
+    return Route(owners, spans)
+
+
+def _spans(pieces: Sequence[Piece]) -> tuple[Span, ...]:
+    """Where in the row each piece lies."""
+    ends = list(accumulate(piece.count for piece in pieces))
+    return tuple(Span(0, start, end) for start, end in pairwise([0, *ends]))

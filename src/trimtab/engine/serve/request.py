@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.engine.sampling import Completion, Finish, SamplingParams, decoded, ended
+from trimtab.engine.serve.seats import NONE
 
 if TYPE_CHECKING:
     from trimtab.adapt.adapter import Adapter
@@ -54,6 +55,8 @@ class Request:
     """How many of them are virtual tokens."""
     root: Hashable = None
     """What its pages are known by, or None where they are not to be found by others."""
+    slot: int = NONE
+    """Where its adapter's values lie; `NONE` where the adapter acts by its name."""
     memory: dict[Any, Any] = field(default_factory=dict)
     generator: torch.Generator = field(init=False)
 
@@ -63,8 +66,14 @@ class Request:
         self.generator = torch.Generator().manual_seed(own % 2**63)
 
     @property
+    def name(self) -> str:
+        """Of its adapter; empty for the bare base."""
+        return "" if self.adapter is None else self.adapter.name
+
+    @property
     def owner(self) -> tuple[str, ...]:
-        return () if self.adapter is None else (self.adapter.name,)
+        """Who acts on it by name."""
+        return (self.name,) if self.name and self.slot == NONE else ()
 
     @property
     def done(self) -> bool:
