@@ -166,6 +166,24 @@ def test_a_torn_state_is_that_adapters_error(tmp_path: Path) -> None:
         tiers.register("c", StateFolder(tmp_path / "state"))
 
 
+def test_a_state_of_another_adapter_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Its optimiser's tensors are not those of its adapter, which is seen when it is to go on."""
+    engine = engine_with("lora(rank=4)")
+    for name, method in (("b", "lora(rank=2)"), ("a", "")):
+        if method:
+            tt.attach(engine.model, method, name)
+        engine.forward_backward(kit.datums(2), name)
+        engine.optim_step(name, STEP)
+        engine.save(name, tmp_path / name)
+    (tmp_path / "b" / "state.safetensors").replace(tmp_path / "a" / "state.safetensors")
+    tiers = tiers_of(engine, LARGE)
+    tiers.register("new", StateFolder(tmp_path / "a"))
+    with pytest.raises(FileFormatError, match="has shape"):
+        up(tiers, "new")
+    assert tiers.tier("new") == "host" and tiers.active_bytes == 0
+    assert "new" not in bank_of(engine.model).adapters and len(engine.tenants) == 2
+
+
 def test_an_engine_keeps_nothing_of_adapters_that_were_detached() -> None:
     engine, data = engine_with("lora(rank=4)"), kit.datums(2)
     for number in range(3):

@@ -24,6 +24,7 @@ from trimtab.adapt.tiers import Budgets, Tiers
 from trimtab.engine import state
 from trimtab.engine.engine import Engine
 from trimtab.engine.tenant import Tenants
+from trimtab.errors import TrimtabError
 
 
 @final
@@ -42,10 +43,14 @@ class Tenancy(Active):
         if along is None:
             return
         adapter = self._attached.adapter(name)
-        found = state.assembled(
-            adapter, along.tensors, along.facts, f"what goes along with {name!r}"
-        )
-        state.take_up(self._tenants.of(adapter), found)
+        where = f"what goes along with {name!r}"
+        try:
+            found = state.assembled(adapter, along.tensors, along.facts, where)
+            state.take_up(self._tenants.of(adapter), found)
+        except TrimtabError:
+            self._tenants.leave(name)
+            self._attached.down(name)
+            raise
         self._extras[name] = found.extra
 
     def down(self, name: str) -> Packed | None:
