@@ -150,6 +150,17 @@ def test_one_is_trained_while_another_answers(tmp_path: Path) -> None:
         assert engine.tenants.known(bank_of(engine.model).require("served")) is None
 
 
+def test_an_adapter_that_nobody_has_trained_yet_learns_where_it_comes_up(tmp_path: Path) -> None:
+    engine = engine_with("lora(rank=4)")
+    tiers = tiers_of(engine, LARGE, tmp_path)
+    tiers.adopt("a")
+    for tier in ("host", "disk"):
+        tiers.lower("a", tier)
+        up(tiers, "a").release()
+    engine.forward_backward(kit.datums(2), "a")
+    assert engine.optim_step("a", STEP).grad_norm > 0
+
+
 def test_a_torn_state_is_that_adapters_error(tmp_path: Path) -> None:
     engine = engine_with("lora(rank=4)")
     engine.forward_backward(kit.datums(2), "a")

@@ -40,7 +40,7 @@ class Tenancy(Active):
     def up(self, name: str, packed: Packed) -> None:
         self._attached.up(name, packed)
         along = packed.along
-        if along is None:
+        if along is None or not along.names:  # nobody has trained it yet
             return
         adapter = self._attached.adapter(name)
         where = f"what goes along with {name!r}"
