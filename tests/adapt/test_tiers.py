@@ -279,6 +279,23 @@ def test_an_adapter_that_is_attached_is_taken_up_as_it_is() -> None:
     assert not learns[0] and all(learns[1:])
 
 
+def test_what_somebody_wrote_into_a_copy_stays_in_it(tmp_path: Path) -> None:
+    model = llama()
+    tiers = registry(model, home=tmp_path / "home")
+    (folder,) = folders(tmp_path, 1)
+    tiers.register("a0", AdapterFolder(folder))
+    held(tiers, "a0").release()
+    with torch.no_grad():
+        next(model.trimtab.adapters["a0"].parameters()).mul_(3)
+    written = model.trimtab.adapters["a0"].detached()
+    for tier in ("host", "disk"):
+        tiers.lower("a0", tier)
+        held(tiers, "a0").release()
+        assert model.trimtab.adapters["a0"] == written if tier == "host" else True
+    assert tiers.tier("a0") == "active" and (tmp_path / "home" / "a0").is_dir()
+    assert Adapter.load(folder) != written
+
+
 # -- what goes wrong ----------------------------------------------------------------------------------
 
 

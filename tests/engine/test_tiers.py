@@ -150,6 +150,17 @@ def test_one_is_trained_while_another_answers(tmp_path: Path) -> None:
         assert engine.tenants.known(bank_of(engine.model).require("served")) is None
 
 
+def test_an_adapter_that_nobody_has_trained_yet_learns_where_it_comes_up(tmp_path: Path) -> None:
+    engine = engine_with("lora(rank=4)")
+    tiers = tiers_of(engine, LARGE, tmp_path)
+    tiers.adopt("a")
+    for tier in ("host", "disk"):
+        tiers.lower("a", tier)
+        up(tiers, "a").release()
+    engine.forward_backward(kit.datums(2), "a")
+    assert engine.optim_step("a", STEP).grad_norm > 0
+
+
 def test_a_torn_state_is_that_adapters_error(tmp_path: Path) -> None:
     engine = engine_with("lora(rank=4)")
     engine.forward_backward(kit.datums(2), "a")
@@ -164,6 +175,24 @@ def test_a_torn_state_is_that_adapters_error(tmp_path: Path) -> None:
         tiers.hold("b")
     with pytest.raises(FileFormatError, match="torn or foreign"):
         tiers.register("c", StateFolder(tmp_path / "state"))
+
+
+def test_a_state_of_another_adapter_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Its optimiser's tensors are not those of its adapter, which is seen when it is to go on."""
+    engine = engine_with("lora(rank=4)")
+    for name, method in (("b", "lora(rank=2)"), ("a", "")):
+        if method:
+            tt.attach(engine.model, method, name)
+        engine.forward_backward(kit.datums(2), name)
+        engine.optim_step(name, STEP)
+        engine.save(name, tmp_path / name)
+    (tmp_path / "b" / "state.safetensors").replace(tmp_path / "a" / "state.safetensors")
+    tiers = tiers_of(engine, LARGE)
+    tiers.register("new", StateFolder(tmp_path / "a"))
+    with pytest.raises(FileFormatError, match="has shape"):
+        up(tiers, "new")
+    assert tiers.tier("new") == "host" and tiers.active_bytes == 0
+    assert "new" not in bank_of(engine.model).adapters and len(engine.tenants) == 2
 
 
 def test_an_engine_keeps_nothing_of_adapters_that_were_detached() -> None:

@@ -16,6 +16,7 @@ from trimtab.adapt.bank import bank_of
 from trimtab.adapt.fit import Forms
 from trimtab.adapt.packed import Along, Packed
 from trimtab.adapt.tree import sites_of
+from trimtab.frozen import stamp
 
 
 @final
@@ -30,27 +31,26 @@ class Attached(Active):
         self.model = model
         self._forms = forms
         self._standings: dict[str, Standing] = {}
-        self._unchanged: set[str] = set()
-        """Those that were brought up to answer alone, and so are what they were."""
+        self._came: dict[str, object] = {}
+        """Of those that came up to answer alone: the state of their tensors then."""
 
     def up(self, name: str, packed: Packed) -> None:
         trained = packed.along is not None
         with torch.inference_mode(False):
             attach(self.model, packed.adapter(name), trainable=trained)
         if not trained:
-            self._unchanged.add(name)
+            self._came[name] = self._state(name)
         if name in self._standings:
             self._standings.pop(name).take(self.model, name)
 
     def down(self, name: str) -> Packed | None:
         standing = Standing.of(self.model, name)
-        unchanged = name in self._unchanged
+        unchanged = self._came.pop(name, None) == self._state(name)
         learns = any(parameter.requires_grad for parameter in self.adapter(name).parameters())
         if learns:
             standing = replace(standing, still=_still(self.adapter(name)))
         if standing != ORDINARY:
             self._standings[name] = standing
-        self._unchanged.discard(name)
         adapter = detach(self.model, name)
         if unchanged:
             return None
@@ -64,6 +64,11 @@ class Attached(Active):
 
     def size(self, name: str) -> int:
         return self.adapter(name).nbytes
+
+    def _state(self, name: str) -> object:
+        """Another one once somebody wrote into a tensor, or let it learn."""
+        tensors = self.adapter(name).named().values()
+        return stamp(tensors), [tensor.requires_grad for tensor in tensors]
 
     def adapter(self, name: str) -> Adapter:
         """The adapter of that name, which is up."""

@@ -243,13 +243,15 @@ class Tiers:
     def _take_in(self, future: Future[Read]) -> str:
         entry = self._reading.pop(future)
         entry.reading = None
+        self._host.taken -= entry.nbytes
         try:
-            entry.packed = future.result()(self._forms)
+            packed = future.result()(self._forms)
         except Exception as error:  # it is raised where somebody asks for this adapter
             entry.error = error
-            self._host.taken -= entry.nbytes
         else:
+            self._keep(entry, packed)
             self._host.add(entry)
+            self._host.taken += entry.nbytes
         return entry.name
 
     def _released(self, entry: Entry) -> None:
@@ -279,10 +281,14 @@ class Tiers:
         self._up.taken -= entry.acting
         self._host.add(entry)
         if changed is not None:
-            self._host.taken += changed.nbytes - entry.nbytes
-            entry.packed, entry.nbytes, entry.stale = changed, changed.nbytes, True
-            entry.acting = self._place.cost(changed)
+            self._host.taken -= entry.nbytes
+            self._keep(entry, changed)
+            entry.stale = True
+            self._host.taken += entry.nbytes
             self._host_room(0)
+
+    def _keep(self, entry: Entry, packed: Packed) -> None:
+        entry.packed, entry.nbytes, entry.acting = packed, packed.nbytes, self._place.cost(packed)
 
     def _to_disk(self, entry: Entry) -> None:
         assert entry.packed is not None

@@ -24,6 +24,7 @@ from trimtab.adapt.tiers import Budgets, Tiers
 from trimtab.engine import state
 from trimtab.engine.engine import Engine
 from trimtab.engine.tenant import Tenants
+from trimtab.errors import TrimtabError
 
 
 @final
@@ -39,13 +40,17 @@ class Tenancy(Active):
     def up(self, name: str, packed: Packed) -> None:
         self._attached.up(name, packed)
         along = packed.along
-        if along is None:
+        if along is None or not along.names:  # nobody has trained it yet
             return
         adapter = self._attached.adapter(name)
-        found = state.assembled(
-            adapter, along.tensors, along.facts, f"what goes along with {name!r}"
-        )
-        state.take_up(self._tenants.of(adapter), found)
+        where = f"what goes along with {name!r}"
+        try:
+            found = state.assembled(adapter, along.tensors, along.facts, where)
+            state.take_up(self._tenants.of(adapter), found)
+        except TrimtabError:
+            self._tenants.leave(name)
+            self._attached.down(name)
+            raise
         self._extras[name] = found.extra
 
     def down(self, name: str) -> Packed | None:
