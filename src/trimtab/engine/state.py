@@ -39,8 +39,7 @@ class Saved:
     optimiser: dict[str, Tensor]
     gradients: dict[str, Tensor]
     memory: dict[str, Tensor]
-    rng: Tensor | None
-    """What the adapter's generator has come to; None where nobody has trained it yet."""
+    rng: Tensor
     steps: int
     weight: float
     origins: list[str]
@@ -115,7 +114,7 @@ def assembled(
             optimiser={k: v for k, v in tensors.items() if not k.startswith(_OTHERS)},
             gradients=_below(tensors, _GRADIENT),
             memory=_below(tensors, _MEMORY),
-            rng=tensors.get(_RNG),
+            rng=tensors[_RNG],
             steps=int(counts["steps"]),
             weight=float(counts["weight"]),
             origins=list(counts["origins"]),
@@ -152,8 +151,7 @@ def take_up(tenant: Tenant, saved: Saved) -> None:
     tenant.stepper.memory = {k: v.to(next(iter(devices))) for k, v in saved.memory.items()}
     tenant.stepper.step = saved.steps
     tenant.weight, tenant.origins = saved.weight, list(saved.origins)
-    if saved.rng is not None:
-        tenant.generator.set_state(saved.rng.clone())  # torch reads it as aligned
+    tenant.generator.set_state(saved.rng.clone())  # torch reads it as aligned
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
