@@ -346,3 +346,17 @@ def test_a_base_s_own_dropout_resumes_exactly(tmp_path: Path) -> None:
 def gpt2(config: GPT2Config) -> PreTrainedModel:
     torch.manual_seed(0)
     return GPT2LMHeadModel(config).eval()
+
+
+def test_documents_that_end_where_a_prefix_would_hide_it() -> None:
+    """Positions do not jump between them; attention is told where they end."""
+    base = kit.base()
+    for name, method in {"plain": "lora(rank=2)", "before": "prefix(length=4)"}.items():
+        attach(base.model, method, name)
+    data = [Datum.causal([7 + n] * 5, [1.0] * 5) for n in range(2)]
+    owners = ["before", "plain"]
+    together = Engine(base, packed=True).forward_backward(data, owners)
+    alone = [Engine(base).forward([datum], name) for datum, name in zip(data, owners, strict=True)]
+    assert together.sums == pytest.approx([found.sums[0] for found in alone], rel=1e-4)
+    turned = Engine(base, packed=True).forward_backward(data, owners[::-1])
+    assert sorted(turned.weights) == sorted(together.weights)

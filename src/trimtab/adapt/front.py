@@ -25,7 +25,7 @@ from trimtab.adapt.at import readied
 from trimtab.adapt.context import Context, KeysValues
 from trimtab.adapt.edit import Edit
 from trimtab.adapt.grown import Growth
-from trimtab.adapt.injected import OURS
+from trimtab.adapt.injected import OURS, told
 from trimtab.adapt.route import Owner, Route, units_at
 from trimtab.errors import RouteError, UnsupportedError
 from trimtab.frozen import Layer, view
@@ -246,7 +246,7 @@ class Front:
             return {**kwargs, "position_ids": positions + ahead[owner]}
         table = torch.tensor([*(ahead[owner] for owner in route.owners), 0])
         moved = positions + table[units_at(route, rows, length)].to(x.device)
-        if context.pages is None:
+        if not told():
             _separable(moved, route)
         return {**kwargs, "position_ids": moved}
 

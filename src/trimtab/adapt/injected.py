@@ -108,6 +108,11 @@ def apart(documents: Documents | Pages | None) -> Iterator[None]:
         _apart.reset(before)
 
 
+def told() -> bool:
+    """Whether attention is told of the documents, or pages, of this forward."""
+    return not torch.compiler.is_compiling() and _apart.get() is not None
+
+
 @dataclass(frozen=True, slots=True)
 class Before:
     """Virtual tokens of one owner. ``read`` says that they were read like text, so that windows apply to them."""

@@ -85,6 +85,20 @@ class Answering:
             made.append(Request(tuple(prompt), params, adapter, self.words, number, turn, leader))
         return made
 
+    def submitted(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, owner: str | None
+    ) -> list[Request]:
+        """Requests that the loop has been told of; none where it cannot answer them."""
+        loop = self.loop
+        if loop is None or not self.paged(owner):
+            return []
+        made = [r for n, p in enumerate(prompts) for r in self.requests(p, params, owner, n)]
+        for request in made:
+            loop.check(request)
+        for request in made:
+            loop.submit(request)
+        return made
+
     def sample(
         self, prompts: Sequence[Sequence[int]], owners: Sequence[str | None], params: SamplingParams
     ) -> list[Completion]:
@@ -94,6 +108,8 @@ class Answering:
         if self.loop is not None:
             own = [n for n, owner in enumerate(owners) if owner in paged]
             asked = [r for n in own for r in self.requests(prompts[n], params, owners[n], n)]
+            for request in asked:
+                self.loop.check(request)
             for request in asked:
                 self.loop.submit(request)
             self.loop.finish(asked)

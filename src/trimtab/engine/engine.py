@@ -26,6 +26,7 @@ from trimtab.engine.passes import Pass, mode, scope
 from trimtab.engine.results import LossResult, StepResult
 from trimtab.engine.rooms import Rooms, Unwatched
 from trimtab.engine.sampling import Completion, SamplingParams
+from trimtab.engine.serve.request import Request
 from trimtab.engine.streaming import Stream
 from trimtab.engine.tenant import Tenant, Tenants
 from trimtab.errors import (
@@ -141,6 +142,12 @@ class Engine:
             tenant.add(sum(counts[i] for i in own), (data[i].origin for i in own))
         return result
 
+    def check(
+        self, data: Sequence[Datum], adapter: Owners, loss: Aim | Sequence[Aim] = "cross_entropy"
+    ) -> None:
+        """Raise what `forward_backward` would raise for such data before it computes anything."""
+        self._pass.aims(data, self._each(data, adapter), loss)
+
     def micro_batches(self, data: Sequence[Datum], adapter: Owners) -> Iterator[Micro]:
         """The micro-batches in which `forward_backward` would show ``data`` to the model."""
         return self._pass.micro_batches(data, self._each(data, adapter))
@@ -200,6 +207,14 @@ class Engine:
         owners = self._each(prompts, adapter)
         self._check_prompts(prompts, owners, params)
         return self.answering.sample(prompts, owners, params) if prompts else []
+
+    def requests(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, adapter: Who = None
+    ) -> list[Request]:
+        """``params.n`` requests for each prompt, which `answering`'s turns answer; none where those answers are not
+        made in turns (`sample` makes them all the same). Raises as `sample`."""
+        self._check_prompts(prompts, self._each(prompts, adapter), params)
+        return self.answering.submitted(prompts, params, adapter)
 
     def classify(self, texts: Sequence[Sequence[int]], adapter: Owners = None) -> list[list[float]]:
         """The probability of each class (in the order of `labels`) for each text (token ids).

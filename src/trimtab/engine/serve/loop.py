@@ -99,7 +99,13 @@ class Loop:
         return bool(self.waiting or self.running)
 
     def submit(self, request: Request) -> None:
-        """Put a request behind those that wait; raises `AnswerError` where all pages together are too few for it."""
+        """Put a request behind those that wait, with the values that its adapter has now. Raises as `check`."""
+        self.check(request)
+        self._settle(request)
+        self.waiting.append(request)
+
+    def check(self, request: Request) -> None:
+        """Raise `AnswerError` where all pages together are too few for a request."""
         request.lead = _lead(request)
         most = -(-request.most // SIZE)
         if most > self.ledger.pages:
@@ -108,7 +114,6 @@ class Loop:
                 f"{most * SIZE} places for keys and values, and there are {self.ledger.pages * SIZE}; raise the "
                 "engine's sample_tokens."
             )
-        self.waiting.append(request)
 
     def turn(self) -> None:
         """One forward for those who are answered, and one for prompts."""
@@ -134,7 +139,7 @@ class Loop:
 
     def drain(self, name: str) -> None:
         """Finish the requests on which an adapter acts by its name, with the values that it has now."""
-        self.finish([request for request in self.running if name in request.owner])
+        self.finish([r for r in [*self.running, *self.waiting] if name in r.owner])
 
     def turn_away(self) -> None:
         """Let go of those who are done, are wanted no more, or whose adapter is another one or none by now."""
@@ -175,8 +180,6 @@ class Loop:
 
     def _placed(self, request: Request) -> bool:
         """Give a request its pages, those that hold a beginning of its text among them."""
-        if not request.tokens:  # one that comes back goes on with what it began with
-            self._begun(request)
         text = self._content(request)
         known = [] if request.root is None else self.ledger.find(request.root, text)
         if len(known) * SIZE < request.lead:
@@ -192,11 +195,10 @@ class Loop:
         self.running.append(request)
         return True
 
-    def _begun(self, request: Request) -> None:
-        """Settle who acts on a text, at which version: what its keys and values depend on beside its tokens."""
+    def _settle(self, request: Request) -> None:
+        """Say who acts on a text, at which version: what its keys and values depend on beside its tokens."""
         adapter, bank = request.adapter, find_bank(self.model)
-        self.seats.rise(request.slot)
-        request.slot, request.root = NONE, None if request.remembers else ()
+        request.root = None if request.remembers else ()
         if adapter is None or bank is None or request.remembers:
             return
         acts = bank.scales.get(adapter.name, 1.0), bank.dropped.get(adapter.name, 0)
