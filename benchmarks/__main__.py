@@ -29,6 +29,7 @@ NAMES = (
     "classify",
     "scoring",
     "many_adapters",
+    "serving",
     "stacked",
 )
 APART = ("dequantise", "gpu", "side_by_side")

@@ -51,3 +51,8 @@ def test_what_is_shown_of_sweeps_runs(here: Path) -> None:
     for folder, count in (("rates", 6), ("drawn", 4)):
         assert (here / "runs" / folder / "adapter/adapter_model.safetensors").is_file()
         assert len(list((here / "runs" / folder / "variants").iterdir())) == count
+
+
+def test_what_is_shown_of_many_adapters_runs(here: Path) -> None:
+    (example,) = shown((DOCS / "many.md").read_text(encoding="utf-8"), "python")
+    run_example(example, "docs/many.md")
