@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
@@ -178,6 +179,23 @@ def test_another_version_finds_nothing_of_the_one_before() -> None:
         engine.optim_step("a", AdamParams(lr=0.1))
     (again,) = engine.sample([text], GREEDY, "a")
     assert again == Engine(base).sample([text], GREEDY, "a")[0]
+
+
+def test_another_adapter_of_that_name_finds_nothing_of_the_one_before() -> None:
+    """Not even where its tensors lie where the other's lay."""
+    base = kit.base()
+    engine = Engine(base)
+    text = [(7 * n) % 400 for n in range(80)]
+    for seed in range(5):
+        adapter = attach(base.model, LoRA(rank=2), "a")
+        with torch.no_grad():
+            for tensor in adapter.tensors.values():
+                tensor.normal_(std=0.2, generator=torch.Generator().manual_seed(seed))
+        del adapter
+        found, fresh = (each.sample([text], GREEDY, "a") for each in (engine, Engine(base)))
+        assert found == fresh
+        detach(base.model, "a")
+        gc.collect()
 
 
 def test_several_completions_of_a_prompt_read_it_once(base: Base) -> None:

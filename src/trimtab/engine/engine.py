@@ -178,6 +178,7 @@ class Engine:
 
     def take_average(self, adapter: str) -> None:
         """Let the moving averages be the adapter's tensors from now on (nothing changes without any)."""
+        self.answering.drain(adapter)
         self._tenant(adapter).adam.average.take()
 
     def forward(
@@ -288,6 +289,7 @@ class Engine:
         bank = find_bank(self.model)
         if bank is None or name not in bank.adapters:
             attach(self.model, saved.adapter, name)
+        self.answering.drain(name)
         state.restore(self._tenant(name), saved)
         return saved.extra
 

@@ -32,9 +32,8 @@ from trimtab.engine.serve import draw
 from trimtab.engine.serve.ledger import Ledger
 from trimtab.engine.serve.remembered import joined, split
 from trimtab.engine.serve.request import Request
-from trimtab.engine.serve.seats import NONE, Seats
+from trimtab.engine.serve.seats import NONE, Seats, Versions
 from trimtab.errors import AnswerError, UnknownNameError
-from trimtab.frozen import stamp
 
 Scope = Callable[[Route, Plan], AbstractContextManager[None]]
 """Makes a context in which the model runs: eval mode, and who acts."""
@@ -88,6 +87,7 @@ class Loop:
         pages = -(-tokens // SIZE)
         self.store = Store(pages)
         self.ledger = Ledger(pages, SIZE)
+        self.versions = Versions()
         self.seats = Seats(None if anatomy_of(model).apart else Stack.of(model))
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -202,7 +202,7 @@ class Loop:
         if adapter is None or bank is None or request.remembers:
             return
         acts = bank.scales.get(adapter.name, 1.0), bank.dropped.get(adapter.name, 0)
-        version = (adapter.name, id(adapter), acts, stamp(adapter.named().values()))
+        version = self.versions.of(adapter), acts
         request.root = version
         request.slot = self.seats.sit(adapter, version)
 

@@ -7,13 +7,32 @@ its room is needed, or nobody at all is served.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Hashable
+from itertools import count
 
 from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.stack import Stack
+from trimtab.frozen import stamp
 
 NONE = -1
 """The seat of those that act by their names."""
+
+
+class Versions:
+    """What tells adapters, and states of one, apart. Unlike an address, a number is never given twice."""
+
+    def __init__(self) -> None:
+        self._numbers = count()
+        self._known: dict[int, tuple[weakref.ref[Adapter], int]] = {}
+
+    def of(self, adapter: Adapter) -> Hashable:
+        """Differs once the adapter is another one, or its values may have changed."""
+        known = self._known.get(id(adapter))
+        if known is None or known[0]() is not adapter:
+            self._known = {key: pair for key, pair in self._known.items() if pair[0]() is not None}
+            known = self._known[id(adapter)] = weakref.ref(adapter), next(self._numbers)
+        return known[1], stamp(adapter.named().values())
 
 
 class Seats:
