@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.dequantise import eight_bit_ways, four_bit_ways
 from benchmarks.gpu_sides import PLACES
-from trimtab.adapt.injected import Documents
+from trimtab.adapt.documents import Documents
 from trimtab.kernels import frozen_blocks, varlen
 from trimtab.kernels.accelerators import triton_for
 from trimtab.losses.cross_entropy import linear_cross_entropy, weighted_cross_entropy

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tests import tiny
 from tests.engine import kit
-from trimtab.adapt import injected
+from trimtab.adapt import attend
 from trimtab.adapt.attach import attach
-from trimtab.adapt.injected import Documents
+from trimtab.adapt.documents import Documents
 from trimtab.data import Datum
 from trimtab.engine import Engine
 from trimtab.methods.lora import LoRA
@@ -77,7 +77,7 @@ def test_no_mask_is_made(encoder: bool, dropout: float, monkeypatch: pytest.Monk
             module.attention_dropout = dropout
     attach(model, LoRA(rank=2), "a")
     engine = Engine(model, packed=None if encoder else True)
-    monkeypatch.setattr(injected, "sdpa_mask", never)
+    monkeypatch.setattr(attend, "sdpa_mask", never)
     monkeypatch.setattr(Documents, "mask", never_told)
     data = kit.datums()
     if encoder:
@@ -112,7 +112,7 @@ def test_in_bf16_gradients_are_near_those_of_torchs_attention(
         return statistics.median(found)
 
     mine = errors()
-    monkeypatch.setattr(injected, "_fits", lambda *args, **kwargs: False)
+    monkeypatch.setattr(attend, "_fits", lambda *args, **kwargs: False)
     theirs = errors()
     assert mine < 2 * theirs and theirs < 1
 
@@ -139,14 +139,14 @@ def test_the_model_is_called_as_before_afterwards() -> None:
 
 def test_a_prefix_needs_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     leads: list[int] = []
-    plain = injected.blocked_attention
+    plain = attend.blocked_attention
 
     def noted(*given: Any, lead: int, **named: Any) -> Tensor:
         leads.append(lead)
         return plain(*given, lead=lead, **named)
 
-    monkeypatch.setattr(injected, "blocked_attention", noted)
-    monkeypatch.setattr(injected, "_own_mask", None)  # nobody asks for it
+    monkeypatch.setattr(attend, "blocked_attention", noted)
+    monkeypatch.setattr(attend, "_own_mask", None)  # nobody asks for it
     gradients(METHODS["prefix"], dtype=torch.bfloat16)
     assert 3 in leads  # and none where the engine looks at the bare base
     base = kit.base()

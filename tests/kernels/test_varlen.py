@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from tests.engine import kit
-from trimtab.adapt import injected
+from trimtab.adapt import attend
 from trimtab.adapt.attach import attach
-from trimtab.adapt.injected import Documents
+from trimtab.adapt.documents import Documents
 from trimtab.engine import Engine, separating
 from trimtab.engine.separating import separates
 from trimtab.kernels import varlen
@@ -141,7 +141,7 @@ def test_a_model_is_told_of_documents_where_the_kernel_is_there_and_works(
 ) -> None:
     """As on CUDA, where nothing of ours takes its place."""
     monkeypatch.setattr(separating, "_masks", lambda device: True)
-    monkeypatch.setattr(injected, "_fits", lambda *args, **kwargs: False)
+    monkeypatch.setattr(attend, "_fits", lambda *args, **kwargs: False)
     monkeypatch.setattr(varlen, "takes", lambda *given: kernel is not None)
     monkeypatch.setattr(varlen, "_kernel", lambda: kernel)
     model = kit.llama()

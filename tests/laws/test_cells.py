@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.laws import test_generation, test_laws, test_lean, test_packed
+from tests.laws import test_generation, test_laws, test_lean, test_packed, test_served
 from tests.laws.cells import LAWS, REFUSED, Cell, cells, cells_of, registered
 from tests.tiny import CASES
 
@@ -36,6 +36,8 @@ def test_the_full_product_leaves_nothing_out() -> None:
 def test_the_laws_listed_are_the_tests_that_exist() -> None:
     for law in LAWS:
         modules = [
-            m for m in (test_laws, test_generation, test_lean, test_packed) if law in vars(m)
+            module
+            for module in (test_laws, test_generation, test_lean, test_packed, test_served)
+            if law in vars(module)
         ]
         assert len(modules) == 1, law

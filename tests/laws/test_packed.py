@@ -14,7 +14,7 @@ from tests.laws.cells import Cell, attached, law
 from tests.tiny import CASES
 from trimtab.adapt import attention
 from trimtab.adapt.bank import Plan, bank_of
-from trimtab.adapt.injected import DOCUMENTS, Documents, apart
+from trimtab.adapt.documents import DOCUMENTS, Documents, apart
 from trimtab.adapt.route import Route, Span
 
 LENGTHS = (5, 3, 6, 4)

@@ -19,7 +19,7 @@ from tests.tiny import mixtral
 from tests.train import kit, test_classes
 from tests.train.kit import at_step, go, steps_of
 from trimtab.adapt.adapter import Adapter
-from trimtab.adapt.injected import OURS
+from trimtab.adapt.attend import OURS
 from trimtab.data import Corpus
 from trimtab.engine import head
 from trimtab.engine.rooms import Unwatched

@@ -2,7 +2,7 @@
 
 A method that gives `Method.keys_values` or `Method.beside` is placed at attention modules with the role
 ``ROLE``. A pre-hook on each such module gathers what the owners of this forward put in, and hands it to the
-attention function (see `trimtab.adapt.injected`). Prompts that were read before the text enter the same way
+attention function (see `trimtab.adapt.attend`). Prompts that were read before the text enter the same way
 (see `trimtab.adapt.front`).
 """
 
@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 
 from trimtab.adapt import slots
 from trimtab.adapt.at import At
+from trimtab.adapt.attend import OURS
 from trimtab.adapt.context import Context
 from trimtab.adapt.edit import Edit
-from trimtab.adapt.injected import KEYWORD, OURS, Before, Beside, Injected
+from trimtab.adapt.injected import KEYWORD, Before, Beside, Injected
 from trimtab.adapt.route import Owner, Part
 from trimtab.adapt.tree import walk
 from trimtab.errors import UnsupportedError

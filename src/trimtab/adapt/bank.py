@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from trimtab.adapt import checkpoint, slots
 from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.context import NO_SEEDS, Context
-from trimtab.adapt.injected import PAGES
+from trimtab.adapt.documents import PAGES
 from trimtab.adapt.known import Known
 from trimtab.adapt.lean import lean, leans
 from trimtab.adapt.route import Owner, Route

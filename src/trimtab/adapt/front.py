@@ -22,10 +22,11 @@ from transformers import PreTrainedModel
 
 from trimtab.adapt import attention
 from trimtab.adapt.at import readied
+from trimtab.adapt.attend import OURS
 from trimtab.adapt.context import Context, KeysValues
+from trimtab.adapt.documents import told
 from trimtab.adapt.edit import Edit
 from trimtab.adapt.grown import Growth
-from trimtab.adapt.injected import OURS, told
 from trimtab.adapt.route import Owner, Route, units_at
 from trimtab.errors import RouteError, UnsupportedError
 from trimtab.frozen import Layer, view

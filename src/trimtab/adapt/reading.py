@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.adapt import attention
+from trimtab.adapt.attend import OURS
 from trimtab.adapt.bank import Bank, find_bank
 from trimtab.adapt.context import Context, KeysValues
 from trimtab.adapt.contract import Init, Place
-from trimtab.adapt.injected import KEYWORD, OURS, Injected
+from trimtab.adapt.injected import KEYWORD, Injected
 from trimtab.adapt.route import Route
 from trimtab.errors import ConfigError, UnsupportedError
 from trimtab.frozen import Layer, view

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimtab.adapt.injected import DOCUMENTS, Documents
+from trimtab.adapt.documents import DOCUMENTS, Documents
 from trimtab.adapt.route import Route, Span
 from trimtab.data import Batch, Datum, collate, pack, plan_batches
 from trimtab.engine.separating import separates

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from trimtab.adapt.bank import Plan, bank_of, find_bank
 from trimtab.adapt.context import NO_SEEDS
-from trimtab.adapt.injected import apart
+from trimtab.adapt.documents import apart
 from trimtab.adapt.lean import Lean
 from trimtab.adapt.route import Route
 from trimtab.data import Batch, Datum
@@ -38,7 +38,7 @@ from trimtab.losses import TokenLoss
 from trimtab.optim.params import Memory
 
 BY_OWNER = ("cpu", "meta")
-"""Where attention is done owner by owner (`trimtab.adapt.injected`)."""
+"""Where attention is done owner by owner (`trimtab.adapt.attend`)."""
 
 
 @final

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trimtab.adapt import attention
-from trimtab.adapt.injected import DOCUMENTS, OURS, Documents, apart
+from trimtab.adapt.attend import OURS
+from trimtab.adapt.documents import DOCUMENTS, Documents, apart
 
 
 @torch.no_grad()

@@ -20,9 +20,9 @@ from typing import Any
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from trimtab.adapt.attend import OURS
 from trimtab.adapt.attention import reachable
 from trimtab.adapt.bank import bank_of
-from trimtab.adapt.injected import OURS
 from trimtab.adapt.site import ExpertsSite, LayerSite, SiteBase
 from trimtab.adapt.tree import anatomy_of, sites_of
 from trimtab.engine.rooms import Room

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from trimtab.adapt import attention
 from trimtab.adapt.adapter import Adapter
+from trimtab.adapt.attend import OURS
 from trimtab.adapt.bank import Bank
-from trimtab.adapt.injected import OURS, PAGES, apart
+from trimtab.adapt.documents import PAGES, apart
 from trimtab.adapt.pages import SIZE, Pages, Store, Unit
 from trimtab.adapt.tree import anatomy_of
 from trimtab.errors import UnsupportedError

@@ -13,8 +13,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -23,49 +21,21 @@ from transformers import PreTrainedModel
 
 from trimtab.adapt import attention
 from trimtab.adapt.bank import Plan, find_bank
-from trimtab.adapt.injected import PAGES, apart
+from trimtab.adapt.documents import PAGES, apart
 from trimtab.adapt.pages import SIZE, Pages, Store, Unit
-from trimtab.adapt.route import Route, Span
+from trimtab.adapt.route import Route
 from trimtab.adapt.stack import Stack
 from trimtab.adapt.tree import anatomy_of
 from trimtab.engine.serve import draw
 from trimtab.engine.serve.ledger import Ledger
+from trimtab.engine.serve.pieces import Piece, place_of, route_of, spans_of
 from trimtab.engine.serve.remembered import joined, split
 from trimtab.engine.serve.request import Request
-from trimtab.engine.serve.seats import NONE, Seats, Versions
+from trimtab.engine.serve.seats import Seats, Versions
 from trimtab.errors import AnswerError, UnknownNameError
 
 Scope = Callable[[Route, Plan], AbstractContextManager[None]]
 """Makes a context in which the model runs: eval mode, and who acts."""
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """The next ``count`` tokens of a request's text, which this forward reads."""
-
-    request: Request
-    count: int
-
-    @property
-    def unit(self) -> Unit:
-        r = self.request
-        lead = r.lead if not r.filled else 0
-        return Unit(tuple(r.pages), r.filled, self.count, lead)
-
-    @property
-    def ids(self) -> list[int]:
-        read = self.request.read
-        return self.request.text[read : read + self.count]
-
-    @property
-    def positions(self) -> range:
-        read = self.request.read
-        return range(read, read + self.count)
-
-    @property
-    def ends(self) -> bool:
-        """Whether its text has been read then."""
-        return self.count == self.request.unread
 
 
 class Loop:
@@ -265,7 +235,7 @@ class Loop:
             else:
                 together.append(piece)
         if together:
-            yield sorted(together, key=lambda piece: _place(piece.request))
+            yield sorted(together, key=lambda piece: place_of(piece.request))
 
     def _each(self, items: list[Any], work: Callable[[list[Any]], None]) -> None:
         """Work on all together; where that fails, on those of each adapter by themselves."""
@@ -286,8 +256,8 @@ class Loop:
     def _read(self, pieces: list[Piece]) -> None:
         """Read pieces of texts, one after another in one row; those that end get their first token."""
         alone = pieces[0].request if pieces[0].request.remembers else None
-        spans = None if alone is not None else _spans(pieces)
-        route = _route([piece.request for piece in pieces], spans, each=alone is not None)
+        spans = None if alone is not None else spans_of(pieces)
+        route = route_of([piece.request for piece in pieces], spans, each=alone is not None)
         memory: dict[Any, Any] = {}
         pages = Pages(self.store, [piece.unit for piece in pieces], decoding=False)
         last = [sum(p.count for p in pieces[: n + 1]) - 1 for n in range(len(pieces))]
@@ -315,9 +285,9 @@ class Loop:
 
     def _decode(self, requests: list[Request]) -> None:
         """One token for each."""
-        requests = sorted(requests, key=_place)
+        requests = sorted(requests, key=place_of)
         remembering = any(request.remembers for request in requests)
-        route = _route(requests, None, each=remembering)
+        route = route_of(requests, None, each=remembering)
         memory = joined([r.memory for r in requests]) if remembering else {}
         units = [Unit(tuple(r.pages), r.filled, 1) for r in requests]
         logits = self._forward(
@@ -395,25 +365,3 @@ def _lead(request: Request) -> int:
     if request.adapter is None:
         return 0
     return sum(m.virtual_tokens + m.prompt_tokens for m in request.adapter.methods)
-
-
-def _place(request: Request) -> tuple[bool, int, tuple[str, ...]]:
-    """Rows lie in the order of their slots, behind those that have none."""
-    return request.slot != NONE, request.slot, request.owner
-
-
-def _route(requests: Sequence[Request], spans: tuple[Span, ...] | None, *, each: bool) -> Route:
-    """Who acts on whom; one owner of everything, unless ``each`` says that units matter."""
-    owners = tuple(request.owner for request in requests)
-    slots = tuple(request.slot for request in requests)
-    if set(slots) != {NONE}:
-        return Route(owners, spans, slots=slots)
-    if len(set(owners)) == 1 and not each:
-        return Route.everyone(owners[0])
-    return Route(owners, spans)
-
-
-def _spans(pieces: Sequence[Piece]) -> tuple[Span, ...]:
-    """Where in the row each piece lies."""
-    ends = list(accumulate(piece.count for piece in pieces))
-    return tuple(Span(0, start, end) for start, end in pairwise([0, *ends]))
