@@ -56,6 +56,15 @@ def _other(part: str, side: str = "trimtab") -> Callable[[Any], Ratios]:
     return ratios
 
 
+def _answers(part: str, peer: str) -> Callable[[Any], Ratios]:
+    def ratios(found: Any) -> Ratios:
+        (row,) = (row for row in found["rows"] if row["part"] == part)
+        ours, other = row["sides"]["trimtab"], row["sides"][peer]
+        return other["speed"]["median"], ours["peak_gb"] / other["peak_gb"]
+
+    return ratios
+
+
 def _context(way: str) -> Callable[[Any], Ratios]:
     def ratios(found: Any) -> Ratios:
         sides = found["ways"][way]
@@ -86,6 +95,10 @@ ROWS: tuple[tuple[str, str, str, Callable[[Any], Ratios]], ...] = (
     ("the same, blocks computed again", "`peft`, checkpointing", "context", _context(context.WAYS[True])),
     ("log-probabilities of mixed texts", "`transformers`", "scoring", _against("transformers")),
     ("the same", "`transformers`, sorted", "scoring", _against("transformers, sorted")),
+    ("64 requests of mixed lengths answered", "`generate`, padded", "serving", _answers("bare", "generate, padded")),
+    ("the same", "its continuous batching", "serving", _answers("bare", "continuous batching")),
+    ("32 requests to 32 LoRAs answered", "`peft`, mixed batch", "serving", _answers("adapters", "peft, adapter_names")),
+    ("the same", "`peft`, one after another", "serving", _answers("adapters", "peft, set_adapter")),
 )  # fmt: skip
 
 

@@ -179,3 +179,10 @@ def test_the_million_rows_are_told_as_they_were_measured() -> None:
         assert row["rows"] == 1_000_000
         assert f"{row['rows'] / row['seconds']:,.0f} rows/s" in README
         assert (row["peak"] - row["peak_at_a_tenth"]) / (0.9 * row["rows"]) < 150  # bytes a row
+
+
+def test_answers_of_many_adapters_are_told_as_they_were_measured() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/serving.json").read_text())["rows"]
+    (row,) = (row for row in rows if row["part"] == "adapters")
+    share = row["sides"]["trimtab, bare base"]["speed"]["median"]
+    assert f"answer at {share:.2f} of the speed of the bare base" in " ".join(README.split())
