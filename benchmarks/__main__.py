@@ -30,6 +30,7 @@ NAMES = (
     "scoring",
     "many_adapters",
     "serving",
+    "compiled",
     "stacked",
 )
 APART = ("dequantise", "gpu", "side_by_side")
