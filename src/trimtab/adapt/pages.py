@@ -13,10 +13,12 @@ tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,7 +49,12 @@ class Store:
         return self._layers[layer]
 
     def _made(self, like: Tensor) -> Tensor:
-        return like.new_zeros(self.pages, like.shape[1], self.size, like.shape[-1])
+        shape = self.pages, like.shape[1], self.size, like.shape[-1]
+        if like.device.type != "cpu":
+            return like.new_zeros(shape)
+        # numpy asks the system for zeros, which takes memory for the pages alone that are written
+        zeros = numpy.zeros(math.prod(shape) * like.itemsize, numpy.uint8)
+        return torch.from_numpy(zeros).view(like.dtype).view(shape)
 
     def clear(self, pages: Sequence[int]) -> None:
         """Zeros in these pages."""
