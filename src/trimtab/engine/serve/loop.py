@@ -187,9 +187,8 @@ class Loop:
             self.ledger.keep(request.root, content, request.pages)
 
     def _vacate(self, request: Request) -> None:
-        if (
-            request.error is not None
-        ):  # what it wrote may be no numbers, which even a mask does not hide
+        if request.error is not None:
+            # what it wrote may be no numbers, which even a mask does not hide
             self.store.clear(self.ledger.own(request.pages))
         self.ledger.release(request.pages)
         request.pages, request.filled, request.memory = [], 0, {}
