@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimtab.adapt import attention
 from trimtab.adapt.bank import Plan, find_bank
 from trimtab.adapt.documents import PAGES, apart
+from trimtab.adapt.lean import Lean
 from trimtab.adapt.pages import SIZE, Pages, Store, Unit
 from trimtab.adapt.route import Route
 from trimtab.adapt.stack import Stack
@@ -89,7 +89,7 @@ class Loop:
         """One forward for those who are answered, and one for prompts."""
         self.turn_away()
         self._let_in()
-        with attention.Ours(self.model), torch.no_grad():
+        with Lean(self.model), torch.no_grad():
             ready = [request for request in self.running if request.answering]
             self._each(self._with_pages(ready), self._decode)
             for pieces in self._to_read(ready):
