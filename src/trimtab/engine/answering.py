@@ -49,7 +49,8 @@ class Answering:
     @cached_property
     def words(self) -> Words:
         """What ends an answer, and how tokens become text."""
-        return Words(self.tokenizer, frozenset(sampling.end_ids(self.model, self.tokenizer)))
+        ends = frozenset(sampling.end_ids(self.model, self.tokenizer))
+        return Words(self.tokenizer, ends, self.model.config.get_text_config().vocab_size)
 
     @cached_property
     def loop(self) -> Loop | None:
@@ -143,8 +144,9 @@ class Answering:
             route = Route.everyone(names[0]) if len(set(names)) == 1 else Route(names)
             with self.scope(route, None):
                 rows = sampling.generate(
-                    self.model, self.tokenizer, [prompts[i] for i in chosen], params, seed
-                )
+                    self.model, self.tokenizer, [prompts[i] for i in chosen], params, seed,
+                    self.words.guides.each(params.grammar, len(chosen)),
+                )  # fmt: skip
             for member, index, row in zip(members, chosen, rows, strict=True):
                 found[member] = Completion(index, *row)
         yield from ((repeated[member], found[member]) for member in range(len(repeated)))
@@ -162,8 +164,9 @@ class Answering:
         else:
             route = Route.everyone(_owner(owner))
             yield from tokens_alone(
-                self.model, self.tokenizer, prompt, params, lambda: self.scope(route, None)
-            )
+                self.model, self.tokenizer, prompt, params, lambda: self.scope(route, None),
+                self.words.guides.each(params.grammar, 1),
+            )  # fmt: skip
 
     def _of_request(self, loop: Loop, request: Request) -> Iterator[int]:
         """Its tokens, as turns make them; left in the middle, it is taken back."""

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trimtab.engine.guide import Guide
 from trimtab.engine.sampling import (
     Completion,
     SamplingParams,
@@ -30,6 +31,7 @@ from trimtab.engine.sampling import (
     ended,
     generation_config,
     last_only,
+    processors,
 )
 from trimtab.engine.serve.request import Words
 from trimtab.errors import ConfigError
@@ -48,7 +50,7 @@ class Stream(Iterator[str]):
         tokens: makes the answer's tokens, one by one; asked with the first piece.
 
     Raises:
-        ConfigError: ``params.n`` is not 1.
+        ConfigError: ``params.n`` is not 1; or as `Guides.learn`.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Stream(Iterator[str]):
     ) -> None:
         if params.n != 1:
             raise ConfigError(f"a stream is one completion; n = {params.n} are asked for.")
+        words.guides.learn(params.grammar)
         self._tokenizer = words.tokenizer
         self._params = params
         self._ends = words.ends
@@ -130,8 +133,10 @@ def tokens_alone(
     prompt: Sequence[int],
     params: SamplingParams,
     scope: Callable[[], AbstractContextManager[None]],
+    guides: Sequence[Guide] = (),
 ) -> Iterator[int]:
-    """Tokens by the model's own ``generate``, at most ``params.max_tokens``; the caller says when it has enough."""
+    """Tokens by the model's own ``generate``, at most ``params.max_tokens``; the caller says when it has enough.
+    ``guides`` are the answer's, or none."""
     pad = int(tokenizer.pad_token_id)
     config = generation_config(params.replace(max_tokens=1), end_ids(model, tokenizer), pad)
     config.return_dict_in_generate = True
@@ -146,6 +151,7 @@ def tokens_alone(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=config,
+                logits_processor=processors(guides, len(prompt)),
                 **cache,
                 **last_only(model),
             )

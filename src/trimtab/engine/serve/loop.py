@@ -336,7 +336,9 @@ class Loop:
             return
         chosen = [requests[number] for number in rows]
         logits = logits_BV if len(rows) == len(requests) else logits_BV[rows]
-        tokens = draw.draw(logits, [draw.Row(r.params, r.generator, r.text) for r in chosen])
+        tokens = draw.draw(
+            logits, [draw.Row(r.params, r.generator, r.text, r.guide) for r in chosen]
+        )
         self._note(logits, chosen, tokens)
         for request, token in zip(chosen, tokens, strict=True):
             request.take(token)
