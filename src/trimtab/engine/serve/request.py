@@ -39,8 +39,8 @@ class Words:
 @dataclass(eq=False, slots=True)
 class Request:
     """``number`` is the index of its prompt among those that were sent together, ``turn`` which of the prompt's
-    completions it is. ``behind`` is a request with the same prompt, whose pages it waits for. Raises what
-    `Guides.learn` raises of its grammar."""
+    completions it is. ``behind`` is a request with the same prompt, whose pages it waits for. Those of another ``salt``
+    do not find what it has read. Raises what `Guides.learn` raises of its grammar."""
 
     prompt: tuple[int, ...]
     params: SamplingParams
@@ -49,6 +49,7 @@ class Request:
     number: int = 0
     turn: int = 0
     behind: Request | None = None
+    salt: str | None = None
     tokens: list[int] = field(default_factory=list)
     finish: Finish | None = None
     error: Exception | None = None
@@ -62,7 +63,7 @@ class Request:
     lead: int = 0
     """How many of them are virtual tokens."""
     root: Hashable = None
-    """What its pages are known by, or None where they are not to be found by others."""
+    """Who acts on its text, at which version; None where its pages are not to be found by others."""
     slot: int = NONE
     """Where its adapter's values lie; `NONE` where the adapter acts by its name."""
     memory: dict[Any, Any] = field(default_factory=dict)
@@ -85,6 +86,11 @@ class Request:
     def owner(self) -> tuple[str, ...]:
         """Who acts on it by name."""
         return (self.name,) if self.name and self.slot == NONE else ()
+
+    @property
+    def known_by(self) -> Hashable:
+        """What its pages are found by, beside the tokens in them."""
+        return self.salt, self.root
 
     @property
     def done(self) -> bool:
