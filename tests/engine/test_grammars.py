@@ -18,6 +18,7 @@ from tests.engine import kit
 from trimtab.adapt.acting import using
 from trimtab.adapt.attach import attach
 from trimtab.engine import Engine, SamplingParams, vocabulary
+from trimtab.engine.desk import Desk
 from trimtab.engine.grammars import Ebnf, Grammar, JsonSchema, Regex
 from trimtab.engine.guide import Guide, Guides
 from trimtab.errors import AnswerError, ConfigError, ModelError
@@ -307,6 +308,20 @@ def test_a_stream_is_what_sample_gives(base: Base, name: str | None) -> None:
     stream = engine.stream([5, 9], by("person"), name)
     assert "".join(stream) == whole.text
     assert stream.completion == whole
+
+
+def test_from_a_desk(base: Base) -> None:
+    engine = Engine(base)
+    with Desk(engine) as desk:
+        with pytest.raises(ConfigError, match="parenthesis"):  # at once, in whose thread it is
+            desk.sample([[5, 9]], DRAWN.replace(grammar=Regex("(a")), "a")
+        with pytest.raises(ConfigError, match="parenthesis"):
+            desk.stream([5, 9], DRAWN.replace(grammar=Regex("(a")), "a")
+        free = desk.sample([[5, 9]], DRAWN, "b")
+        pieces = list(desk.stream([5, 9], by("person"), "a"))
+        whole = desk.sample([[5, 9]], by("person"), "a")
+        assert "".join(pieces) == whole.result(timeout=60)[0].text
+        assert free.result(timeout=60) == engine.sample([[5, 9]], DRAWN, "b")
 
 
 def test_models_that_are_answered_in_batches() -> None:

@@ -8,6 +8,7 @@ schema is refused where anything in it would not hold for every answer, with the
 - A ``pattern`` is of the whole string, without lookaround, backreferences and what JSON escapes; it stands alone. Names
   of properties are without what JSON escapes.
 - ``format`` is about form: a date may be the 31st of June.
+- Half a surrogate pair is one character to xgrammar, and three to those who decode bytes that are no text.
 """
 
 from __future__ import annotations
