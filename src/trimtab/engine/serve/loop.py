@@ -151,7 +151,7 @@ class Loop:
     def _placed(self, request: Request) -> bool:
         """Give a request its pages, those that hold a beginning of its text among them."""
         text = self._content(request)
-        known = [] if request.root is None else self.ledger.find(request.root, text)
+        known = [] if request.root is None else self.ledger.find(request.known_by, text)
         if len(known) * SIZE < request.lead:
             known = []
         wanted = request.most if request.remembers else len(text) + 1
@@ -184,7 +184,7 @@ class Loop:
         """Let others find what it has read."""
         if request.root is not None and request.pages and request.error is None:
             content = self._content(request)[: request.filled]
-            self.ledger.keep(request.root, content, request.pages)
+            self.ledger.keep(request.known_by, content, request.pages)
 
     def _vacate(self, request: Request) -> None:
         if request.error is not None:
@@ -336,7 +336,9 @@ class Loop:
             return
         chosen = [requests[number] for number in rows]
         logits = logits_BV if len(rows) == len(requests) else logits_BV[rows]
-        tokens = draw.draw(logits, [draw.Row(r.params, r.generator, r.text) for r in chosen])
+        tokens = draw.draw(
+            logits, [draw.Row(r.params, r.generator, r.text, r.guide) for r in chosen]
+        )
         self._note(logits, chosen, tokens)
         for request, token in zip(chosen, tokens, strict=True):
             request.take(token)
