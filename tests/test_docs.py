@@ -54,5 +54,7 @@ def test_what_is_shown_of_sweeps_runs(here: Path) -> None:
 
 
 def test_what_is_shown_of_many_adapters_runs(here: Path) -> None:
-    (example,) = shown((DOCS / "many.md").read_text(encoding="utf-8"), "python")
-    run_example(example, "docs/many.md")
+    examples = shown((DOCS / "many.md").read_text(encoding="utf-8"), "python")
+    assert len(examples) == 2
+    for example in examples:
+        run_example(example, "docs/many.md")

@@ -108,7 +108,8 @@ class Stack:
 
     def could(self, factors: Factors) -> bool:
         """Whether there would be room if nothing lay here."""
-        return self._made(factors.form).slot_bytes <= self.budget
+        known = self._number(factors.form) in self._pools
+        return known or self._made(factors.form).slot_bytes <= self.budget
 
     def room(self, factors: Factors) -> bool:
         """Whether there is room now."""

@@ -8,14 +8,14 @@ can lie in one, and else by being attached. What was asked for stays that adapte
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import final
 
 from transformers import PreTrainedModel
 
 from trimtab.adapt.active import Hold, Waiting
 from trimtab.adapt.adapter import Adapter
-from trimtab.adapt.bank import bank_of, find_bank
+from trimtab.adapt.bank import bank_of
 from trimtab.adapt.claim import Claim
 from trimtab.adapt.contract import Method
 from trimtab.adapt.tiers import Tiers
@@ -51,10 +51,9 @@ class Actor(ABC):
     def leave(self) -> None:
         """It is needed no more."""
 
-    @property
     @abstractmethod
-    def gone(self) -> bool:
-        """Whether it was there, and cannot act any more."""
+    def gone(self, attached: Mapping[str, Adapter]) -> bool:
+        """Whether it was there and is not any more, where these are attached."""
 
 
 @final
@@ -74,8 +73,7 @@ class Nobody(Actor):
     def leave(self) -> None:
         pass
 
-    @property
-    def gone(self) -> bool:
+    def gone(self, attached: Mapping[str, Adapter]) -> bool:
         return False
 
 
@@ -104,10 +102,8 @@ class Attached(Actor):
     def leave(self) -> None:
         self._seats.rise(self.slot)
 
-    @property
-    def gone(self) -> bool:
-        bank = find_bank(self._model)
-        return bank is None or bank.adapters.get(self.name) is not self._adapter
+    def gone(self, attached: Mapping[str, Adapter]) -> bool:
+        return attached.get(self.name) is not self._adapter
 
 
 @final
@@ -154,9 +150,9 @@ class Registered(Actor):
         if self._claim is not None:
             self._claim.release()
 
-    @property
-    def gone(self) -> bool:
-        return self._hold is not None and self._attached is not None and self._attached.gone
+    def gone(self, attached: Mapping[str, Adapter]) -> bool:
+        by_name = self._attached if self._hold is not None else None
+        return by_name is not None and by_name.gone(attached)
 
     def _sit(self, claim: Claim) -> Waiting | None:
         """Act from a slot, if it can."""

@@ -34,8 +34,7 @@ class Adapters:
 
     def check(self, name: str) -> None:
         """Raise `UnknownNameError` for a name that no adapter has."""
-        attached = self._attached
-        if name not in self.tiers and name not in attached:
+        if name not in self.tiers and name not in (attached := self._attached):
             known = [*self.tiers, *attached]
             hint = suggest(name, known) or f" There are {len(known):,} others."
             raise UnknownNameError(f"no adapter {name!r} is attached or registered.{hint}")

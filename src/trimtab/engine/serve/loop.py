@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from trimtab.adapt import attention
 from trimtab.adapt.active import Waiting
-from trimtab.adapt.bank import Plan
+from trimtab.adapt.bank import Plan, find_bank
 from trimtab.adapt.documents import PAGES, apart
 from trimtab.adapt.pages import SIZE, Pages, Store, Unit
 from trimtab.adapt.route import Route
@@ -119,10 +119,12 @@ class Loop:
 
     def turn_away(self) -> None:
         """Let go of those who are done, are wanted no more, or whose attached adapter is another one or none by now."""
+        bank = find_bank(self.model)
+        attached = {} if bank is None else bank.adapters
         for request in [*self.running, *self.waiting]:
             if request.cancelled and not request.done:
                 request.finish = "cancelled"
-            if not request.done and request.actor.gone:
+            if not request.done and request.actor.gone(attached):
                 request.error = UnknownNameError(
                     f"adapter {request.name!r} was taken out or replaced while it answered."
                 )
