@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trimtab.adapt.bank import Plan, find_bank
+from trimtab.adapt.active import Hold, Waiting
+from trimtab.adapt.bank import Plan
+from trimtab.adapt.claim import Claim
 from trimtab.adapt.route import Route
+from trimtab.adapt.tiers import Tiers
 from trimtab.engine import sampling
 from trimtab.engine.sampling import Completion, SamplingParams
-from trimtab.engine.serve.fits import adapter_fits, has_windows, model_fits
-from trimtab.engine.serve.loop import Loop
+from trimtab.engine.serve.adapters import Adapters
+from trimtab.engine.serve.fits import model_fits
+from trimtab.engine.serve.loop import Loop, no_room
 from trimtab.engine.serve.request import Request, Words
 from trimtab.engine.streaming import Stream, tokens_alone
 from trimtab.errors import DataError, UnsupportedError
@@ -23,7 +27,8 @@ Scope = Callable[[Route, Plan | None], AbstractContextManager[None]]
 
 class Answering:
     """``scope`` makes a context in which the model answers; ``tokens`` are the most positions, of prompts and answers,
-    that are kept at once."""
+    that are kept at once, and ``slots`` the most bytes of adapters' copies; ``tiers`` is the registry of adapters that
+    are not attached."""
 
     def __init__(
         self,
@@ -31,12 +36,16 @@ class Answering:
         tokenizer: PreTrainedTokenizerBase | None,
         scope: Scope,
         tokens: int,
+        slots: int,
+        tiers: Tiers,
     ) -> None:
         self.model = model
         self.scope = scope
         self.tokens = tokens
+        self.slots = slots
+        self.adapters = Adapters(model, tiers)
+        """What may be named."""
         self._tokenizer = tokenizer
-        self._windows = has_windows(model)
         self._loops: list[Loop] = []
 
     @property
@@ -57,7 +66,10 @@ class Answering:
         """The requests in progress; None where this model's keys and values cannot lie in pages."""
         with self.scope(Route.everyone(()), None):
             fits = model_fits(self.model)
-        self._loops = [Loop(self.model, self.scope, tokens=self.tokens)] if fits else []
+        if fits:
+            tiers = self.adapters.tiers
+            made = Loop(self.model, self.scope, tiers, tokens=self.tokens, slots=self.slots)
+            self._loops = [made]
         return self._loops[0] if fits else None
 
     def drain(self, owner: str) -> None:
@@ -67,25 +79,20 @@ class Answering:
 
     def paged(self, owner: str | None) -> bool:
         """Whether answers of that adapter come from pages."""
-        if self.loop is None:
-            return False
-        bank = find_bank(self.model)
-        if owner is None or bank is None:
-            return True
-        return adapter_fits(self.model, bank, bank.require(owner), windows=self._windows)
+        return self.loop is not None and self.adapters.in_pages(owner)
 
     def requests(
         self, prompt: Sequence[int], params: SamplingParams, owner: str | None, number: int = 0,
         salt: str | None = None,
     ) -> list[Request]:  # fmt: skip
-        """``params.n`` of them; those after the first wait for its prompt to be read."""
-        bank = find_bank(self.model)
-        adapter = None if owner is None or bank is None else bank.require(owner)
+        """``params.n`` of them; those after the first wait for its prompt to be read. Only where there is a loop."""
+        assert self.loop is not None
         made: list[Request] = []
         for turn in range(params.n):
             leader = made[0] if made else None
+            actor = self.adapters.actor(owner, self.loop.seats)
             made.append(
-                Request(tuple(prompt), params, adapter, self.words, number, turn, leader, salt)
+                Request(tuple(prompt), params, actor, self.words, number, turn, leader, salt)
             )
         return made
 
@@ -122,9 +129,44 @@ class Answering:
             for request in asked:
                 found.setdefault(request.number, []).append(request.completion())
         rest = [n for n, owner in enumerate(owners) if owner not in paged]
-        for number, completion in self._in_batches(prompts, owners, params, rest):
-            found.setdefault(number, []).append(completion)
+        for numbers in self._apart(rest, owners):
+            with self._held(owners[numbers[0]]):
+                for number, completion in self._in_batches(prompts, owners, params, numbers):
+                    found.setdefault(number, []).append(completion)
         return [completion for number in range(len(prompts)) for completion in found[number]]
+
+    def _apart(self, numbers: Sequence[int], owners: Sequence[str | None]) -> list[list[int]]:
+        """Those whose adapters are there, together; and those of each registered adapter by themselves."""
+        found: dict[str | None, list[int]] = {}
+        for number in numbers:
+            owner = owners[number]
+            registered = owner is not None and owner in self.adapters.tiers
+            found.setdefault(owner if registered else None, []).append(number)
+        return list(found.values())
+
+    @contextmanager
+    def _held(self, owner: str | None) -> Iterator[None]:
+        """Have a registered adapter attached inside the ``with``; others are answered while it comes."""
+        if owner is None or owner not in self.adapters.tiers:
+            yield
+            return
+        claim = self.adapters.tiers.claim(owner)
+        try:
+            with self._come(claim):
+                yield
+        finally:
+            claim.release()
+
+    def _come(self, claim: Claim) -> Hold:
+        tiers, loop = self.adapters.tiers, self.loop
+        while isinstance(found := claim.hold(), Waiting):
+            if loop is not None and loop.busy:
+                loop.turn()
+            elif tiers.reading:
+                tiers.wait()
+            else:
+                raise no_room(claim.name)
+        return found
 
     def _in_batches(
         self, prompts: Sequence[Sequence[int]], owners: Sequence[str | None], params: SamplingParams,
@@ -171,10 +213,11 @@ class Answering:
             yield from self._of_request(self.loop, request)
         else:
             route = Route.everyone(_owner(owner))
-            yield from tokens_alone(
-                self.model, self.tokenizer, prompt, params, lambda: self.scope(route, None),
-                self.words.guides.each(params.grammar, 1),
-            )  # fmt: skip
+            with self._held(owner):
+                yield from tokens_alone(
+                    self.model, self.tokenizer, prompt, params, lambda: self.scope(route, None),
+                    self.words.guides.each(params.grammar, 1),
+                )  # fmt: skip
 
     def _of_request(self, loop: Loop, request: Request) -> Iterator[int]:
         """Its tokens, as turns make them; left in the middle, it is taken back."""

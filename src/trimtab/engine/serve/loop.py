@@ -19,21 +19,25 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from trimtab.adapt.active import Waiting
 from trimtab.adapt.bank import Plan, find_bank
 from trimtab.adapt.documents import PAGES, apart
 from trimtab.adapt.lean import Lean
 from trimtab.adapt.pages import SIZE, Pages, Store, Unit
 from trimtab.adapt.route import Route
-from trimtab.adapt.stack import Stack
+from trimtab.adapt.stack import BUDGET, Stack
+from trimtab.adapt.tiers import Tiers
 from trimtab.adapt.tree import anatomy_of
 from trimtab.engine.serve import draw
 from trimtab.engine.serve.ledger import Ledger
 from trimtab.engine.serve.pieces import Piece, place_of, route_of, spans_of
 from trimtab.engine.serve.remembered import joined, split
 from trimtab.engine.serve.request import Request
-from trimtab.engine.serve.seats import Seats, Versions
+from trimtab.engine.serve.seats import Seats
 from trimtab.errors import AnswerError, UnknownNameError
 
+PATIENCE = 0.05
+"""Seconds until those who may have come meanwhile are looked at, while an adapter is read and nobody is answered."""
 Scope = Callable[[Route, Plan], AbstractContextManager[None]]
 """Makes a context in which the model runs: eval mode, and who acts."""
 
@@ -42,23 +46,25 @@ class Loop:
     """Requests of one model, and the pages that they share.
 
     Args:
+        tiers: the registry of adapters that are not attached.
         tokens: positions of all pages together.
         rows: the most requests that are answered at once.
         prefill: the most tokens of prompts that are read in a turn.
     """
 
     def __init__(
-        self, model: PreTrainedModel, scope: Scope, *, tokens: int, rows: int = 256, prefill: int = 512
+        self, model: PreTrainedModel, scope: Scope, tiers: Tiers, *, tokens: int, slots: int = BUDGET,
+        rows: int = 256, prefill: int = 512,
     ) -> None:  # fmt: skip
         self.model = model
         self.scope = scope
+        self.tiers = tiers
         self.rows = rows
         self.prefill = prefill
         pages = -(-tokens // SIZE)
         self.store = Store(pages)
         self.ledger = Ledger(pages, SIZE)
-        self.versions = Versions()
-        self.seats = Seats(None if anatomy_of(model).apart else Stack.of(model))
+        self.seats = Seats(None if anatomy_of(model).apart else Stack.of(model, slots))
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
 
@@ -69,14 +75,14 @@ class Loop:
         return bool(self.waiting or self.running)
 
     def submit(self, request: Request) -> None:
-        """Put a request behind those that wait, with the values that its adapter has now. Raises as `check`."""
+        """Put a request behind those that wait, with the values that its adapter has now, where it is attached. Raises
+        as `check`."""
         self.check(request)
-        self._settle(request)
+        request.actor.ask()
         self.waiting.append(request)
 
     def check(self, request: Request) -> None:
         """Raise `AnswerError` where all pages together are too few for a request."""
-        request.lead = _lead(request)
         most = -(-request.most // SIZE)
         if most > self.ledger.pages:
             raise AnswerError(
@@ -112,41 +118,74 @@ class Loop:
         self.finish([r for r in [*self.running, *self.waiting] if name in r.owner])
 
     def turn_away(self) -> None:
-        """Let go of those who are done, are wanted no more, or whose adapter is another one or none by now."""
+        """Let go of those who are done, are wanted no more, or whose attached adapter is another one or none by now."""
         bank = find_bank(self.model)
+        attached = {} if bank is None else bank.adapters
         for request in [*self.running, *self.waiting]:
-            adapter = request.adapter
             if request.cancelled and not request.done:
                 request.finish = "cancelled"
-            gone = adapter is not None and (
-                bank is None or bank.adapters.get(adapter.name) is not adapter
-            )
-            if gone and adapter is not None and not request.done:
+            if not request.done and request.actor.gone(attached):
                 request.error = UnknownNameError(
-                    f"adapter {adapter.name!r} was taken out or replaced while it answered."
+                    f"adapter {request.name!r} was taken out or replaced while it answered."
                 )
         for request in [r for r in self.running if r.done]:
             self._known(request)
             self._vacate(request)
         for request in [*self.running, *self.waiting]:
             if request.done:
-                self.seats.rise(request.slot)
+                request.actor.leave()
         self.running = [r for r in self.running if not r.done]
         self.waiting = deque(r for r in self.waiting if not r.done)
         if not self.busy:
             self.seats.clear()
 
     def _let_in(self) -> None:
-        held: list[Request] = []
+        """Let those that wait begin, in their order; past them may go who waits for another's prompt, or for an adapter
+        that is being read. Where there is no room for an adapter, no other one comes before it, so that all that are
+        held are released in the end."""
+        passed: list[Request] = []
+        lacking: Request | None = None
+        reading = False
         while self.waiting and len(self.running) < self.rows:
             request = self.waiting.popleft()
             leader = request.behind
             if leader is not None and not (leader.done or leader.answering):
-                held.append(request)
+                passed.append(request)
+                continue
+            waiting = self._wait_for(request, lacking)
+            if waiting is not None or request.done:
+                passed.append(request)
+                reading = reading or waiting is Waiting.READING
+                lacking = lacking or (None if waiting in (None, Waiting.READING) else request)
             elif not self._placed(request):
                 self.waiting.appendleft(request)
                 break
-        self.waiting.extendleft(reversed(held))
+        self.waiting.extendleft(reversed(passed))
+        if lacking is None:
+            self.seats.nobody_waits()
+        if not self.running:
+            self._nobody_runs(lacking)
+
+    def _wait_for(self, request: Request, lacking: Request | None) -> Waiting | None:
+        """What a request waits for until its adapter is there; ``lacking`` waits for room before it."""
+        actor = request.actor
+        if not actor.there and lacking is not None:
+            return Waiting.FULL
+        try:
+            waiting = actor.come()
+        except Exception as error:  # of this adapter alone
+            request.error = error
+            return None
+        if waiting is None:
+            self._settle(request)
+        return waiting
+
+    def _nobody_runs(self, lacking: Request | None) -> None:
+        """There is nothing to do until an adapter has been read; if none is, who waits for room waits for ever."""
+        if self.tiers.reading:
+            self.tiers.wait(PATIENCE)
+        elif lacking is not None:
+            lacking.error = no_room(lacking.name)
 
     def _placed(self, request: Request) -> bool:
         """Give a request its pages, those that hold a beginning of its text among them."""
@@ -167,14 +206,7 @@ class Loop:
 
     def _settle(self, request: Request) -> None:
         """Say who acts on a text, at which version: what its keys and values depend on beside its tokens."""
-        adapter, bank = request.adapter, find_bank(self.model)
-        request.root = None if request.remembers else ()
-        if adapter is None or bank is None or request.remembers:
-            return
-        acts = bank.scales.get(adapter.name, 1.0), bank.dropped.get(adapter.name, 0)
-        version = self.versions.of(adapter), acts
-        request.root = version
-        request.slot = self.seats.sit(adapter, version)
+        request.root = None if request.remembers else request.actor.version
 
     def _content(self, request: Request) -> list[int]:
         """What stands in its pages: virtual tokens, as numbers that no token has, and its text."""
@@ -357,12 +389,13 @@ class Loop:
             request.likeliest.append(dict(pairs))
 
 
+def no_room(name: str) -> AnswerError:
+    """For an adapter that waits for others which nobody is answered by."""
+    return AnswerError(
+        f"there is no room for adapter {name!r}: others are held, though nobody is answered by them. Release them, or "
+        "give the engine larger budgets."
+    )
+
+
 def _request(item: Request | Piece) -> Request:
     return item if isinstance(item, Request) else item.request
-
-
-def _lead(request: Request) -> int:
-    """The virtual tokens before a request's text."""
-    if request.adapter is None:
-        return 0
-    return sum(m.virtual_tokens + m.prompt_tokens for m in request.adapter.methods)

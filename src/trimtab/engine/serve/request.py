@@ -5,18 +5,16 @@ from __future__ import annotations
 import secrets
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.engine.guide import STUCK, Guide, Guides
 from trimtab.engine.sampling import Completion, Finish, SamplingParams, decoded, ended
+from trimtab.engine.serve.actors import Actor
 from trimtab.engine.serve.seats import NONE
 from trimtab.errors import AnswerError
-
-if TYPE_CHECKING:
-    from trimtab.adapt.adapter import Adapter
 
 STEP = 0x9E3779B97F4A7C15
 """Between the seeds of a prompt's completions."""
@@ -44,7 +42,7 @@ class Request:
 
     prompt: tuple[int, ...]
     params: SamplingParams
-    adapter: Adapter | None
+    actor: Actor
     words: Words
     number: int = 0
     turn: int = 0
@@ -60,12 +58,8 @@ class Request:
     pages: list[int] = field(default_factory=list)
     filled: int = 0
     """Positions of its pages that hold something."""
-    lead: int = 0
-    """How many of them are virtual tokens."""
     root: Hashable = None
     """Who acts on its text, at which version; None where its pages are not to be found by others."""
-    slot: int = NONE
-    """Where its adapter's values lie; `NONE` where the adapter acts by its name."""
     memory: dict[Any, Any] = field(default_factory=dict)
     generator: torch.Generator = field(init=False)
     guide: Guide | None = field(init=False)
@@ -80,7 +74,17 @@ class Request:
     @property
     def name(self) -> str:
         """Of its adapter; empty for the bare base."""
-        return "" if self.adapter is None else self.adapter.name
+        return self.actor.name
+
+    @property
+    def slot(self) -> int:
+        """Where its adapter's values lie; `NONE` where the adapter acts by its name."""
+        return self.actor.slot
+
+    @property
+    def lead(self) -> int:
+        """How many of the positions of its pages are virtual tokens."""
+        return self.actor.lead
 
     @property
     def owner(self) -> tuple[str, ...]:
@@ -123,7 +127,7 @@ class Request:
     @property
     def remembers(self) -> bool:
         """Whether its adapter decides something at its prompt; it then has its prompt read by itself."""
-        return self.adapter is not None and any(m.remembers for m in self.adapter.methods)
+        return self.actor.remembers
 
     def cancel(self) -> None:
         """Ask for no more of it. What has come so far stays."""
