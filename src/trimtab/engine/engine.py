@@ -202,7 +202,8 @@ class Engine:
         """``params.n`` completions of each prompt (token ids), in the order of the prompts.
 
         Raises:
-            DataError: a prompt that is empty, or too long to leave room for ``max_tokens`` in the context.
+            DataError: a prompt that is empty, too long to leave room for ``max_tokens`` in the context, or of tokens
+                that the vocabulary does not have.
         """
         params = params or SamplingParams()
         owners = self._each(prompts, adapter)
@@ -264,6 +265,7 @@ class Engine:
             )
             if not prompt:
                 raise DataError(f"prompt {number} is empty; a model needs at least one token.")
+            limits.check_ids(self.model, prompt, f"prompt {number}")
 
     @contextmanager
     def _answering(self, route: Route, plan: Plan | None) -> Iterator[None]:
