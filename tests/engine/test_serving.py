@@ -294,6 +294,22 @@ def test_numbers_that_are_none_fail_their_own_request_alone(base: Base) -> None:
     assert loop.ledger.read == 0
 
 
+@pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_numbers_that_are_none_are_no_answer_in_batches_either(params: SamplingParams) -> None:
+    base = kit.base()
+    sick = attach(base.model, Prefix(length=3, layers=(1,)), "sick")
+    engine = Engine(base)
+    assert not engine.answering.paged("sick") and engine.sample([[5, 9]], params, "sick")
+    with torch.no_grad():
+        for tensor in sick.tensors.values():
+            tensor.fill_(float("nan"))
+    with pytest.raises(AnswerError, match="logits that are not finite"):
+        engine.sample([[5, 9], [7]], params, ["sick", None])
+    with pytest.raises(AnswerError, match="logits that are not finite"):
+        list(engine.stream([5, 9], params, "sick"))
+    assert engine.sample([[7]], params)
+
+
 def test_a_forward_that_fails_fails_for_its_own_requests(base: Base) -> None:
     engine = Engine(base)
     loop = loop_of(engine)

@@ -16,6 +16,8 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -23,6 +25,7 @@ from transformers import (
 
 from trimtab.config import Config
 from trimtab.data import plan_batches
+from trimtab.errors import AnswerError
 
 Finish = Literal["stop", "length", "cancelled"]
 """Why a completion ended: by itself or at a stop string, at ``max_tokens``, or because nobody wanted more."""
@@ -98,6 +101,7 @@ def generate(
             attention_mask=mask,
             generation_config=generation_config(params, ends, pad),
             stopping_criteria=stopping,
+            logits_processor=LogitsProcessorList([Finite()]),
             **last_only(model),
         )
     return [ended(row[width:].tolist(), tokenizer, params.stop, ends) for row in out]
@@ -178,6 +182,18 @@ def decoded(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     return str(
         tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     )
+
+
+class Finite(LogitsProcessor):  # type: ignore[misc]
+    """Raises `AnswerError` where logits are no numbers, of which something would be chosen all the same."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not bool(scores.amax(-1).isfinite().all()):
+            raise AnswerError(
+                "the adapters of this batch, or the base, give logits that are not finite; weights may have been "
+                "damaged in training."
+            )
+        return scores
 
 
 class _StopStrings(StoppingCriteria):  # type: ignore[misc]

@@ -20,10 +20,11 @@ from typing import Any, Self, final
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from trimtab.engine.sampling import (
     Completion,
+    Finite,
     SamplingParams,
     decoded,
     end_ids,
@@ -146,6 +147,7 @@ def tokens_alone(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=config,
+                logits_processor=LogitsProcessorList([Finite()]),
                 **cache,
                 **last_only(model),
             )
