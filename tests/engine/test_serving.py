@@ -236,6 +236,12 @@ def test_log_probabilities_are_the_models(base: Base) -> None:
             assert list(best) == own.topk(3).indices.tolist()
 
 
+def test_all_log_probabilities_are_given_where_more_are_asked_for(base: Base) -> None:
+    (answer,) = Engine(base).sample([[5, 9]], GREEDY.replace(logprobs=10**6, max_tokens=2), "a")
+    assert answer.likeliest is not None
+    assert [len(each) for each in answer.likeliest] == [kit.VOCABULARY] * 2
+
+
 # -- faults --------------------------------------------------------------------------------------------
 
 

@@ -350,7 +350,7 @@ class Loop:
         for row, number in enumerate(asked):
             request, count = requests[number], requests[number].params.logprobs or 0
             request.logprobs.append(float(logs[row, tokens[number]]))
-            best = logs[row].topk(count)
+            best = logs[row].topk(min(count, logs.shape[1]))
             pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
             request.likeliest.append(dict(pairs))
 
