@@ -171,10 +171,17 @@ class Engine:
         """Give back what is kept for an adapter that was detached: its gradients and its optimiser."""
         self.tenants.leave(adapter)
 
-    def averaged(self, adapter: str) -> AbstractContextManager[None]:
+    @contextmanager
+    def averaged(self, adapter: str) -> Iterator[None]:
         """The moving averages of an adapter's tensors in their place, inside a ``with`` (see ``AdamParams.ema``);
         the tensors themselves where no average is kept."""
-        return self._tenant(adapter).adam.average.acting()
+        tenant = self._tenant(adapter)
+        self.answering.drain(adapter)
+        with tenant.adam.average.acting():
+            try:
+                yield
+            finally:
+                self.answering.drain(adapter)
 
     def take_average(self, adapter: str) -> None:
         """Let the moving averages be the adapter's tensors from now on (nothing changes without any)."""

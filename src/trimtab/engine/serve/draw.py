@@ -18,7 +18,6 @@ from torch import Tensor
 
 from trimtab.engine.sampling import SamplingParams
 
-
 COLDEST = 1e-30
 """Below it a temperature is like this one; fp32 would take it for zero."""
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trimtab.adapt import attention
-from trimtab.adapt.bank import Plan, find_bank
+from trimtab.adapt.adapter import Adapter
+from trimtab.adapt.bank import Bank, Plan, find_bank
 from trimtab.adapt.documents import PAGES, apart
 from trimtab.adapt.pages import SIZE, Pages, Store, Unit
 from trimtab.adapt.route import Route
@@ -31,7 +32,7 @@ from trimtab.engine.serve.ledger import Ledger
 from trimtab.engine.serve.pieces import Piece, place_of, route_of, spans_of
 from trimtab.engine.serve.remembered import joined, split
 from trimtab.engine.serve.request import Request
-from trimtab.engine.serve.seats import Seats, Versions
+from trimtab.engine.serve.seats import NONE, Seats, Versions
 from trimtab.errors import AnswerError, UnknownNameError
 
 Scope = Callable[[Route, Plan], AbstractContextManager[None]]
@@ -112,18 +113,23 @@ class Loop:
         self.finish([r for r in [*self.running, *self.waiting] if name in r.owner])
 
     def turn_away(self) -> None:
-        """Let go of those who are done, are wanted no more, or whose adapter is another one or none by now."""
+        """Let go of those who are done, are wanted no more, or whose adapter is another one, none, or goes otherwise
+        far by now."""
         bank = find_bank(self.model)
         for request in [*self.running, *self.waiting]:
             adapter = request.adapter
             if request.cancelled and not request.done:
                 request.finish = "cancelled"
-            gone = adapter is not None and (
-                bank is None or bank.adapters.get(adapter.name) is not adapter
-            )
-            if gone and adapter is not None and not request.done:
+            if adapter is None or request.done:
+                continue
+            if bank is None or bank.adapters.get(adapter.name) is not adapter:
                 request.error = UnknownNameError(
                     f"adapter {adapter.name!r} was taken out or replaced while it answered."
+                )
+            elif request.slot == NONE and request.reach != _reach(bank, adapter):
+                request.error = AnswerError(
+                    f"adapter {adapter.name!r} was scaled, or left out of other blocks, while it answered, and an "
+                    "answer is of one adapter as it is; ask again."
                 )
         for request in [r for r in self.running if r.done]:
             self._known(request)
@@ -169,10 +175,12 @@ class Loop:
         """Say who acts on a text, at which version: what its keys and values depend on beside its tokens."""
         adapter, bank = request.adapter, find_bank(self.model)
         request.root = None if request.remembers else ()
-        if adapter is None or bank is None or request.remembers:
+        if adapter is None or bank is None:
             return
-        acts = bank.scales.get(adapter.name, 1.0), bank.dropped.get(adapter.name, 0)
-        version = self.versions.of(adapter), acts
+        request.reach = _reach(bank, adapter)
+        if request.remembers:
+            return
+        version = self.versions.of(adapter), request.reach
         request.root = version
         request.slot = self.seats.sit(adapter, version)
 
@@ -357,6 +365,11 @@ class Loop:
 
 def _request(item: Request | Piece) -> Request:
     return item if isinstance(item, Request) else item.request
+
+
+def _reach(bank: Bank, adapter: Adapter) -> tuple[float, int]:
+    """How far an adapter goes, and how many of the first blocks it is left out of."""
+    return bank.scales.get(adapter.name, 1.0), bank.dropped.get(adapter.name, 0)
 
 
 def _lead(request: Request) -> int:

@@ -55,6 +55,8 @@ class Request:
     """How many of them are virtual tokens."""
     root: Hashable = None
     """What its pages are known by, or None where they are not to be found by others."""
+    reach: tuple[float, int] = (1.0, 0)
+    """How far its adapter goes (`trimtab.scale`), and how many blocks it is left out of."""
     slot: int = NONE
     """Where its adapter's values lie; `NONE` where the adapter acts by its name."""
     memory: dict[Any, Any] = field(default_factory=dict)
