@@ -32,6 +32,7 @@ NAMES = (
     "serving",
     "compiled",
     "stacked",
+    "soak",
 )
 APART = ("dequantise", "gpu", "side_by_side")
 """Those that are run by name alone: two that measure nothing without a GPU, and the table of what was measured."""
