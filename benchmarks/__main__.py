@@ -33,6 +33,7 @@ NAMES = (
     "registered",
     "compiled",
     "stacked",
+    "soak",
 )
 APART = ("dequantise", "gpu", "side_by_side")
 """Those that are run by name alone: two that measure nothing without a GPU, and the table of what was measured."""

@@ -18,7 +18,13 @@ from trimtab.adapt.bank import bank_of
 from trimtab.data import Datum
 from trimtab.engine import Engine, LossResult, SamplingParams
 from trimtab.engine.desk import Desk, Policy
-from trimtab.errors import AnswerError, DataError, NonFiniteLossError, UnknownNameError
+from trimtab.errors import (
+    AnswerError,
+    DataError,
+    NonFiniteLossError,
+    TrainingError,
+    UnknownNameError,
+)
 from trimtab.losses import DPO
 from trimtab.methods.lora import LoRA
 from trimtab.optim import AdamParams
@@ -204,6 +210,57 @@ def test_taken_out_between_two_of_its_requests() -> None:
     with pytest.raises(UnknownNameError):
         late.result()
     assert other.result().sums
+
+
+def test_the_only_one_that_was_to_learn_is_taken_out() -> None:
+    engine = made()
+    desk = Desk(engine)
+    desk.call("a", lambda: detach(engine.model, "a"))
+    late = desk.forward_backward(kit.datums(2), "a")
+    desk.run()
+    with pytest.raises(UnknownNameError):
+        late.result()
+
+
+def test_replaced_while_it_learns() -> None:
+    """Another adapter of that name does not learn the rest."""
+    engine = made(micro_tokens=64)
+    desk = Desk(engine)
+    learnt = desk.forward_backward(alike(24), "a")
+    desk.turn()
+    detach(engine.model, "a")
+    attach(engine.model, LoRA(rank=2), "a")
+    step = desk.optim_step("a", STEP)
+    desk.run()
+    with pytest.raises(UnknownNameError, match="'a' was taken out or replaced while it learnt"):
+        learnt.result()
+    with pytest.raises(TrainingError, match="no gradients"):
+        step.result()
+
+
+def test_what_has_begun_to_learn_is_learnt_whole() -> None:
+    engine = made(micro_tokens=64)
+    desk = Desk(engine)
+    learnt = desk.forward_backward(alike(24), "a")
+    desk.turn()
+    assert not learnt.cancel()
+    step = desk.optim_step("a", STEP)
+    desk.run()
+    assert len(learnt.result().sums) == 24 and step.result().weight == 24 * 8
+
+
+def test_what_cannot_be_learnt_to_its_end_leaves_nothing_behind() -> None:
+    engine = made(micro_tokens=64)
+    desk = Desk(engine)
+    learnt = desk.forward_backward(alike(24), "a", DPO(reference="b"))
+    desk.turn()
+    detach(engine.model, "b")
+    step = desk.optim_step("a", STEP)
+    desk.run()
+    with pytest.raises(UnknownNameError, match="'b'"):
+        learnt.result()
+    with pytest.raises(TrainingError, match="no gradients"):
+        step.result()
 
 
 def test_cancelled_before_it_began() -> None:

@@ -85,3 +85,18 @@ def test_what_has_no_probability_is_never_drawn() -> None:
     generator = torch.Generator().manual_seed(0)
     found = {draw(logits, [Row(WAYS[0], generator, [])])[0] for _ in range(200)}
     assert found == {500, 501, 502}
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-40, 1e-320])
+@pytest.mark.parametrize("cut", [{}, {"top_p": 0.5}])
+def test_the_colder_the_greedier(temperature: float, cut: dict[str, float]) -> None:
+    logits = torch.tensor([[1.0, 30.0, -5.0, 29.0], [-90.0, -80.0, -85.0, -80.5]])
+    params = SamplingParams(temperature=temperature, **cut)
+    rows = [Row(params, torch.Generator().manual_seed(n), ()) for n in range(2)]
+    assert draw(logits, rows) == [1, 1]
+
+
+def test_a_penalty_that_makes_numbers_infinite_still_draws_a_token() -> None:
+    params = SamplingParams(temperature=1.0, repetition_penalty=1e-42)
+    row = Row(params, torch.Generator().manual_seed(0), (1,))
+    assert draw(torch.tensor([[1.0, 3.0, -5.0]]), [row]) == [1]

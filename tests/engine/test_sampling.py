@@ -80,6 +80,9 @@ def test_bad_requests(base: Base) -> None:
         engine.sample([[1], [2] * 128], GREEDY)
     with pytest.raises(DataError, match="prompt 0 is empty"):
         engine.sample([[]], GREEDY)
+    for wrong in (-1, kit.VOCABULARY):
+        with pytest.raises(DataError, match=f"prompt 1: there is no token {wrong};"):
+            engine.sample([[1], [2, wrong]], GREEDY)
     with pytest.raises(ConfigError, match="empty stop"):
         SamplingParams(stop="")
     assert engine.sample([], GREEDY) == []

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
+import trimtab as tt
 from tests import tiny
 from tests.engine import kit
 from trimtab.adapt.attach import attach, detach
@@ -236,6 +237,12 @@ def test_log_probabilities_are_the_models(base: Base) -> None:
             assert list(best) == own.topk(3).indices.tolist()
 
 
+def test_all_log_probabilities_are_given_where_more_are_asked_for(base: Base) -> None:
+    (answer,) = Engine(base).sample([[5, 9]], GREEDY.replace(logprobs=10**6, max_tokens=2), "a")
+    assert answer.likeliest is not None
+    assert [len(each) for each in answer.likeliest] == [kit.VOCABULARY] * 2
+
+
 # -- faults --------------------------------------------------------------------------------------------
 
 
@@ -292,6 +299,22 @@ def test_numbers_that_are_none_fail_their_own_request_alone(base: Base) -> None:
     again = [request(engine, 6, GREEDY, name) for name in names[1:]]
     assert served(again, loop) == [list(one.tokens) for one in ones[1:]]
     assert loop.ledger.read == 0
+
+
+@pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_numbers_that_are_none_are_no_answer_in_batches_either(params: SamplingParams) -> None:
+    base = kit.base()
+    sick = attach(base.model, Prefix(length=3, layers=(1,)), "sick")
+    engine = Engine(base)
+    assert not engine.answering.paged("sick") and engine.sample([[5, 9]], params, "sick")
+    with torch.no_grad():
+        for tensor in sick.tensors.values():
+            tensor.fill_(float("nan"))
+    with pytest.raises(AnswerError, match="logits that are not finite"):
+        engine.sample([[5, 9], [7]], params, ["sick", None])
+    with pytest.raises(AnswerError, match="logits that are not finite"):
+        list(engine.stream([5, 9], params, "sick"))
+    assert engine.sample([[7]], params)
 
 
 def test_a_forward_that_fails_fails_for_its_own_requests(base: Base) -> None:
@@ -377,6 +400,54 @@ def test_an_answer_has_one_version_of_its_adapter(method: LoRA | str) -> None:
     assert stream.completion.tokens == whole.tokens != later.tokens
     assert "".join(pieces) == whole.text
     assert engine.sample([prompt_of(3)], GREEDY, "a")[0] == later
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=2), "ia3"], ids=["in a slot", "by name"])
+@pytest.mark.parametrize("change", [tt.scale, tt.drop_layers])
+def test_an_answer_goes_as_far_as_when_it_began(
+    method: LoRA | str, change: Callable[..., None]
+) -> None:
+    made = kit.base()
+    adapter = attach(made.model, method, "a")
+    with torch.no_grad():
+        for number, tensor in enumerate(adapter.tensors.values()):
+            tensor += torch.randn(tensor.shape, generator=torch.Generator().manual_seed(number))
+    engine, params = Engine(made), GREEDY.replace(max_tokens=40)
+    (whole,) = engine.sample([prompt_of(3)], params, "a")
+    loop_of(engine).ledger.forget()
+    (one,) = engine.answering.submitted([prompt_of(3)], params, "a")
+    for _ in range(3):
+        loop_of(engine).turn()
+    change(made.model, "a", 2)
+    loop_of(engine).finish([one])
+    change(made.model, "a", 1 if change is tt.scale else 0)
+    if one.slot == -1:  # those in slots answer as they began
+        with pytest.raises(AnswerError, match="was scaled, or left out of other blocks"):
+            one.completion()
+    else:
+        assert one.completion() == whole
+    (again,) = engine.sample([prompt_of(3)], params, "a")
+    assert again == whole
+
+
+def test_an_answer_in_progress_is_not_of_averages() -> None:
+    made = kit.base()
+    attach(made.model, "ia3", "a")
+    engine = Engine(made)
+    for _ in range(4):
+        engine.forward_backward(kit.datums(), "a")
+        engine.optim_step("a", AdamParams(lr=0.3, ema=0.9))
+    params = GREEDY.replace(max_tokens=30)
+    plain = engine.sample([prompt_of(3)], params, "a")[0]
+    with engine.stream(prompt_of(3), params, "a") as before:
+        next(before)
+        with engine.averaged("a"):
+            averaged = engine.sample([prompt_of(3)], params, "a")[0]
+            after = engine.stream(prompt_of(3), params, "a")
+            next(after)
+        list(before)
+        list(after)
+    assert before.completion == plain != averaged == after.completion
 
 
 def test_slots_are_given_back(base: Base) -> None:

@@ -308,6 +308,10 @@ def test_bad_calls() -> None:
         engine.forward_backward([long], "a")
     with pytest.raises(DataError, match="no examples"):
         engine.forward_backward([], "a")
+    for ids, weights in (([3, -1, 4], [1.0] * 3), ([3, 4, 400], [1.0] * 3)):
+        with pytest.raises(DataError, match="f:2: there is no token .* 0 to 399"):
+            engine.forward_backward([Datum.causal(ids, weights, origin="f:2")], "a")
+    engine.forward([Datum((3, 4), (4, -100), (1.0, 0.0))])  # what is not learnt may be anything
     with pytest.raises(RouteError, match="2 adapters were named for 1"):
         engine.forward_backward([long], ["a", "a"])
     with pytest.raises(UnknownNameError, match="no adapter 'b'"):

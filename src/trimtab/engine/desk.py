@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self, final
 
+from trimtab.adapt.bank import bank_of
 from trimtab.config import Config
 from trimtab.data import Datum
 from trimtab.engine.aims import Aim, loss_from
@@ -29,7 +30,7 @@ from trimtab.engine.jobs import Answers, Call, Gradients, Job, Told
 from trimtab.engine.live import Live
 from trimtab.engine.results import LossResult, StepResult, joined, picked
 from trimtab.engine.sampling import Completion, SamplingParams
-from trimtab.errors import AnswerError
+from trimtab.errors import AnswerError, UnknownNameError
 from trimtab.optim.params import AdamParams
 
 
@@ -187,7 +188,7 @@ class Desk:
                     waiting.append(following[0])
 
     def _open(self, job: Answers) -> None:
-        if not job.future.set_running_or_notify_cancel():
+        if not job.begun():
             return
         try:
             job.begin(self.engine)
@@ -215,14 +216,13 @@ class Desk:
     def _train(self, *, between: bool) -> None:
         """One forward and backward over what stands first for each adapter."""
         heads = [job for job in self._heads() if isinstance(job, Gradients) and job.units]
+        heads = [job for job in heads if self._stands(job)]
         if not heads:
             return
         budget = self.engine.micro_tokens
         if between:
             budget = min(budget, self.policy.tokens_between)
-        taken = self._taken([job for job in heads if self._stands(job)], budget)
-        if not taken:
-            return
+        taken = self._taken(heads, budget)
         rows = [(job, datum, loss) for job, unit, loss in taken for datum in unit]
         data, owners = [row[1] for row in rows], [str(row[0].adapter) for row in rows]
         try:
@@ -241,15 +241,29 @@ class Desk:
         self._begin()
 
     def _stands(self, job: Gradients) -> bool:
-        """Whether what was asked can still be done; its adapter may be another one or none by now."""
-        data = [datum for unit, _ in job.units for datum in unit]
+        """Whether what was asked can still be done: nobody may want it, and its adapter may be another one or none by
+        now. It begins with that, and is done as a whole or not at all."""
+        if not job.begun():
+            self._done(job)
+            return False
         try:
-            self.engine.check(data, str(job.adapter), job.units[0][1])
+            self._check(job)
         except Exception as error:
+            if job.learner and (tenant := self.engine.tenants.known(job.learner)):
+                tenant.discard()
             self._done(job)
             job.fail(error)
             return False
         return True
+
+    def _check(self, job: Gradients) -> None:
+        name = str(job.adapter)
+        data = [datum for unit, _ in job.units for datum in unit]
+        self.engine.check(data, name, job.units[0][1])
+        adapter = bank_of(self.engine.model).require(name)
+        if job.learner is not None and job.learner is not adapter:
+            raise UnknownNameError(f"adapter {name!r} was taken out or replaced while it learnt.")
+        job.learner = adapter
 
     def _taken(
         self, heads: Sequence[Gradients], budget: int

@@ -182,10 +182,17 @@ class Engine:
         """Give back what is kept for an adapter that was detached: its gradients and its optimiser."""
         self.tenants.leave(adapter)
 
-    def averaged(self, adapter: str) -> AbstractContextManager[None]:
+    @contextmanager
+    def averaged(self, adapter: str) -> Iterator[None]:
         """The moving averages of an adapter's tensors in their place, inside a ``with`` (see ``AdamParams.ema``);
         the tensors themselves where no average is kept."""
-        return self._tenant(adapter).adam.average.acting()
+        tenant = self._tenant(adapter)
+        self.answering.drain(adapter)
+        with tenant.adam.average.acting():
+            try:
+                yield
+            finally:
+                self.answering.drain(adapter)
 
     def take_average(self, adapter: str) -> None:
         """Let the moving averages be the adapter's tensors from now on (nothing changes without any)."""
@@ -220,7 +227,8 @@ class Engine:
         Adapters are attached ones, or registered in `tiers`. Those wait their turn where there is no room for all.
 
         Raises:
-            DataError: a prompt that is empty, or too long to leave room for ``max_tokens`` in the context.
+            DataError: a prompt that is empty, too long to leave room for ``max_tokens`` in the context, or of tokens
+                that the vocabulary does not have.
             UnknownNameError: an adapter that is neither attached nor registered.
             FileFormatError, AttachError, ConfigError: what is wrong with a registered adapter that had to come.
         """
@@ -285,6 +293,7 @@ class Engine:
             limits.check_length(self.model, length, self.answering.adapters.methods(owner), what)
             if not prompt:
                 raise DataError(f"prompt {number} is empty; a model needs at least one token.")
+            limits.check_ids(self.model, prompt, f"prompt {number}")
 
     @contextmanager
     def _answering(self, route: Route, plan: Plan | None) -> Iterator[None]:

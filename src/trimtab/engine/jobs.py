@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from trimtab.adapt.adapter import Adapter
 from trimtab.data import Datum
 from trimtab.engine.aims import Aim
 from trimtab.engine.engine import Engine
@@ -25,9 +26,13 @@ class Job:
     adapter: str | None
     future: Future[Any] = field(default_factory=Future)
 
+    def begun(self) -> bool:
+        """Whether it is being done, from now on at the latest; what was cancelled before is not."""
+        return self.future.running() or self.future.set_running_or_notify_cancel()
+
     def settle(self, work: Callable[[], Any]) -> None:
         """Do it, if it is still wanted."""
-        if not self.future.set_running_or_notify_cancel():
+        if not self.begun():
             return
         try:
             self.future.set_result(work())
@@ -38,9 +43,7 @@ class Job:
 
     def fail(self, error: BaseException) -> None:
         """It will not be done, or not to its end."""
-        if self.future.done():
-            return
-        if self.future.running() or self.future.set_running_or_notify_cancel():
+        if not self.future.done() and self.begun():
             self.future.set_exception(error)
 
 
@@ -50,6 +53,8 @@ class Gradients(Job):
 
     units: deque[tuple[list[Datum], Aim]] = field(default_factory=deque)
     found: list[LossResult] = field(default_factory=list)
+    learner: Adapter | None = None
+    """Whose gradients they are, once it has begun."""
 
 
 @dataclass(eq=False)

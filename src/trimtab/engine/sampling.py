@@ -16,6 +16,7 @@ from pydantic import Field, InstanceOf, field_validator
 from torch import Tensor
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,6 +27,7 @@ from trimtab.config import Config
 from trimtab.data import plan_batches
 from trimtab.engine.grammars import Grammar
 from trimtab.engine.guide import Guide, Guided
+from trimtab.errors import AnswerError
 
 Finish = Literal["stop", "length", "cancelled"]
 """Why a completion ended: by itself or at a stop string, at ``max_tokens``, or because nobody wanted more."""
@@ -113,8 +115,8 @@ def generate(
 
 
 def processors(guides: Sequence[Guide], start: int) -> LogitsProcessorList:
-    """What takes out of the logits what the guides do not allow; transformers does it before temperature and cuts."""
-    return LogitsProcessorList([Guided(guides, start)] if guides else [])
+    """What looks at logits before temperature and cuts: they are numbers, and the guides allow what is left."""
+    return LogitsProcessorList([Finite(), *([Guided(guides, start)] if guides else [])])
 
 
 def last_only(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -192,6 +194,18 @@ def decoded(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     return str(
         tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     )
+
+
+class Finite(LogitsProcessor):  # type: ignore[misc]
+    """Raises `AnswerError` where logits are no numbers, of which something would be chosen all the same."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not bool(scores.amax(-1).isfinite().all()):
+            raise AnswerError(
+                "the adapters of this batch, or the base, give logits that are not finite; weights may have been "
+                "damaged in training."
+            )
+        return scores
 
 
 class _StopStrings(StoppingCriteria):  # type: ignore[misc]

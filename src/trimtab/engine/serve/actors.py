@@ -8,18 +8,23 @@ can lie in one, and else by being attached. What was asked for stays that adapte
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from typing import final
 
 from transformers import PreTrainedModel
 
 from trimtab.adapt.active import Hold, Waiting
 from trimtab.adapt.adapter import Adapter
-from trimtab.adapt.bank import bank_of
+from trimtab.adapt.bank import Bank, bank_of
 from trimtab.adapt.claim import Claim
 from trimtab.adapt.contract import Method
 from trimtab.adapt.tiers import Tiers
 from trimtab.engine.serve.seats import NONE, Seats
+from trimtab.errors import AnswerError, TrimtabError, UnknownNameError
+
+Reach = tuple[float, int]
+"""How far an adapter goes (`trimtab.scale`), and how many of the first blocks it is left out of."""
+FULL: Reach = (1.0, 0)
 
 
 class Actor(ABC):
@@ -52,8 +57,8 @@ class Actor(ABC):
         """It is needed no more."""
 
     @abstractmethod
-    def gone(self, attached: Mapping[str, Adapter]) -> bool:
-        """Whether it was there and is not any more, where these are attached."""
+    def lost(self, bank: Bank | None) -> TrimtabError | None:
+        """Why it cannot go on as it was there; None where it can, or has not come yet."""
 
 
 @final
@@ -73,8 +78,8 @@ class Nobody(Actor):
     def leave(self) -> None:
         pass
 
-    def gone(self, attached: Mapping[str, Adapter]) -> bool:
-        return False
+    def lost(self, bank: Bank | None) -> TrimtabError | None:
+        return None
 
 
 @final
@@ -86,15 +91,14 @@ class Attached(Actor):
         self._model = model
         self._seats = seats
         self._adapter = adapter
+        self._reach = FULL
 
     def ask(self) -> None:
         self.there = True
-        if self.remembers:
-            return
-        bank = bank_of(self._model)
-        acts = bank.scales.get(self.name, 1.0), bank.dropped.get(self.name, 0)
-        self.version = self._seats.versions.of(self._adapter), acts
-        self.slot = self._seats.sit(self._adapter, self.version)
+        self._reach = _reach(bank_of(self._model), self.name)
+        if not self.remembers:
+            self.version = self._seats.versions.of(self._adapter), self._reach
+            self.slot = self._seats.sit(self._adapter, self.version)
 
     def come(self) -> Waiting | None:
         return None
@@ -102,8 +106,17 @@ class Attached(Actor):
     def leave(self) -> None:
         self._seats.rise(self.slot)
 
-    def gone(self, attached: Mapping[str, Adapter]) -> bool:
-        return attached.get(self.name) is not self._adapter
+    def lost(self, bank: Bank | None) -> TrimtabError | None:
+        if bank is None or bank.adapters.get(self.name) is not self._adapter:
+            return UnknownNameError(
+                f"adapter {self.name!r} was taken out or replaced while it answered."
+            )
+        if self.slot == NONE and self._reach != _reach(bank, self.name):
+            return AnswerError(
+                f"adapter {self.name!r} was scaled, or left out of other blocks, while it answered, and an answer is "
+                "of one adapter as it is; ask again."
+            )
+        return None
 
 
 @final
@@ -150,9 +163,9 @@ class Registered(Actor):
         if self._claim is not None:
             self._claim.release()
 
-    def gone(self, attached: Mapping[str, Adapter]) -> bool:
+    def lost(self, bank: Bank | None) -> TrimtabError | None:
         by_name = self._attached if self._hold is not None else None
-        return by_name is not None and by_name.gone(attached)
+        return None if by_name is None else by_name.lost(bank)
 
     def _sit(self, claim: Claim) -> Waiting | None:
         """Act from a slot, if it can."""
@@ -179,3 +192,7 @@ class Registered(Actor):
             self._hold = hold
         else:
             hold.release()
+
+
+def _reach(bank: Bank, name: str) -> Reach:
+    return bank.scales.get(name, 1.0), bank.dropped.get(name, 0)

@@ -19,6 +19,9 @@ from torch import Tensor
 from trimtab.engine.guide import Guide, masked
 from trimtab.engine.sampling import SamplingParams
 
+COLDEST = 1e-30
+"""Below it a temperature is like this one; fp32 would take it for zero."""
+
 
 class Row(NamedTuple):
     """What one row is drawn by; ``seen`` are the tokens of its text so far, ``guide`` says which may come next."""
@@ -66,7 +69,8 @@ def _penalise(logits_V: Tensor, row: Row) -> None:
     """Divide what speaks for tokens that were seen, multiply what speaks against them (CTRL, arXiv:1909.05858)."""
     seen = torch.tensor(sorted(set(row.seen)), device=logits_V.device)
     own, penalty = logits_V[seen], row.params.repetition_penalty
-    logits_V[seen] = torch.where(own < 0, own * penalty, own / penalty)
+    most = torch.finfo(own.dtype).max  # which a small penalty would pass
+    logits_V[seen] = torch.where(own < 0, own * penalty, own / penalty).clamp(max=most)
 
 
 def _cuts(params: SamplingParams) -> bool:
@@ -80,7 +84,9 @@ def _drawn(logits_BV: Tensor, rows: Sequence[Row], *, cut: bool) -> Tensor:
     def column(values: Iterable[float]) -> Tensor:
         return torch.tensor(list(values), device=logits_BV.device)[:, None]
 
-    scaled = logits_BV / column(p.temperature for p in cuts)
+    # the likeliest is at zero, so that no temperature makes it infinite
+    likely_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
+    scaled = likely_BV / column(max(p.temperature, COLDEST) for p in cuts)
     uniform = torch.tensor(
         [float(torch.rand((), generator=row.generator, dtype=torch.float64)) for row in rows],
         dtype=torch.float64, device=logits_BV.device,

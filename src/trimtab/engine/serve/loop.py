@@ -34,7 +34,7 @@ from trimtab.engine.serve.pieces import Piece, place_of, route_of, spans_of
 from trimtab.engine.serve.remembered import joined, split
 from trimtab.engine.serve.request import Request
 from trimtab.engine.serve.seats import Seats
-from trimtab.errors import AnswerError, UnknownNameError
+from trimtab.errors import AnswerError
 
 PATIENCE = 0.05
 """Seconds until those who may have come meanwhile are looked at, while an adapter is read and nobody is answered."""
@@ -118,16 +118,14 @@ class Loop:
         self.finish([r for r in [*self.running, *self.waiting] if name in r.owner])
 
     def turn_away(self) -> None:
-        """Let go of those who are done, are wanted no more, or whose attached adapter is another one or none by now."""
+        """Let go of those who are done, are wanted no more, or whose attached adapter is another one, none, or goes
+        otherwise far by now."""
         bank = find_bank(self.model)
-        attached = {} if bank is None else bank.adapters
         for request in [*self.running, *self.waiting]:
             if request.cancelled and not request.done:
                 request.finish = "cancelled"
-            if not request.done and request.actor.gone(attached):
-                request.error = UnknownNameError(
-                    f"adapter {request.name!r} was taken out or replaced while it answered."
-                )
+            if not request.done:
+                request.error = request.actor.lost(bank)
         for request in [r for r in self.running if r.done]:
             self._known(request)
             self._vacate(request)
@@ -384,7 +382,7 @@ class Loop:
         for row, number in enumerate(asked):
             request, count = requests[number], requests[number].params.logprobs or 0
             request.logprobs.append(float(logs[row, tokens[number]]))
-            best = logs[row].topk(count)
+            best = logs[row].topk(min(count, logs.shape[1]))
             pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
             request.likeliest.append(dict(pairs))
 
