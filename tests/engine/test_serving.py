@@ -280,6 +280,32 @@ def test_taken_out_while_it_answers() -> None:
         one.completion()
 
 
+@pytest.mark.parametrize("method", [LoRA(rank=2), "ia3"], ids=["in a slot", "by name"])
+def test_replaced_while_it_answers(method: LoRA | str) -> None:
+    base = kit.base()
+    attach(base.model, method, "a")
+    attach(base.model, "ia3", "b")
+    engine = Engine(base)
+    loop = loop_of(engine)
+    one, other = request(engine, 1, GREEDY, "a"), request(engine, 2, GREEDY, "b")
+    alone = engine.sample([prompt_of(2)], GREEDY, "b")[0].tokens
+    for each in (one, other):
+        loop.submit(each)
+    loop.turn()
+    detach(base.model, "a")
+    new = attach(base.model, method, "a")
+    with torch.no_grad():
+        for tensor in new.tensors.values():
+            tensor.normal_(generator=torch.Generator().manual_seed(1))
+    (later,) = engine.sample([prompt_of(1)], GREEDY, "a")
+    loop.finish([other])
+    assert later == Engine(base).sample([prompt_of(1)], GREEDY, "a")[0]
+    assert tuple(other.tokens) == alone
+    with pytest.raises(UnknownNameError, match="'a' was taken out or replaced"):
+        one.completion()
+    assert loop.ledger.read == 0
+
+
 def test_numbers_that_are_none_fail_their_own_request_alone(base: Base) -> None:
     made = kit.base()
     sick = attach(made.model, LoRA(rank=2), "sick")

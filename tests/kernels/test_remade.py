@@ -70,6 +70,16 @@ def test_the_memory_is_free_between_forward_and_backward() -> None:
     torch.testing.assert_close(weight.grad[0], doubled(x.detach()).sum((0, 1)))
 
 
+def test_a_graph_that_nobody_goes_back_through_is_freed() -> None:
+    """Also where an operation keeps what it gives."""
+    x = torch.randn(4, requires_grad=True)
+    with remaking():
+        y = x.softmax(-1).exp()
+    storage = StorageWeakRef(y.untyped_storage())
+    del y
+    assert storage.expired()
+
+
 def test_views_come_back_as_views() -> None:
     x, found = source().detach(), []
     for again in (True, False):

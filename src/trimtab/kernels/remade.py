@@ -99,7 +99,9 @@ class _Kept:
     __slots__ = ("_tensor", "_version")
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
+        # What an operation gives and keeps itself would hold the operation, which holds it: a graph that no backward
+        # goes through would never be freed. torch knows the operation without it.
+        self._tensor = tensor if tensor.grad_fn is None else tensor.detach()
         self._version = tensor._version
 
     def __call__(self) -> Tensor:
