@@ -59,7 +59,8 @@ class Answering:
     @cached_property
     def words(self) -> Words:
         """What ends an answer, and how tokens become text."""
-        return Words(self.tokenizer, frozenset(sampling.end_ids(self.model, self.tokenizer)))
+        ends = frozenset(sampling.end_ids(self.model, self.tokenizer))
+        return Words(self.tokenizer, ends, self.model.config.get_text_config().vocab_size)
 
     @cached_property
     def loop(self) -> Loop | None:
@@ -82,25 +83,29 @@ class Answering:
         return self.loop is not None and self.adapters.in_pages(owner)
 
     def requests(
-        self, prompt: Sequence[int], params: SamplingParams, owner: str | None, number: int = 0
-    ) -> list[Request]:
+        self, prompt: Sequence[int], params: SamplingParams, owner: str | None, number: int = 0,
+        salt: str | None = None,
+    ) -> list[Request]:  # fmt: skip
         """``params.n`` of them; those after the first wait for its prompt to be read. Only where there is a loop."""
         assert self.loop is not None
         made: list[Request] = []
         for turn in range(params.n):
             leader = made[0] if made else None
             actor = self.adapters.actor(owner, self.loop.seats)
-            made.append(Request(tuple(prompt), params, actor, self.words, number, turn, leader))
+            made.append(
+                Request(tuple(prompt), params, actor, self.words, number, turn, leader, salt)
+            )
         return made
 
     def submitted(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, owner: str | None
-    ) -> list[Request]:
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, owner: str | None,
+        salt: str | None = None,
+    ) -> list[Request]:  # fmt: skip
         """Requests that the loop has been told of; none where it cannot answer them."""
         loop = self.loop
         if loop is None or not self.paged(owner):
             return []
-        made = [r for n, p in enumerate(prompts) for r in self.requests(p, params, owner, n)]
+        made = [r for n, p in enumerate(prompts) for r in self.requests(p, params, owner, n, salt)]
         for request in made:
             loop.check(request)
         for request in made:
@@ -108,14 +113,15 @@ class Answering:
         return made
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], owners: Sequence[str | None], params: SamplingParams
-    ) -> list[Completion]:
+        self, prompts: Sequence[Sequence[int]], owners: Sequence[str | None], params: SamplingParams,
+        salt: str | None = None,
+    ) -> list[Completion]:  # fmt: skip
         """``params.n`` completions of each prompt, in the order of the prompts."""
         found: dict[int, list[Completion]] = {}
         paged = {owner for owner in set(owners) if self.paged(owner)}
         if self.loop is not None:
             own = [n for n, owner in enumerate(owners) if owner in paged]
-            asked = [r for n in own for r in self.requests(prompts[n], params, owners[n], n)]
+            asked = [r for n in own for r in self.requests(prompts[n], params, owners[n], n, salt)]
             for request in asked:
                 self.loop.check(request)
             for request in asked:
@@ -186,28 +192,33 @@ class Answering:
             route = Route.everyone(names[0]) if len(set(names)) == 1 else Route(names)
             with self.scope(route, None):
                 rows = sampling.generate(
-                    self.model, self.tokenizer, [prompts[i] for i in chosen], params, seed
-                )
+                    self.model, self.tokenizer, [prompts[i] for i in chosen], params, seed,
+                    self.words.guides.each(params.grammar, len(chosen)),
+                )  # fmt: skip
             for member, index, row in zip(members, chosen, rows, strict=True):
                 found[member] = Completion(index, *row)
         yield from ((repeated[member], found[member]) for member in range(len(repeated)))
 
-    def stream(self, prompt: Sequence[int], params: SamplingParams, owner: str | None) -> Stream:
+    def stream(
+        self, prompt: Sequence[int], params: SamplingParams, owner: str | None, salt: str | None = None
+    ) -> Stream:  # fmt: skip
         """One completion in pieces of text."""
-        return Stream(self.words, params, lambda: self._tokens(prompt, params, owner))
+        return Stream(self.words, params, lambda: self.each_token(prompt, params, owner, salt))
 
-    def _tokens(
-        self, prompt: Sequence[int], params: SamplingParams, owner: str | None
-    ) -> Iterator[int]:
+    def each_token(
+        self, prompt: Sequence[int], params: SamplingParams, owner: str | None, salt: str | None = None
+    ) -> Iterator[int]:  # fmt: skip
+        """Those of one completion, as they are made."""
         if self.loop is not None and self.paged(owner):
-            (request,) = self.requests(prompt, params, owner)
+            (request,) = self.requests(prompt, params, owner, salt=salt)
             yield from self._of_request(self.loop, request)
         else:
             route = Route.everyone(_owner(owner))
             with self._held(owner):
                 yield from tokens_alone(
-                    self.model, self.tokenizer, prompt, params, lambda: self.scope(route, None)
-                )
+                    self.model, self.tokenizer, prompt, params, lambda: self.scope(route, None),
+                    self.words.guides.each(params.grammar, 1),
+                )  # fmt: skip
 
     def _of_request(self, loop: Loop, request: Request) -> Iterator[int]:
         """Its tokens, as turns make them; left in the middle, it is taken back."""

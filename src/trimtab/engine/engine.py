@@ -209,8 +209,13 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         params: SamplingParams | None = None,
         adapter: Owners = None,
+        *,
+        salt: str | None = None,
     ) -> list[Completion]:
         """``params.n`` completions of each prompt (token ids), in the order of the prompts.
+
+        Beginnings of texts that were read for an adapter (or for the bare base) are not read again for it, which can be
+        told by the time that an answer takes: users who are to know nothing of each other need a ``salt`` each.
 
         Adapters are attached ones, or registered in `tiers`. Those wait their turn where there is no room for all.
 
@@ -222,15 +227,16 @@ class Engine:
         params = params or SamplingParams()
         owners = self._named(prompts, adapter)
         self._check_prompts(prompts, owners, params)
-        return self.answering.sample(prompts, owners, params) if prompts else []
+        return self.answering.sample(prompts, owners, params, salt) if prompts else []
 
     def requests(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, adapter: Who = None
-    ) -> list[Request]:
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, adapter: Who = None, *,
+        salt: str | None = None,
+    ) -> list[Request]:  # fmt: skip
         """``params.n`` requests for each prompt, which `answering`'s turns answer; none where those answers are not
         made in turns (`sample` makes them all the same). Raises as `sample`."""
         self._check_prompts(prompts, self._named(prompts, adapter), params)
-        return self.answering.submitted(prompts, params, adapter)
+        return self.answering.submitted(prompts, params, adapter, salt)
 
     def classify(self, texts: Sequence[Sequence[int]], adapter: Owners = None) -> list[list[float]]:
         """The probability of each class (in the order of `labels`) for each text (token ids).
@@ -251,8 +257,9 @@ class Engine:
         return self._pass.classes(head, data, owners)
 
     def stream(
-        self, prompt: Sequence[int], params: SamplingParams | None = None, adapter: Who = None
-    ) -> Stream:
+        self, prompt: Sequence[int], params: SamplingParams | None = None, adapter: Who = None, *,
+        salt: str | None = None,
+    ) -> Stream:  # fmt: skip
         """One completion in pieces of text, as they are made; joined, they are what `sample` gives.
 
         Nothing is computed until the first piece is asked for, and nothing after the stream is closed or left.
@@ -263,7 +270,7 @@ class Engine:
         params = params or SamplingParams()
         (owner,) = self._named([prompt], adapter)
         self._check_prompts([prompt], [owner], params)
-        return self.answering.stream(prompt, params, owner)
+        return self.answering.stream(prompt, params, owner, salt)
 
     def _check_prompts(
         self, prompts: Sequence[Sequence[int]], owners: Sequence[Who], params: SamplingParams

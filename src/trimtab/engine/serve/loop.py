@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimtab.adapt import attention
 from trimtab.adapt.bank import Plan, find_bank
 from trimtab.adapt.documents import PAGES, apart
+from trimtab.adapt.lean import Lean
 from trimtab.adapt.pages import SIZE, Pages, Store, Unit
 from trimtab.adapt.route import Route
 from trimtab.adapt.stack import BUDGET, Stack
@@ -91,7 +91,7 @@ class Loop:
         """One forward for those who are answered, and one for prompts."""
         self.turn_away()
         self._let_in()
-        with attention.Ours(self.model), torch.no_grad():
+        with Lean(self.model), torch.no_grad():
             ready = [request for request in self.running if request.answering]
             self._each(self._with_pages(ready), self._decode)
             for pieces in self._to_read(ready):
@@ -145,7 +145,7 @@ class Loop:
         if len(self.running) >= self.rows:
             return False
         text = self._content(request)
-        known = [] if request.root is None else self.ledger.find(request.root, text)
+        known = [] if request.root is None else self.ledger.find(request.known_by, text)
         if len(known) * SIZE < request.lead:
             known = []
         wanted = request.most if request.remembers else len(text) + 1
@@ -167,7 +167,7 @@ class Loop:
         """Let others find what it has read."""
         if request.root is not None and request.pages and request.error is None:
             content = self._content(request)[: request.filled]
-            self.ledger.keep(request.root, content, request.pages)
+            self.ledger.keep(request.known_by, content, request.pages)
 
     def _vacate(self, request: Request) -> None:
         if request.error is not None:
@@ -319,7 +319,9 @@ class Loop:
             return
         chosen = [requests[number] for number in rows]
         logits = logits_BV if len(rows) == len(requests) else logits_BV[rows]
-        tokens = draw.draw(logits, [draw.Row(r.params, r.generator, r.text) for r in chosen])
+        tokens = draw.draw(
+            logits, [draw.Row(r.params, r.generator, r.text, r.guide) for r in chosen]
+        )
         self._note(logits, chosen, tokens)
         for request, token in zip(chosen, tokens, strict=True):
             request.take(token)
