@@ -6,6 +6,7 @@ import random
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from trimtab.engine.desk import Desk
 from trimtab.engine.serve import Loop, Request
 from trimtab.errors import (
     AnswerError,
+    AttachError,
     ConfigError,
     DuplicateNameError,
     FileFormatError,
@@ -204,6 +206,55 @@ def test_many_more_than_there_is_room_for(home: Path, alone: dict[str, tuple[int
         assert engine.tiers.host_bytes <= 3 * large
     assert [tuple(one.tokens) for one in requests] == [alone[name] for name in order]
     assert 3 <= seen <= 12 and len(set(alone.values())) > MANY / 2
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_happens_to_names_meanwhile(
+    seed: int, home: Path, alone: dict[str, tuple[int, ...]]
+) -> None:
+    """Each request is answered by the adapter that had the name when it was asked, and nothing is left behind."""
+    draw = random.Random(seed)
+    folders = [f"n{number}" for number in range(12)] + ["prefix", "prompt", "gated"]
+    large = bytes_of(home, "gated", "n2")
+    engine = engine_of(home, (), active=large, host=2 * large, slots=slot_bytes(home, "n2"))
+    tiers, loop = engine.tiers, loop_of(engine)
+    meant: dict[str, str] = {}
+    found: list[tuple[Request, str]] = []
+
+    def rename(name: str) -> None:
+        folder = draw.choice(folders)
+        deed = tiers.replace if name in meant else tiers.register
+        deed(name, AdapterFolder(home / folder))
+        meant[name] = folder
+
+    def ask(name: str) -> None:
+        folder = meant.get(name, "")
+        found.extend((one, folder) for one in asked(engine, name if folder else None))
+
+    def forget(name: str) -> None:
+        if meant.pop(name, None):
+            tiers.forget(name)
+
+    def lower(name: str) -> None:
+        with suppress(AttachError):
+            tiers.lower(name, "disk") if name in meant else None
+
+    def cancel(name: str) -> None:
+        draw.choice(found)[0].cancel() if found else None
+
+    for _ in range(120):
+        deed = draw.choices([rename, ask, forget, lower, cancel], [4, 12, 1, 1, 1])[0]
+        deed(draw.choice("abcdef"))
+        for _ in range(draw.randrange(3)):
+            loop.turn()
+    loop.finish([one for one, _ in found])
+    for one, folder in found:
+        whole = alone[folder]
+        assert tuple(one.tokens) == (whole[: len(one.tokens)] if one.cancelled else whole)
+    for name in list(meant):
+        forget(name)
+    assert tiers.host_bytes == tiers.active_bytes == loop.ledger.read == 0
+    assert find_bank(engine.model) is None and sum(not one.cancelled for one, _ in found) > 40
 
 
 @pytest.mark.parametrize("build", [tiny.falcon, tiny.llama], ids=["no pages", "some attentions"])
