@@ -45,6 +45,7 @@ class Loop:
     Args:
         tiers: the registry of adapters that are not attached.
         tokens: positions of all pages together.
+        slots: the most bytes of the copies of adapters that lie in slots.
         rows: the most requests that are answered at once.
         prefill: the most tokens of prompts that are read in a turn.
     """
