@@ -17,7 +17,8 @@ from trimtab.engine import sampling
 from trimtab.engine.sampling import Completion, SamplingParams
 from trimtab.engine.serve.adapters import Adapters
 from trimtab.engine.serve.fits import model_fits
-from trimtab.engine.serve.loop import Loop, no_room
+from trimtab.engine.serve.line import no_room
+from trimtab.engine.serve.loop import Loop
 from trimtab.engine.serve.request import Request, Words
 from trimtab.engine.streaming import Stream, tokens_alone
 from trimtab.errors import DataError, UnsupportedError

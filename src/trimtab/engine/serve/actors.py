@@ -136,8 +136,13 @@ class Registered(Actor):
 
     def ask(self) -> None:
         self._claim = self._tiers.claim(self.name)
-        if self._claim.up:  # somebody may be about to change it
-            self.come()
+        if not self._claim.up:
+            return
+        try:
+            self.come()  # somebody may be about to change it
+        except BaseException:
+            self._claim.release()
+            raise
 
     def come(self) -> Waiting | None:
         claim = self._claim

@@ -10,7 +10,6 @@ A forward that fails is tried again adapter by adapter, so that only those reque
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -19,7 +18,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimtab.adapt.active import Waiting
 from trimtab.adapt.bank import Plan, find_bank
 from trimtab.adapt.documents import PAGES, apart
 from trimtab.adapt.lean import Lean
@@ -30,14 +28,13 @@ from trimtab.adapt.tiers import Tiers
 from trimtab.adapt.tree import anatomy_of
 from trimtab.engine.serve import draw
 from trimtab.engine.serve.ledger import Ledger
+from trimtab.engine.serve.line import Line
 from trimtab.engine.serve.pieces import Piece, place_of, route_of, spans_of
 from trimtab.engine.serve.remembered import joined, split
 from trimtab.engine.serve.request import Request
 from trimtab.engine.serve.seats import Seats
 from trimtab.errors import AnswerError
 
-PATIENCE = 0.05
-"""Seconds until those who may have come meanwhile are looked at, while an adapter is read and nobody is answered."""
 Scope = Callable[[Route, Plan], AbstractContextManager[None]]
 """Makes a context in which the model runs: eval mode, and who acts."""
 
@@ -48,6 +45,7 @@ class Loop:
     Args:
         tiers: the registry of adapters that are not attached.
         tokens: positions of all pages together.
+        slots: the most bytes of the copies of adapters that lie in slots.
         rows: the most requests that are answered at once.
         prefill: the most tokens of prompts that are read in a turn.
     """
@@ -58,14 +56,13 @@ class Loop:
     ) -> None:  # fmt: skip
         self.model = model
         self.scope = scope
-        self.tiers = tiers
         self.rows = rows
         self.prefill = prefill
         pages = -(-tokens // SIZE)
         self.store = Store(pages)
         self.ledger = Ledger(pages, SIZE)
         self.seats = Seats(None if anatomy_of(model).apart else Stack.of(model, slots))
-        self.waiting: deque[Request] = deque()
+        self.waiting = Line(self.seats, tiers)
         self.running: list[Request] = []
 
     # -- who is served -----------------------------------------------------------------------------------
@@ -79,7 +76,7 @@ class Loop:
         as `check`."""
         self.check(request)
         request.actor.ask()
-        self.waiting.append(request)
+        self.waiting.join(request)
 
     def check(self, request: Request) -> None:
         """Raise `AnswerError` where all pages together are too few for a request."""
@@ -133,60 +130,19 @@ class Loop:
             if request.done:
                 request.actor.leave()
         self.running = [r for r in self.running if not r.done]
-        self.waiting = deque(r for r in self.waiting if not r.done)
+        self.waiting.leave()
         if not self.busy:
             self.seats.clear()
 
     def _let_in(self) -> None:
-        """Let those that wait begin, in their order; past them may go who waits for another's prompt, or for an adapter
-        that is being read. Where there is no room for an adapter, no other one comes before it, so that all that are
-        held are released in the end."""
-        passed: list[Request] = []
-        lacking: Request | None = None
-        reading = False
-        while self.waiting and len(self.running) < self.rows:
-            request = self.waiting.popleft()
-            leader = request.behind
-            if leader is not None and not (leader.done or leader.answering):
-                passed.append(request)
-                continue
-            waiting = self._wait_for(request, lacking)
-            if waiting is not None or request.done:
-                passed.append(request)
-                reading = reading or waiting is Waiting.READING
-                lacking = lacking or (None if waiting in (None, Waiting.READING) else request)
-            elif not self._placed(request):
-                self.waiting.appendleft(request)
-                break
-        self.waiting.extendleft(reversed(passed))
-        if lacking is None:
-            self.seats.nobody_waits()
+        self.waiting.let_in(self._placed)
         if not self.running:
-            self._nobody_runs(lacking)
-
-    def _wait_for(self, request: Request, lacking: Request | None) -> Waiting | None:
-        """What a request waits for until its adapter is there; ``lacking`` waits for room before it."""
-        actor = request.actor
-        if not actor.there and lacking is not None:
-            return Waiting.FULL
-        try:
-            waiting = actor.come()
-        except Exception as error:  # of this adapter alone
-            request.error = error
-            return None
-        if waiting is None:
-            self._settle(request)
-        return waiting
-
-    def _nobody_runs(self, lacking: Request | None) -> None:
-        """There is nothing to do until an adapter has been read; if none is, who waits for room waits for ever."""
-        if self.tiers.reading:
-            self.tiers.wait(PATIENCE)
-        elif lacking is not None:
-            lacking.error = no_room(lacking.name)
+            self.waiting.nobody_runs()
 
     def _placed(self, request: Request) -> bool:
         """Give a request its pages, those that hold a beginning of its text among them."""
+        if len(self.running) >= self.rows:
+            return False
         text = self._content(request)
         known = [] if request.root is None else self.ledger.find(request.known_by, text)
         if len(known) * SIZE < request.lead:
@@ -201,10 +157,6 @@ class Loop:
         request.filled = len(known) * SIZE
         self.running.append(request)
         return True
-
-    def _settle(self, request: Request) -> None:
-        """Say who acts on a text, at which version: what its keys and values depend on beside its tokens."""
-        request.root = None if request.remembers else request.actor.version
 
     def _content(self, request: Request) -> list[int]:
         """What stands in its pages: virtual tokens, as numbers that no token has, and its text."""
@@ -239,7 +191,7 @@ class Loop:
                 self._known(other)
                 self._vacate(other)
                 self.running.remove(other)
-                self.waiting.appendleft(other)
+                self.waiting.again(other)
                 if other is not request:
                     waiting.remove(other)
                     waiting.insert(0, request)
@@ -385,14 +337,6 @@ class Loop:
             best = logs[row].topk(min(count, logs.shape[1]))
             pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
             request.likeliest.append(dict(pairs))
-
-
-def no_room(name: str) -> AnswerError:
-    """For an adapter that waits for others which nobody is answered by."""
-    return AnswerError(
-        f"there is no room for adapter {name!r}: others are held, though nobody is answered by them. Release them, or "
-        "give the engine larger budgets."
-    )
 
 
 def _request(item: Request | Piece) -> Request:
