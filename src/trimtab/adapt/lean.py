@@ -70,14 +70,19 @@ class Lean:
         if self._depth == 1:
             self._attention.__enter__()
             for module, _, leaner in self._parts:
-                module.__class__ = leaner
+                _become(module, leaner)
 
     def __exit__(self, *raised: object) -> None:
         self._depth -= 1
         if self._depth == 0:
             for module, kind, _ in self._parts:
-                module.__class__ = kind
+                _become(module, kind)
             self._attention.__exit__()
+
+
+def _become(module: nn.Module, kind: Any) -> None:
+    """Change the class of a module, without what else `nn.Module` looks at where an attribute is set."""
+    object.__setattr__(module, "__class__", kind)
 
 
 @contextmanager
@@ -134,6 +139,10 @@ class _Widened(nn.Linear):
     """A frozen layer whose products are taken in fp32, where that is faster."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if not products.many(
+            x
+        ):  # the first question, since a model that decodes asks at each layer of each token
+            return super().forward(x)
         if products.autocast_dtype(x) == self.weight.dtype:
             x = x.to(self.weight.dtype)
         if not (_plain(self) and x.dtype == self.weight.dtype and products.widens(x)):

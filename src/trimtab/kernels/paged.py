@@ -24,10 +24,14 @@ DENSE = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Entries:
-    """Which row reads which page. ``beside`` are entries (places of E) whose pages are copied; of the others entry e is
-    page ``pages[e]`` of the first ``extent``, in place. ``bias`` is −inf where a position is not a row's."""
+    """Which row reads which page. The first ``extent`` entries are that many pages where they lie, and the others read
+    copies of ``pages``. ``bias`` is −inf where a position is not a row's.
+
+    ``rows`` say whose an entry is; one more than there are rows is nobody's, which is whatever row's in ``asking``.
+    """
 
     rows: Tensor
+    asking: Tensor
     pages: Tensor
     bias: Tensor
     extent: int
@@ -53,9 +57,9 @@ class Entries:
             extent = 0
         bias = _bias(firsts, lasts, size, like)
         given = torch.tensor(rows), torch.tensor(pages), bias
-        found = _in_place(rows, pages, bias, extent) if extent else given
+        found = _in_place(rows, len(tables), pages, bias, extent) if extent else given
         rows_E, pages_E, bias_E = (tensor.to(like.device) for tensor in found)
-        return cls(rows_E, pages_E, bias_E, extent)
+        return cls(rows_E, rows_E.clamp(max=len(tables) - 1), pages_E, bias_E, extent)
 
 
 def _bias(firsts: list[int], lasts: list[int], size: int, like: Tensor) -> Tensor:
@@ -68,9 +72,9 @@ def _bias(firsts: list[int], lasts: list[int], size: int, like: Tensor) -> Tenso
 
 
 def _in_place(
-    rows: list[int], pages: list[int], bias: Tensor, extent: int
+    rows: list[int], nobody: int, pages: list[int], bias: Tensor, extent: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The first reader of each page at the page's own place, nobody (−1) at free pages; then the other readers."""
+    """The first reader of each page at the page's own place, nobody at free pages; then the other readers."""
     first: dict[int, int] = {}
     others = []
     for entry, page in enumerate(pages):
@@ -80,7 +84,7 @@ def _in_place(
             first[page] = entry
     own = torch.tensor([first.get(page, -1) for page in range(extent)])
     order = torch.cat([own, torch.tensor(others, dtype=torch.long)])
-    rows_E = torch.where(order < 0, -1, torch.tensor(rows)[order])
+    rows_E = torch.where(order < 0, nobody, torch.tensor(rows)[order])
     beside = torch.tensor(pages)[order[extent:]]
     return rows_E, beside, bias[order]  # entry −1 takes the last one's bias, and goes to nobody
 
@@ -91,17 +95,17 @@ def paged_attention(
     """(B, H, D): what each row's token finds in the row's pages."""
     groups = keys_PGSD.shape[1]
     q_BGRD = q_BHD.unflatten(1, (groups, -1))
-    extent, rows_E = entries.extent, entries.rows
+    extent, q_EGRD = entries.extent, q_BGRD[entries.asking]
     found = []
     if extent:
-        own, bias = q_BGRD[rows_E[:extent]], entries.bias[:extent]
+        own, bias = q_EGRD[:extent], entries.bias[:extent]
         found.append(_attend(own, keys_PGSD[:extent], values_PGSD[:extent], bias, scale))
     if len(entries.pages):
-        own, bias = q_BGRD[rows_E[extent:]], entries.bias[extent:]
+        own, bias = q_EGRD[extent:], entries.bias[extent:]
         keys, values = (t.index_select(0, entries.pages) for t in (keys_PGSD, values_PGSD))
         found.append(_attend(own, keys, values, bias, scale))
     out_EGRD, lse_EGR = (torch.cat(t) if len(found) > 1 else t[0] for t in zip(*found, strict=True))
-    return _merged(out_EGRD, lse_EGR, rows_E, len(q_BHD)).flatten(1, 2).to(q_BHD.dtype)
+    return _merged(out_EGRD, lse_EGR, entries.rows, len(q_BHD)).flatten(1, 2).to(q_BHD.dtype)
 
 
 def _attend(
@@ -118,20 +122,15 @@ def _attend(
 
 
 def _merged(out_EGRD: Tensor, lse_EGR: Tensor, rows_E: Tensor, count: int) -> Tensor:
-    """(B, G, R, D): the entries of each row, weighed; those of row −1 are nobody's, whatever they hold."""
-    nobody = rows_E < 0
-    into = torch.where(nobody, count, rows_E)
+    """(B, G, R, D): the entries of each row, weighed. Those of nobody are those of one more row, whatever they hold."""
     wide = torch.promote_types(out_EGRD.dtype, torch.float32)
-    lse = lse_EGR.to(wide).masked_fill(nobody[:, None, None], float("-inf"))
-    shape = (count + 1, *lse.shape[1:])
-    most = lse.new_full(shape, float("-inf"))
-    most = most.scatter_reduce(0, into[:, None, None].expand_as(lse), lse, "amax")
-    most = most.masked_fill(most == float("-inf"), 0.0)
-    weights = (lse - most[into]).exp()
-    total = lse.new_zeros(shape).index_add(0, into, weights)
-    out = out_EGRD.to(wide).masked_fill(nobody[:, None, None, None], 0.0)
-    summed = out.new_zeros(*shape, out.shape[-1]).index_add(0, into, out * weights[..., None])
-    return summed[:count] / total[:count, ..., None]
+    lse, into_EGR = lse_EGR.to(wide), rows_E[:, None, None].expand_as(lse_EGR)
+    most = lse.new_full((count + 1, *lse.shape[1:]), float("-inf"))
+    most = most.scatter_reduce(0, into_EGR, lse, "amax")
+    weights = (lse - most[rows_E]).exp()[..., None]
+    summed = out_EGRD.new_zeros(*most.shape, out_EGRD.shape[-1] + 1, dtype=wide)
+    summed.index_add_(0, rows_E, torch.cat([out_EGRD * weights, weights], -1))
+    return summed[:count, ..., :-1] / summed[:count, ..., -1:]
 
 
 def reference(

@@ -39,12 +39,17 @@ def fp32_is_faster() -> bool:
     return not fast
 
 
+def many(x: Tensor) -> bool:
+    """Whether ``x`` has rows enough for products in fp32 to be faster."""
+    return x.numel() >= FEWEST * x.shape[-1]
+
+
 def widens(x: Tensor) -> bool:
     """Whether products of ``x`` (its rows by the rows or columns of a weight) are taken in fp32."""
     return (
         x.dtype == torch.bfloat16
         and x.device.type == "cpu"
-        and x.numel() >= FEWEST * x.shape[-1]
+        and many(x)
         and fp32_is_faster()
         and not torch.compiler.is_compiling()
     )
