@@ -48,12 +48,19 @@ BAD = [
     ({"$ref": "http://x/y"}, "is not in this schema"),
     ({"$ref": "#/$defs/n", "type": "string"}, r"'type' cannot be kept beside '\$ref'"),
     ({"anyOf": [True], "type": "string"}, "'type' cannot be kept beside 'anyOf'"),
-    ({"anyOf": []}, "schema/anyOf: a list of schemas"),
+    ({"anyOf": []}, "schema/anyOf: no schema is in it"),
     ({"allOf": [True, True]}, "several schemas at once"),
     ({"oneOf": [{"type": "null"}]}, "'oneOf' cannot be kept"),
     ({"type": "string", "enum": ["a", 3]}, "3 is not of type string"),
     ({"type": "integer", "const": True}, "True is not of type integer"),
-    ({"enum": "abc"}, "a list of values is needed"),
+    ({"enum": "abc"}, "schema/enum: a list is needed, not 'abc'"),
+    ({"type": "object", "required": 3}, "schema/required: a list is needed"),
+    ({"type": "array", "prefixItems": 3}, "schema/prefixItems: a list is needed"),
+    ({"type": "string", "maxLength": -1}, "schema/maxLength: a count is needed, not -1"),
+    ({"type": "string", "maxLength": True}, "schema/maxLength: a count is needed"),
+    ({"type": "string", "format": ["date"]}, "format"),
+    ({"type": ["string", ["null"]]}, "type \\['null'\\] is no type"),
+    ({3: 4}, "3 cannot be kept without a type"),
 ]
 
 

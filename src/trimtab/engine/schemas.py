@@ -37,6 +37,7 @@ TYPES: Mapping[str, tuple[type | tuple[type, ...], frozenset[str]]] = {
     ),
 }
 """JSON's types: what they are here, and their keywords."""
+COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "maxProperties")
 FORMATS = frozenset({"date", "time", "date-time", "duration", "email", "hostname", "uuid"})
 ALONE = ("$ref", "const", "enum", "anyOf", "allOf")
 ESCAPES = re.compile(r"\\[dDwWsS.\-\[\](){}+*?^$|/]")
@@ -70,11 +71,11 @@ def check(schema: Any, at: str = "schema") -> None:
         case "const":
             _check_values(schema, [schema["const"]], at)
         case "enum":
-            _check_values(schema, schema["enum"], at)
+            _check_values(schema, _list(schema, "enum", at), at)
         case _:
-            inner = schema[alone]
-            if not isinstance(inner, Sequence) or isinstance(inner, str) or not inner:
-                raise ConfigError(f"{at}/{alone}: a list of schemas is needed, not {inner!r}.")
+            inner = _list(schema, alone, at)
+            if not inner:
+                raise ConfigError(f"{at}/{alone}: no schema is in it.")
             if alone == "allOf" and len(inner) > 1:
                 raise ConfigError(f"{at}/allOf: several schemas at once cannot be kept.")
             for number, one in enumerate(inner):
@@ -87,9 +88,13 @@ def _check_typed(schema: Mapping[str, Any], said: Sequence[str], at: str) -> Non
     _check_known(said, known, at, f"for {' or '.join(types)}" if types else "without a type")
     if "multipleOf" in schema and ("number" in types or not BOUNDS.isdisjoint(schema)):
         raise ConfigError(f"{at}: 'multipleOf' can be kept of integers without bounds alone.")
+    for key in COUNTS:
+        count = schema.get(key, 0)
+        if not _is(count, "integer") or count < 0:
+            raise ConfigError(f"{at}/{key}: a count is needed, not {count!r}.")
     _check_string(schema, at)
     properties = _mapping(schema, "properties", at)
-    missing = [key for key in schema.get("required", ()) if key not in properties]
+    missing = [key for key in _list(schema, "required", at) if key not in properties]
     if missing:
         raise ConfigError(f"{at}: {missing[0]!r} is required and not one of the properties.")
     for name, inner in properties.items():
@@ -101,7 +106,7 @@ def _check_typed(schema: Mapping[str, Any], said: Sequence[str], at: str) -> Non
     for key in ("items", "additionalProperties"):
         if key in schema:
             check(schema[key], f"{at}/{key}")
-    for number, inner in enumerate(schema.get("prefixItems", ())):
+    for number, inner in enumerate(_list(schema, "prefixItems", at)):
         check(inner, f"{at}/prefixItems/{number}")
 
 
@@ -109,7 +114,7 @@ def _check_string(schema: Mapping[str, Any], at: str) -> None:
     ways = [key for key in ("pattern", "format") if key in schema]
     if len(ways) == 2 or (ways and ("minLength" in schema or "maxLength" in schema)):
         raise ConfigError(f"{at}: {ways[0]!r} cannot be kept together with what else is said.")
-    if "format" in schema and schema["format"] not in FORMATS:
+    if "format" in schema and str(schema["format"]) not in FORMATS:
         raise ConfigError(
             f"{at}: format {schema['format']!r} cannot be kept; known: {', '.join(sorted(FORMATS))}."
         )
@@ -123,13 +128,11 @@ def _check_string(schema: Mapping[str, Any], at: str) -> None:
 def _check_known(said: Sequence[str], known: set[str], at: str, where: str) -> None:
     for key in said:
         if key not in known:
-            hint = suggest(key, known)
+            hint = suggest(str(key), known)
             raise ConfigError(f"{at}: {key!r} cannot be kept {where}.{hint}")
 
 
-def _check_values(schema: Mapping[str, Any], values: Any, at: str) -> None:
-    if not isinstance(values, Sequence) or isinstance(values, str) or not values:
-        raise ConfigError(f"{at}/enum: a list of values is needed, not {values!r}.")
+def _check_values(schema: Mapping[str, Any], values: Sequence[Any], at: str) -> None:
     types = _types(schema, at)
     for value in values if types else ():
         if not any(_is(value, name) for name in types):
@@ -149,9 +152,16 @@ def _types(schema: Mapping[str, Any], at: str) -> list[str]:
     if not isinstance(names, Sequence) or not names:
         raise ConfigError(f"{at}: type {given!r} is no type.")
     for name in names:
-        if name not in TYPES:
+        if not isinstance(name, str) or name not in TYPES:
             raise ConfigError(f"{at}: type {name!r} is no type.{suggest(str(name), TYPES)}")
     return list(names)
+
+
+def _list(schema: Mapping[str, Any], key: str, at: str) -> Sequence[Any]:
+    found = schema.get(key, ())
+    if not isinstance(found, Sequence) or isinstance(found, str):
+        raise ConfigError(f"{at}/{key}: a list is needed, not {found!r}.")
+    return found
 
 
 def _mapping(schema: Mapping[str, Any], key: str, at: str) -> Mapping[str, Any]:
