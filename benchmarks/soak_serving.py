@@ -177,7 +177,11 @@ def register(world: World) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         world.tiers.register(name, AdapterFolder(adapter.save(folder)))
     else:
-        world.tiers.put(adapter)
+        try:
+            world.tiers.put(adapter)
+        except ConfigError:  # those that are up have taken all room
+            world.errors["ConfigError"] += 1
+            return
     world.shelf[name] = Kept(adapter)
 
 
