@@ -6,7 +6,8 @@
 #   make laws         every law for every method on every architecture (make test takes a sample); slow
 #   make test-gpu     tests that need a CUDA device
 #   make test-torchao the tests of bases that torchao stores, in an environment that has it
-#   make test-triton  the kernels of CUDA devices, interpreted on the CPU and compiled, in an environment with Triton
+#   make test-triton  the kernels of CUDA devices, interpreted on the CPU and compiled, and answers by grammars, in an
+#                     environment with Triton
 #   make test-oldest  the tests on the oldest supported torch and transformers; a large download
 #   make jobs         three real jobs, each from a file to a report (about twenty minutes on two cores)
 #   make bench        every benchmark, which takes hours; one of them: make bench ARGS=lora_step
@@ -63,7 +64,8 @@ test-triton:
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test-triton]'
-	$(TEST_ENV) $(VENV)/bin/python -m pytest -m "not gpu" tests/kernels/test_fused.py tests/kernels/test_fused_blocks.py $(ARGS)
+	$(TEST_ENV) $(VENV)/bin/python -m pytest -m "not gpu" tests/kernels/test_fused.py tests/kernels/test_fused_blocks.py \
+		tests/engine/test_grammars.py $(ARGS)
 
 test-oldest: VENV := .venv-oldest
 test-oldest:

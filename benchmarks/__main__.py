@@ -30,6 +30,7 @@ NAMES = (
     "scoring",
     "many_adapters",
     "serving",
+    "registered",
     "compiled",
     "stacked",
     "soak",

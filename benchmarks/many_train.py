@@ -3,7 +3,8 @@
     together     one `Engine.forward_backward` over the data of all adapters, then `Engine.optim_step` for each
     by turns     the same engine, one adapter after another
     peft         the plain loop of one adapter, as often as there are adapters (each of its jobs has one)
-    peft, rows   the same loop once, over as many rows: what `together` is compared with in memory
+    peft, rows   the same loop once, over as many rows
+    one, rows    our engine with one adapter over as many rows: what `together` is compared with in memory
 
 A step is one micro-batch of ``tokens`` random tokens for each of ``adapters``, and a step of each optimiser. Weights,
 tokens, first factors (B not zero) and AdamW are the same on all sides; the learning rate is so small that the losses of
@@ -27,12 +28,16 @@ from benchmarks import core, lora_step, steps
 from benchmarks.core import Side, Spread
 
 TOGETHER, TURNS, PEFT, ROWS = "trimtab, together", "trimtab, by turns", "peft", "peft, rows"
+ONE = "trimtab, one, rows"
 NOTES = (
     lora_step.NOTES[1],
     "tokens/s counts the tokens of all adapters' micro-batches; ratios are medians of the ratios within each round",
     "peft: one adapter in the model, which steps as often as there are adapters; its jobs, one after another, would "
     "each load the model as well",
-    "peft, rows: one adapter and one step over as many rows as there are adapters: equal tokens in memory at once",
+    "peft, rows, and trimtab, one, rows: one adapter and one step over as many rows as there are adapters: equal "
+    "tokens in memory at once",
+    "states: tensors and moments of all adapters but one, in fp32; their gradients, as large as the tensors, are not "
+    "taken off",
 )
 
 
@@ -41,14 +46,16 @@ class Work(lora_step.Work):
     """What one step is; ``rows`` are the adapters, and ``together`` whether their data are seen at once."""
 
     together: bool = True
+    adapters: int = 16
+    """Each learns from as many rows as the others."""
 
 
 def _names(work: Work) -> list[str]:
-    return [f"a{number:02}" for number in range(work.rows)]
+    return [f"a{number:02}" for number in range(work.adapters)]
 
 
 class Trimtab(lora_step.Trimtab):
-    """Our side: as many adapters as rows."""
+    """Our side, with any number of adapters."""
 
     work: Work
 
@@ -83,7 +90,7 @@ class Trimtab(lora_step.Trimtab):
         weights = (*(1.0,) * (self.work.tokens - 1), 0.0)
         data, names = [Datum(tuple(r), (*r[1:], 0), weights) for r in ids], _names(self.work)
         if self.work.together:
-            loss = self.engine.forward_backward(data, names).mean
+            loss = self.engine.forward_backward(data, names * (len(data) // len(names))).mean
             for name in names:
                 self.engine.optim_step(name, self.adam)
             return self.result(loss)
@@ -99,6 +106,7 @@ class Peft(lora_step.Peft):
 
     def __init__(self, **options: Any) -> None:
         self.together = options.pop("together")
+        options.pop("adapters")
         super().__init__(**options)
 
     def step(self, number: int) -> dict[str, Any]:
@@ -116,11 +124,12 @@ class Peft(lora_step.Peft):
 
 def sides(work: Work) -> list[Side]:
     """Ours, both ways, and the peer's."""
-    kinds = {TOGETHER: "Trimtab", TURNS: "Trimtab", PEFT: "Peft", ROWS: "Peft"}
-    return [
-        Side(name, f"{__name__}:{kind}", asdict(replace(work, together=name in (TOGETHER, ROWS))))
-        for name, kind in kinds.items()
-    ]
+    apart, one = replace(work, together=False), replace(work, adapters=1)
+    chosen = {
+        TOGETHER: ("Trimtab", work), TURNS: ("Trimtab", apart), ONE: ("Trimtab", one),
+        PEFT: ("Peft", apart), ROWS: ("Peft", work),
+    }  # fmt: skip
+    return [Side(name, f"{__name__}:{kind}", asdict(how)) for name, (kind, how) in chosen.items()]
 
 
 def measure(work: Work, options: argparse.Namespace) -> dict[str, Any]:
@@ -133,7 +142,9 @@ def measure(work: Work, options: argparse.Namespace) -> dict[str, Any]:
         pairs = zip(losses[TOGETHER], own, strict=True)
         if not max(abs(a - b) / b for a, b in pairs) < lora_step.LOSS_TOLERANCE:
             raise core.SideError(f"the losses of {name} disagree: {losses}")
-    found: dict[str, Any] = {**facts, "losses": losses, "sides": {}}
+    others = facts["trained"] * (work.adapters - 1) // work.adapters
+    states = 3 * 4 * others / 1e9  # fp32: the tensors, and two moments for each
+    found: dict[str, Any] = {**facts, "losses": losses, "states_gb": states, "sides": {}}
     for name in losses:
         own_samples = core.of_side(samples, name)
         found["sides"][name] = {
@@ -157,7 +168,15 @@ def table(row: dict[str, Any]) -> list[str]:
         speed = f"{side['rate'].text(0)} | {side['speed'].text()}"
         lines.append(f"| {name} | {speed} | {side['peak_gb'].text()} | {side['memory'].text()} |")
     others = f"other processes took {row['others'].text(0, 100)} % of the CPU time"
-    return [*lines, "", f"- {row['trained']:,} parameters trained; {others} in the counted rounds"]
+    together, one = (row["sides"][name]["peak_gb"].median for name in (TOGETHER, ONE))
+    states = row["states_gb"]
+    return [
+        *lines,
+        "",
+        f"- without the {states:.2f} GB of the other adapters' states, {TOGETHER} has {(together - states) / one:.2f} "
+        f"times the memory of {ONE}",
+        f"- {row['trained']:,} parameters trained; {others} in the counted rounds",
+    ]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -167,7 +186,7 @@ def main(argv: Sequence[str]) -> int:
     parser.set_defaults(allocator=["default"], rank=8)
     options = parser.parse_args(argv)
     model = steps.model_folder(options.model)
-    work = Work(model, options.rows, options.tokens, options.rank, lr=1e-6)
+    work = Work(model, options.rows, options.tokens, options.rank, lr=1e-6, adapters=options.rows)
     row = measure(work, options)
     title = (
         f"{work.rows} LoRA adapters on {Path(model).name}, bf16, 1 × {work.tokens} random tokens for each, "

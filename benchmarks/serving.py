@@ -5,11 +5,12 @@
     adapters   32 requests, each with a LoRA of its own (r=8 on q and v), beside the same requests on the bare base in
                the same engine, `peft` with a mixed batch (``adapter_names``), and `peft` one request after another
                (``set_adapter``)
+    wide       the same with r=16 on all linear layers, whose adapters together have more bytes than the base
 
 Greedy, the same token ids and numbers of tokens on all sides, no end tokens, the base in bf16. Each side answers all
 requests in a round, by turns, each in a process of its own. What all sides that decode the same say first is compared.
 
-    python -m benchmarks serving [--parts bare adapters]
+    python -m benchmarks serving [--parts bare adapters wide]
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 from benchmarks import core, runs, steps
 from benchmarks.core import Sample, Side, Spread
 
+PARTS = "bare", "adapters", "wide"
 OURS, BASE = "trimtab", "trimtab, bare base"
 PADDED, SORTED, CONTINUOUS = "generate, padded", "generate, sorted", "continuous batching"
 MIXED, ONE_BY_ONE = "peft, adapter_names", "peft, set_adapter"
@@ -44,8 +46,8 @@ NOTES = (
 
 @dataclass(frozen=True)
 class Work:
-    """``shortest`` to ``longest`` are the tokens of prompts and, apart, of answers; ``adapters`` is a folder of theirs,
-    one for each request."""
+    """``prompts`` and ``answers`` are the least and most tokens of each; ``adapters`` is a folder of theirs, one for
+    each request."""
 
     model: str
     requests: int
@@ -53,6 +55,7 @@ class Work:
     answers: tuple[int, int]
     batch: int = 16
     rank: int = 8
+    targets: str | tuple[str, ...] = ("q_proj", "v_proj")
     adapters: str = ""
 
     def asked(self) -> list[tuple[list[int], int]]:
@@ -262,7 +265,8 @@ def write_adapters(work: Work, folder: Path) -> None:
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(work.model, dtype="bfloat16")
-    config = LoraConfig(r=work.rank, lora_alpha=work.rank, target_modules=["q_proj", "v_proj"])
+    targets = work.targets if isinstance(work.targets, str) else list(work.targets)
+    config = LoraConfig(r=work.rank, lora_alpha=work.rank, target_modules=targets)
     wrapped = get_peft_model(model, config, adapter_name=work.names()[0])
     for name in work.names()[1:]:
         wrapped.add_adapter(name, config)
@@ -276,7 +280,7 @@ def write_adapters(work: Work, folder: Path) -> None:
 def measure(part: str, work: Work, allocator: str, options: argparse.Namespace) -> dict[str, Any]:
     """One part of the report."""
     with tempfile.TemporaryDirectory() as folder:
-        if part == "adapters":
+        if part != "bare":
             work = replace(work, adapters=folder)
             write_adapters(work, Path(folder))
         made = sides(part, work)
@@ -337,9 +341,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks serving", description=__doc__)
     steps.add_run(parser, warmup=1, rounds=3)
     steps.add_model(parser)
-    parser.add_argument(
-        "--parts", nargs="+", choices=("bare", "adapters"), default=["bare", "adapters"]
-    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument(
         "--tiny", action="store_true", help="a few short requests, to see that it runs"
     )
@@ -347,7 +349,8 @@ def main(argv: Sequence[str]) -> int:
     folder = steps.model_folder(options.model)
     works = {
         "bare": Work(folder, 64, (16, 192), (8, 48)),
-        "adapters": Work(folder, 32, (16, 48), (24, 24)),
+        "adapters": Work(folder, 32, (16, 48), (32, 32)),
+        "wide": Work(folder, 32, (16, 48), (32, 32), rank=16, targets="all-linear"),
     }
     if options.tiny:
         works = {
@@ -363,7 +366,7 @@ def main(argv: Sequence[str]) -> int:
             options,
             lambda how, part=part: measure(part, works[part], how, options),
         )
-    rows.sort(key=lambda row: -len(row["part"]))
+    rows.sort(key=lambda row: PARTS.index(row["part"]))
     title = f"Answers for many requests: {Path(folder).name}, bf16, {options.threads} threads"
     steps.write("serving", title, works["bare"], options, rows, table(rows), NOTES)
     return 0

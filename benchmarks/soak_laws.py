@@ -116,8 +116,6 @@ def _alike(world: World, charge: Charge, found: Any, wanted: Any) -> None:
 def _answered(world: World, asked: Asked) -> None:
     """What was answered is right, or why it was not is known."""
     world.waiting.remove(asked)
-    if asked.hold is not None:
-        asked.hold.release()
     try:
         found = asked.completions()
     except CancelledError:
@@ -287,6 +285,7 @@ def leave(world: World) -> None:
     for name in list(world.shelf):
         world.tiers.forget(name)
     world.shelf.clear()
+    world.folders.clear()
     world.torn.clear()
     law(world.bank is None, world, "a bank is left in the bare model")
     rest(world)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import islice
@@ -15,7 +14,6 @@ from benchmarks import soak_laws
 from benchmarks.soak_choices import METHODS, TIERS, Deed, paged, params, refused, text
 from benchmarks.soak_laws import IDS, law
 from benchmarks.soak_world import CONTEXT, Asked, Kept, OutOfLuckError, World
-from trimtab.adapt.active import Hold
 from trimtab.adapt.files import WEIGHTS
 from trimtab.adapt.sources import AdapterFolder
 from trimtab.engine import SamplingParams
@@ -165,17 +163,22 @@ def fail(world: World) -> None:
 
 
 def register(world: World) -> None:
-    """An adapter that is to answer, in a folder or in host memory."""
+    """An adapter that is to answer, in a folder or in host memory; or another one in the place of one."""
     name = f"t{world.draw.randrange(6)}"
     adapter = world.oracle.born(world.draw.choice(METHODS), world.draw.randrange(1000))
     adapter = adapter.detached(name=name)
-    folder = world.folder / "shelf" / name
-    if name in world.shelf:
+    if world.draw.random() < 0.6:
+        folder = world.folder / "shelf" / f"{name}.{world.done['register']}"
+        source = AdapterFolder(adapter.save(folder))
+        if name in world.shelf:
+            refused(world, DuplicateNameError, lambda: world.tiers.register(name, source))
+            world.tiers.replace(name, source)
+        else:
+            world.tiers.register(name, source)
+        world.folders[name] = folder
+    elif name in world.shelf:
         refused(world, DuplicateNameError, lambda: world.tiers.put(adapter))
         return
-    if world.draw.random() < 0.6:
-        shutil.rmtree(folder, ignore_errors=True)
-        world.tiers.register(name, AdapterFolder(adapter.save(folder)))
     else:
         try:
             world.tiers.put(adapter)
@@ -183,59 +186,55 @@ def register(world: World) -> None:
             world.errors["ConfigError"] += 1
             return
     world.shelf[name] = Kept(adapter)
+    world.torn.discard(name)
 
 
-def hold(world: World) -> None:
-    """One of them answers, as soon as it is up."""
-    if not world.shelf:
+def ask_registered(world: World) -> None:
+    """One of them answers, as soon as there is room for it, by the values that its name has now."""
+    names = [name for name, kept in world.shelf.items() if kept.paged]
+    if not names:
         return
-    name = world.draw.choice(list(world.shelf))
+    name, how = world.draw.choice(names), params(world)
+    asked = Asked(name, prompts=[text(world)], params=how, kept=world.shelf[name])
+    if name in world.torn:
+        asked.excuses.add(FileFormatError)
     try:
-        held = world.tiers.hold(name)
+        asked.requests = world.engine.requests(asked.prompts, how, name)
     except FileFormatError as error:
         law(name in world.torn, world, f"{name!r} is whole: {error}")
         world.errors[type(error).__name__] += 1
         return
-    if not isinstance(held, Hold):
-        world.tiers.wait(0.05)
-        return
-    refused(world, AttachError, lambda: world.tiers.forget(name))
-    how = params(world)
-    if not world.shelf[name].paged:
-        held.release()
-        return
-    asked = Asked(name, prompts=[text(world)], params=how, kept=world.shelf[name], hold=held)
-    asked.requests = world.engine.requests(asked.prompts, how, name)
     world.waiting.append(asked)
 
 
 def lower(world: World) -> None:
-    """One of them goes down, or is forgotten, unless it is held."""
+    """One of them goes down, unless it is held; or is forgotten, though it answers to the end of what was asked."""
     if not world.shelf:
         return
     name = world.draw.choice(list(world.shelf))
-    deed: Callable[[], Any]
-    held = any(asked.name == name for asked in world.waiting)
     if world.draw.random() < 0.5:
-        deed = partial(world.tiers.lower, name, world.draw.choice(TIERS))
-    else:
-        deed = partial(world.tiers.forget, name)
-    if held:
-        refused(world, AttachError, deed)
+        try:
+            world.tiers.lower(name, world.draw.choice(TIERS))
+        except AttachError as error:
+            world.errors[type(error).__name__] += 1
+            asked = any(asked.name == name for asked in world.waiting)
+            law(asked, world, f"{name!r} is held by nobody")
         return
-    deed()
-    if name not in world.tiers:
-        del world.shelf[name]
-        world.torn.discard(name)
+    world.tiers.forget(name)
+    refused(world, UnknownNameError, lambda: world.tiers.tier(name))
+    del world.shelf[name]
+    world.folders.pop(name, None)
+    world.torn.discard(name)
 
 
 def tear(world: World) -> None:
     """The file of one of them is torn, which matters when it is read again."""
-    for name in world.shelf:
-        file = world.folder / "shelf" / name / WEIGHTS
-        if file.is_file() and name not in world.torn:
+    for name, folder in world.folders.items():
+        if name not in world.torn:
+            file = folder / WEIGHTS
             file.write_bytes(file.read_bytes()[:-20])
             world.torn.add(name)
+            world.excuse(name, FileFormatError)
             return
 
 
@@ -257,7 +256,7 @@ DEEDS: Mapping[Deed, int] = {
     ask_wrongly: 3,
     fail: 2,
     register: 3,
-    hold: 8,
+    ask_registered: 8,
     lower: 3,
     tear: 2,
     turn: 30,

@@ -22,7 +22,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import trimtab as tt
-from trimtab.adapt.active import Hold
 from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.bank import bank_of, find_bank
 from trimtab.adapt.parse import method_from
@@ -44,7 +43,7 @@ END = "<|end|>"
 UNPAGED = "prefix(length=3, layers=[1])"
 """The method whose answers do not come from pages, but in batches, which seeds are of then."""
 LARGE = Budgets(active=1 << 30, host=1 << 30)
-SMALL = Budgets(active=60_000, host=60_000)
+SMALL = Budgets(active=60_000, host=60_000, slots=60_000)
 """Room for some of the adapters that only answer."""
 
 
@@ -180,7 +179,7 @@ class Work(Waiting):
 @dataclass(eq=False)
 class Asked(Waiting):
     """Answers: of prompts, as whom (told when they begin), by requests or a stream of the caller's own, if not by the
-    desk. ``hold`` is let go when they are there."""
+    desk."""
 
     prompts: Sequence[Sequence[int]] = ()
     params: SamplingParams = field(default_factory=SamplingParams)
@@ -188,7 +187,6 @@ class Asked(Waiting):
     requests: Sequence[Request] = ()
     stream: Stream | None = None
     pieces: list[str] = field(default_factory=list)
-    hold: Hold | None = None
 
     def begin(self, model: Any) -> None:
         """Keep whom they are of."""
@@ -227,7 +225,9 @@ class World:
         self.draw = random.Random(seed)
         self.share = share
         base = tiny()
-        self.engine = Engine(base, micro_tokens=MICRO, sample_tokens=TOKENS)
+        self.engine = Engine(
+            base, micro_tokens=MICRO, sample_tokens=TOKENS, budgets=SMALL, folder=folder / "tiers"
+        )
         self.model = base.model
         loop = self.engine.answering.loop
         assert loop is not None  # its answers come from pages
@@ -239,12 +239,14 @@ class World:
         self.bare = [name for name, _ in self.model.named_modules()]
         self.twins: dict[str, Engine] = {}
         self.charges: dict[str, Charge] = {}
-        self.yard = tiers_of(self.engine, LARGE, folder / "yard")
+        self.yard = tiers_of(self.model, self.engine.tenants, LARGE, folder / "yard")
         """Where tenants go down and come up again."""
-        self.tiers = tiers_of(self.engine, SMALL, folder / "tiers")
+        self.tiers = self.engine.tiers
         """Of those that only answer."""
         self.shelf: dict[str, Kept] = {}
         """Whom the tiers know, as they were when they were registered."""
+        self.folders: dict[str, Path] = {}
+        """Where they lie, of those that were registered from a folder."""
         self.torn: set[str] = set()
         self.waiting: list[Asked] = []
         self.works: list[Work] = []

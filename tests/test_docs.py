@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 from tests.shown import run_commands, run_example, shown
@@ -54,5 +55,6 @@ def test_what_is_shown_of_sweeps_runs(here: Path) -> None:
 
 
 def test_what_is_shown_of_many_adapters_runs(here: Path) -> None:
-    (example,) = shown((DOCS / "many.md").read_text(encoding="utf-8"), "python")
-    run_example(example, "docs/many.md")
+    own, grammar, tiers = shown((DOCS / "many.md").read_text(encoding="utf-8"), "python")
+    run_example(own + (grammar if find_spec("xgrammar") else ""), "docs/many.md")
+    run_example(tiers, "docs/many.md")

@@ -368,7 +368,7 @@ def test_what_cannot_lie_in_a_slot_is_refused(what: str) -> None:
     adapter = tt.attach(model, REFUSED[what])
     before, stack = state_of(model), Stack.of(model)
     assert not stack.takes(adapter)
-    for refusing in (stack.check, stack.put):
+    for refusing in (stack.read, stack.put):
         with pytest.raises(UnsupportedError, match="cannot lie in a slot|can lie in a slot"):
             refusing(adapter)
     assert state_of(model) == before and stack.slots == []
@@ -378,14 +378,14 @@ def test_biases_are_refused() -> None:
     model = CASES["gpt2"].model()
     adapter = tt.attach(model, "lora(rank=4, bias='lora_only')")
     with pytest.raises(UnsupportedError, match="is not just to add a product"):
-        Stack.of(model).check(adapter)
+        Stack.of(model).read(adapter)
 
 
 def test_experts_are_refused() -> None:
     model = CASES["mixtral"].model()
     adapter = tt.attach(model, "lora(rank=4, targets='re:.*experts.(gate_up|down)_proj')")
     with pytest.raises(UnsupportedError, match=r"at 'model\.layers\.0\.mlp\.experts"):
-        Stack.of(model).check(adapter)
+        Stack.of(model).read(adapter)
 
 
 def test_modules_that_are_called_once_for_each_adapter_are_refused() -> None:

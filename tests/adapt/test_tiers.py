@@ -385,9 +385,8 @@ def test_names_and_sizes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="where all may take"):
         tiers.put(trained("lora(rank=4, targets=['q_proj', 'v_proj'])", 9))
     hold = held(tiers, "a0")
-    for deed in (tiers.forget, tiers.lower):
-        with pytest.raises(AttachError, match="in use"):
-            deed("a0")
+    with pytest.raises(AttachError, match="in use"):
+        tiers.lower("a0")
     hold.release()
     tiers.forget("a0")
     assert "a0" not in tiers and tiers.host_bytes == tiers.active_bytes == 0
@@ -400,6 +399,65 @@ def test_what_is_forgotten_while_it_is_read_is_gone(tmp_path: Path) -> None:
     assert tiers.hold("a0") is Waiting.READING
     tiers.forget("a0")
     assert tiers.wait(10) == [] and tiers.host_bytes == 0
+
+
+def test_who_holds_one_keeps_it_when_its_name_is_anothers(tmp_path: Path) -> None:
+    model = llama()
+    tiers = registry(model)
+    first, second = folders(tmp_path, 2)
+    tiers.register("a", AdapterFolder(first))
+    hold = held(tiers, "a")
+    before = answer(model, "a")
+    tiers.replace("a", AdapterFolder(second))
+    assert tiers.hold("a") is Waiting.READING
+    tiers.wait(10)
+    assert tiers.hold("a") is Waiting.NAMED and tiers.tier("a") == "host"
+    assert torch.equal(answer(model, "a"), before)
+    hold.release()
+    assert sites_of(model) == {}
+    with held(tiers, "a"):
+        assert not torch.equal(answer(model, "a"), before)
+        tiers.forget("a")
+        assert "a" in model.trimtab.adapters and tiers.host_bytes
+    assert sites_of(model) == {} and tiers.host_bytes == tiers.active_bytes == len(tiers) == 0
+
+
+def test_who_claims_one_finds_it_when_it_is_forgotten(tmp_path: Path) -> None:
+    model, one = llama(), size()
+    tiers = registry(model, active=2 * one, host=one)
+    folder, other = folders(tmp_path, 2)
+    tiers.register("a", AdapterFolder(folder))
+    claim, second = tiers.claim("a"), tiers.claim("a")
+    tiers.forget("a")
+    tiers.register("a", AdapterFolder(other))
+    assert claim.plain and claim.read() is Waiting.READING
+    tiers.wait(10)
+    assert claim.read() is None
+    whole = Adapter.load(folder).named()
+    copy = claim.adapter().named()
+    assert all(torch.equal(tensor, whole[name].bfloat16()) for name, tensor in copy.items())
+    hold = claim.hold()
+    assert isinstance(hold, Hold) and claim.up and not claim.plain
+    for release in (claim.release, hold.release):
+        release()
+        release()
+        assert tiers.host_bytes == one
+    second.release()
+    assert tiers.host_bytes == 0
+    held(tiers, "a").release()
+
+
+def test_a_folder_that_is_torn_takes_nobodys_place(tmp_path: Path) -> None:
+    tiers = registry(llama())
+    folder, torn = folders(tmp_path, 2)
+    tiers.register("a", AdapterFolder(folder))
+    version = tiers.claim("a").version
+    _torn(torn)
+    with pytest.raises(FileFormatError):
+        tiers.replace("a", AdapterFolder(torn))
+    assert tiers.claim("a").version == version
+    tiers.replace("a", AdapterFolder(folder))
+    assert tiers.claim("a").version != version
 
 
 def test_a_disk_that_refuses_loses_nothing(tmp_path: Path) -> None:

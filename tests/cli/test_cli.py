@@ -187,6 +187,11 @@ def test_data_preview(run: Ran) -> None:
             ["generate", "--model", "model", "--adapter", "nowhere", "hi"],
             "nowhere is not an adapter folder",
         ),
+        (
+            ["generate", "--model", "model", "--schema", "none.json", "hi"],
+            "cannot read the schema 'none.json'",
+        ),
+        (["generate", "--model", "model", "--schema", "train.jsonl", "hi"], "is no JSON"),
         (["data", "preview", "train.jsonl", "train=al", "--model", "model"], "data.train"),
         (["data", "stats", "train.jsonl"], "name the model whose tokenizer"),
         (

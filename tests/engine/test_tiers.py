@@ -18,12 +18,11 @@ from trimtab.adapt.sources import AdapterFolder
 from trimtab.adapt.tiers import Budgets, Tiers
 from trimtab.data import Datum
 from trimtab.engine import Engine
-from trimtab.engine.tiers import StateFolder, tiers_of
+from trimtab.engine.tiers import StateFolder
 from trimtab.errors import ConfigError, FileFormatError
 from trimtab.optim import AdamParams
 
 STEP = AdamParams(lr=1e-2, clip=1.0, ema=0.9, total=8)
-LARGE = Budgets(active=1 << 30, host=1 << 30)
 METHODS = (
     "lora(rank=4, dropout=0.2)",
     "adalora(rank=4, target_rank=2)",
@@ -42,10 +41,10 @@ def up(tiers: Tiers, name: str) -> Hold:
     raise AssertionError("it is never there")
 
 
-def engine_with(method: str, name: str = "a") -> Engine:
+def engine_with(method: str, name: str = "a", folder: Path | None = None) -> Engine:
     base = kit.base()
     tt.attach(base.model, method, name)
-    return Engine(base)
+    return Engine(base, folder=folder)
 
 
 def train(engine: Engine, data: list[Datum], move: Callable[[], None]) -> dict[str, Tensor]:
@@ -71,8 +70,8 @@ def test_training_goes_on_bitwise(
 ) -> None:
     data = kit.datums(6)
     expected = train(engine_with(method), data, lambda: None)
-    engine = engine_with(method)
-    tiers = tiers_of(engine, LARGE, tmp_path)
+    engine = engine_with(method, folder=tmp_path)
+    tiers = engine.tiers
     tiers.adopt("a")
 
     def move() -> None:
@@ -101,8 +100,8 @@ def test_a_state_folder_is_taken_up_and_goes_on(tmp_path: Path) -> None:
     engine.optim_step("a", STEP)
     expected = bank_of(engine.model).require("a")
 
-    other = Engine(kit.base())
-    tiers = tiers_of(other, LARGE, tmp_path / "moved")
+    other = Engine(kit.base(), folder=tmp_path / "moved")
+    tiers = other.tiers
     tiers.register("a", StateFolder(tmp_path / "state"))
     with up(tiers, "a"):
         other.forward_backward(data[2:], "a")
@@ -119,9 +118,9 @@ def test_what_a_caller_added_to_a_state_stays_with_it(tmp_path: Path) -> None:
     engine = engine_with("lora(rank=4)")
     engine.forward_backward(kit.datums(2), "a")
     engine.save("a", tmp_path / "state", {"cursor": [1, 2]})
-    other = Engine(kit.base())
     one = 3 * bank_of(engine.model).require("a").nbytes
-    tiers = tiers_of(other, Budgets(active=one, host=one), tmp_path / "moved")
+    other = Engine(kit.base(), budgets=Budgets(active=one, host=one), folder=tmp_path / "moved")
+    tiers = other.tiers
     tiers.register("a", StateFolder(tmp_path / "state"))
     up(tiers, "a").release()
     other.optim_step("a", STEP)  # moments make it larger than host memory
@@ -139,7 +138,7 @@ def test_one_is_trained_while_another_answers(tmp_path: Path) -> None:
     served = engine_with("ia3", "served")
     tt.detach(served.model, "served").save(tmp_path / "served")
     engine = engine_with("lora(rank=4)")
-    tiers = tiers_of(engine, LARGE)
+    tiers = engine.tiers
     tiers.adopt("a")
     tiers.register("served", AdapterFolder(tmp_path / "served"))
     with up(tiers, "a"), up(tiers, "served"):
@@ -151,8 +150,8 @@ def test_one_is_trained_while_another_answers(tmp_path: Path) -> None:
 
 
 def test_an_adapter_that_nobody_has_trained_yet_learns_where_it_comes_up(tmp_path: Path) -> None:
-    engine = engine_with("lora(rank=4)")
-    tiers = tiers_of(engine, LARGE, tmp_path)
+    engine = engine_with("lora(rank=4)", folder=tmp_path)
+    tiers = engine.tiers
     tiers.adopt("a")
     for tier in ("host", "disk"):
         tiers.lower("a", tier)
@@ -165,7 +164,7 @@ def test_a_torn_state_is_that_adapters_error(tmp_path: Path) -> None:
     engine = engine_with("lora(rank=4)")
     engine.forward_backward(kit.datums(2), "a")
     engine.save("a", tmp_path / "state")
-    tiers = tiers_of(engine, LARGE)
+    tiers = engine.tiers
     tiers.register("b", StateFolder(tmp_path / "state"))
     file = tmp_path / "state" / "state.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
@@ -187,7 +186,7 @@ def test_a_state_of_another_adapter_leaves_nothing_behind(tmp_path: Path) -> Non
         engine.optim_step(name, STEP)
         engine.save(name, tmp_path / name)
     (tmp_path / "b" / "state.safetensors").replace(tmp_path / "a" / "state.safetensors")
-    tiers = tiers_of(engine, LARGE)
+    tiers = engine.tiers
     tiers.register("new", StateFolder(tmp_path / "a"))
     with pytest.raises(FileFormatError, match="has shape"):
         up(tiers, "new")

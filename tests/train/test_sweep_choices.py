@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
 import random
+import sys
 from fractions import Fraction
 from typing import Any
 
@@ -74,32 +74,33 @@ def test_what_is_drawn_is_short_and_stays_inside() -> None:
     assert Between(0.0, 1.0).rounded(0.123456) == 0.123
 
 
-@pytest.mark.skipif(importlib.util.find_spec("optuna") is not None, reason="optuna is installed")
-def test_optuna_that_is_not_installed_is_named_with_its_extra() -> None:
+def test_optuna_that_is_not_installed_is_named_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(MissingPackageError, match=r"pip install 'trimtab\[optuna\]'"):
         made(["optim.lr=log(1e-5,1e-2)"], sampler="optuna", count=8)
 
 
 def test_optuna_learns_from_round_to_round() -> None:
-    pytest.importorskip("optuna")
-
-    def best_of(seed: int) -> tuple[list[int], list[float]]:
+    def losses_of(seed: int) -> list[list[float]]:
         overrides = ["optim.lr=log(1e-6,1)", "method.rank=int(2,64)", "seed=[0,7]"]
-        sampler = made(overrides, sampler="optuna", count=24, seed=seed)
-        sizes, losses = [], []
+        sampler = made(overrides, sampler="optuna", count=48, seed=seed)
+        rounds = []
         while choices := sampler.ask():
-            sizes.append(len(choices))
-            for number, choice in enumerate(choices):
-                loss = abs(math.log10(choice["optim.lr"]) + 3)
-                losses.append(loss)
-                failed = number == len(choices) - 1
-                sampler.tell(choice, 5, None if failed else loss, whole=number % 2 == 0)
-        return sizes, losses
+            losses = [abs(math.log10(choice["optim.lr"]) + 3) for choice in choices]
+            kept = sorted(losses)[: len(losses) // 2]
+            for number, (choice, loss) in enumerate(zip(choices, losses, strict=True)):
+                failed = number == 0
+                sampler.tell(choice, 5, None if failed else loss, whole=loss in kept)
+            rounds.append(losses)
+        return rounds
 
-    sizes, losses = best_of(0)
-    assert sizes == [6, 6, 6, 6]
-    assert best_of(0) == (sizes, losses)
-    assert sum(losses[12:]) < sum(losses[:12])
+    first, *_, last = found = losses_of(0)
+    assert [len(losses) for losses in found] == [12, 12, 12, 12]
+    assert losses_of(0) == found
+    assert losses_of(1) != found
+    assert sum(last) < sum(first) / 2
 
 
 def test_counts_belong_to_samplers_that_draw() -> None:

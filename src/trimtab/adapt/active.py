@@ -19,6 +19,7 @@ class Waiting(Enum):
 
     READING = "it is being read from disk"
     FULL = "there is no room: all that could make way is held"
+    NAMED = "another adapter that had its name is held"
 
 
 class Active(ABC):
@@ -35,6 +36,14 @@ class Active(ABC):
     @abstractmethod
     def forget(self, name: str) -> None:
         """Keep nothing of an adapter that is down and will not come up."""
+
+    @abstractmethod
+    def has(self, name: str) -> bool:
+        """Whether an adapter of that name acts here, whoever brought it."""
+
+    @abstractmethod
+    def plain(self, name: str) -> bool:
+        """Whether an adapter that is down will act as its values say, with nothing said of it besides."""
 
     @abstractmethod
     def cost(self, packed: Packed) -> int:

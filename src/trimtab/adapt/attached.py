@@ -12,7 +12,7 @@ from torch import nn
 from trimtab.adapt.active import Active
 from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.attach import attach, detach
-from trimtab.adapt.bank import bank_of
+from trimtab.adapt.bank import bank_of, find_bank
 from trimtab.adapt.fit import Forms
 from trimtab.adapt.packed import Along, Packed
 from trimtab.adapt.tree import sites_of
@@ -58,6 +58,13 @@ class Attached(Active):
 
     def forget(self, name: str) -> None:
         self._standings.pop(name, None)
+
+    def has(self, name: str) -> bool:
+        bank = find_bank(self.model)
+        return bank is not None and name in bank.adapters
+
+    def plain(self, name: str) -> bool:
+        return name not in self._standings
 
     def cost(self, packed: Packed) -> int:
         return packed.nbytes + packed.form.layout.widened

@@ -65,7 +65,7 @@ def check(model: nn.Module, adapter: Adapter, anatomy: Anatomy) -> None:
             )
 
 
-def _decoding(model: nn.Module, anatomy: Anatomy) -> list[str]:
+def decoding(model: nn.Module, anatomy: Anatomy) -> list[str]:
     """The self-attentions of a decoder, if all of them hide later positions and can be reached."""
     paths = anatomy.role("self_attention")
     if anatomy.encoder_decoder or not isinstance(model, PreTrainedModel) or not paths:
@@ -81,7 +81,7 @@ def insert(model: nn.Module, bank: Bank, edit: Edit, anatomy: Anatomy) -> None:
     embedding = view(anatomy.modules[edit.path])
     assert embedding is not None
     bank.prompts[edit.adapter] = Prompt(edit, embedding)
-    for path in _decoding(model, anatomy):
+    for path in decoding(model, anatomy):
         attention.injection(model, bank, path, anatomy).edits.setdefault(edit.adapter, [])
     prepare(model, bank, edit, anatomy)
 
@@ -130,7 +130,7 @@ class Front:
         self.stack = stack
         self.names = tuple(inspect.signature(stack.forward).parameters)
         self.shifts = anatomy.family.shifts_positions and "position_ids" in self.names
-        self.reads = bool(_decoding(anatomy.root, anatomy))
+        self.reads = bool(decoding(anatomy.root, anatomy))
         self.grows = None if self.reads else Growth.of(anatomy.root, stack, anatomy.encoder_decoder)
         self.handles = [stack.register_forward_pre_hook(self.before, with_kwargs=True)]
         if self.grows is not None:

@@ -206,6 +206,8 @@ class LayerSite(SiteBase):
         alone = len(args) == 1 and not kwargs
         if alone and bank.early and (done := fusing.early(self, x)) is not None:
             return done
+        if alone and bank.stacked and (made := bank.stacked.output(self, x)) is not None:
+            return made
         stacks, split, x = self.stacks(x)
         if not any(stacks):
             with self.room():

@@ -10,8 +10,9 @@ the order of their pools. It stays the same until the slot is dropped.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
-from typing import ClassVar, final
+from typing import ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +31,22 @@ from trimtab.adapt.stackable import Stackable
 from trimtab.adapt.tree import Children, anatomy_of, sites_of
 from trimtab.adapt.wrapping import Wrapping
 from trimtab.errors import AttachError, RouteError, TrimtabError, UnsupportedError
+from trimtab.kernels.lowrank import Change
 from trimtab.kernels.stacked import Rows
+from trimtab.kernels.tracing import traced
 
 SPAN = 1 << 20
 """Slots that a pool can have."""
 BUDGET = 1 << 30
 """Bytes that slots may take, where nobody says otherwise."""
+
+
+class Factors(NamedTuple):
+    """What an adapter adds at its places, by path; and the form that this has."""
+
+    name: str
+    form: Form
+    changes: Mapping[str, Change]
 
 
 class Stack:
@@ -61,10 +72,10 @@ class Stack:
         self.budget = budget
 
     @classmethod
-    def of(cls, model: nn.Module) -> Stack:
-        """That of a model: the one that holds adapters now, or a new one."""
+    def of(cls, model: nn.Module, budget: int = BUDGET) -> Stack:
+        """That of a model: the one that holds adapters now, or a new one of that budget."""
         bank = existing_bank(model)
-        return cls(model) if bank is None or bank.stacked is None else bank.stacked
+        return cls(model, budget) if bank is None or bank.stacked is None else bank.stacked
 
     @property
     def slots(self) -> list[int]:
@@ -81,41 +92,54 @@ class Stack:
     def takes(self, adapter: Adapter) -> bool:
         """Whether `put` would succeed."""
         with suppress(TrimtabError):
-            return self._room(form_of(self._reader.changes(adapter)))
+            return self.room(self.read(adapter))
         return False
 
-    def check(self, adapter: Adapter) -> None:
-        """Raise where an adapter can lie in no slot of this model, however many are free.
+    def read(self, adapter: Adapter) -> Factors:
+        """What an adapter would have in a slot: its own tensors, as they are now.
+
+        One that is attached acts there as it does here now: scaled (`trimtab.scale`), or without its first blocks.
 
         Raises:
             UnsupportedError: it does more than to add a product of two factors at linear layers.
             AttachError: its base is another, or it does not fit this one.
         """
-        self._reader.changes(adapter)
+        changes = self._reader.changes(adapter)
+        return Factors(adapter.name, form_of(changes), changes)
+
+    def could(self, factors: Factors) -> bool:
+        """Whether there would be room if nothing lay here."""
+        known = self._number(factors.form) in self._pools
+        return known or self._made(factors.form).slot_bytes <= self.budget
+
+    def room(self, factors: Factors) -> bool:
+        """Whether there is room now."""
+        pool = self._pools.get(self._number(factors.form)) or self._made(factors.form)
+        return len(pool.taken) < pool.capacity or self._growth(pool) > 0
 
     def put(self, adapter: Adapter) -> int:
         """Copy an adapter's values into a free slot, and say which.
 
-        One that is attached acts here as it does there now: scaled (`trimtab.scale`), or without its first blocks.
-
         Raises:
-            UnsupportedError, AttachError: as `check` says, or there is no room. Nothing was changed.
+            UnsupportedError, AttachError: as `read` says, or there is no room. Nothing was changed.
         """
-        changes = self._reader.changes(adapter)
-        form = form_of(changes)
-        if not self._room(form):
+        return self.lay(self.read(adapter))
+
+    def lay(self, factors: Factors) -> int:
+        """As `put`, of what was read."""
+        if not self.room(factors):
             raise AttachError(
-                f"adapter {adapter.name!r} does not fit: slots take {self.nbytes:,} of {self.budget:,} bytes. Drop "
+                f"adapter {factors.name!r} does not fit: slots take {self.nbytes:,} of {self.budget:,} bytes. Drop "
                 "one, or raise the stack's budget."
             )
-        number = self._number(form)
-        pool = self._pools.get(number) or self._open(number, form)
+        number = self._number(factors.form)
+        pool = self._pools.get(number) or self._open(number, factors.form)
         place = pool.free()
         if place is None:
             pool.grow(pool.capacity + self._growth(pool))
             place = pool.free()
         assert place is not None
-        pool.write(place, changes)
+        pool.write(place, factors.changes)
         return number * SPAN + place
 
     def replace(self, slot: int, adapter: Adapter) -> None:
@@ -154,10 +178,6 @@ class Stack:
             if pool.form == form:
                 return number
         return next(n for n in range(len(self._pools) + 1) if n not in self._pools)
-
-    def _room(self, form: Form) -> bool:
-        pool = self._pools.get(self._number(form)) or self._made(form)
-        return len(pool.taken) < pool.capacity or self._growth(pool) > 0
 
     def _growth(self, pool: Pool) -> int:
         """By how many slots a pool can grow."""
@@ -211,6 +231,24 @@ class Stack:
                 strip(model, bank)
 
     # -- at each forward -------------------------------------------------------------------------------
+
+    def output(self, site: LayerSite, x: Tensor) -> Tensor | None:
+        """What comes out of a layer where all rows lie in slots of one pool, which an earlier layer has found; None
+        where it is not so simple. As `LayerSite.forward`, without what is the same each time."""
+        context = site.bank.context(site.training)
+        slots = context.route.slots
+        if slots is None or torch.is_grad_enabled() or traced() or SLOTS not in site.edits:
+            return None
+        shares = context.stacked.get(x.shape[:-1])
+        if not shares or shares[0].index is not None or min(slots) < 0:
+            return None
+        share: Share = shares[0]
+        with site.room():
+            y: Tensor = site.frozen(x)
+        if site.path not in share.pool:
+            return y
+        added = share.pool.delta(site.path, x, share, context.scratch)
+        return y + added.view(y.shape).to(y.dtype)
 
     def shares(self, x: Tensor, at: At) -> list[Share]:
         """Which rows of x_..I, in the order of its leading axes, lie in which pool; found once for each shape."""

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from trimtab.cli.bases import AVERAGE_BITS, EXEMPT, STORAGE, open_base
+from trimtab.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trimtab.engine.grammars import JsonSchema
 
 
 def generate(
@@ -23,9 +29,18 @@ def generate(
         1.0, "--top-p", help="Keep the likeliest tokens up to this probability."
     ),
     top_k: int = typer.Option(0, "--top-k", help="Keep so many tokens; 0 keeps all."),
+    min_p: float = typer.Option(
+        0.0, "--min-p", help="Keep tokens at least so likely, as a share of the likeliest."
+    ),
+    repetition_penalty: float = typer.Option(
+        1.0, "--repetition-penalty", help="Above 1, tokens that were said are less likely."
+    ),
     seed: int = typer.Option(None, "--seed", help="Makes draws repeat."),
     stop: list[str] = typer.Option(
         [], "--stop", help="End an answer at this text (may be repeated)."
+    ),
+    schema: str = typer.Option(
+        None, "--schema", metavar="FILE", help="A JSON Schema; answers are JSON that fits it."
     ),
     n: int = typer.Option(1, "--n", help="Answers to each prompt."),
     plain: bool = typer.Option(
@@ -47,6 +62,9 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        grammar=None if schema is None else _schema(Path(schema)),
         seed=seed,
         stop=tuple(stop),
         n=n,
@@ -61,3 +79,12 @@ def generate(
         if several:
             typer.echo(f"--- {answer.prompt + 1}")
         typer.echo(answer.text.strip())
+
+
+def _schema(file: Path) -> JsonSchema:
+    from trimtab.engine.grammars import JsonSchema
+
+    try:
+        return JsonSchema(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the schema {str(file)!r}: {error}.") from error

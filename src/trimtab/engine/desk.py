@@ -17,20 +17,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, final
 
-from trimtab.adapt.adapter import Adapter
 from trimtab.adapt.bank import bank_of
 from trimtab.config import Config
 from trimtab.data import Datum
 from trimtab.engine.aims import Aim, loss_from
 from trimtab.engine.engine import Engine
-from trimtab.engine.results import LossResult, StepResult
+from trimtab.engine.jobs import Answers, Call, Gradients, Job, Told
+from trimtab.engine.live import Live
+from trimtab.engine.results import LossResult, StepResult, joined, picked
 from trimtab.engine.sampling import Completion, SamplingParams
-from trimtab.engine.serve.request import Request
 from trimtab.errors import AnswerError, UnknownNameError
 from trimtab.optim.params import AdamParams
 
@@ -41,40 +40,6 @@ class Policy(Config):
 
     train_share: float = 0.1
     tokens_between: int = 256
-
-
-@dataclass(eq=False)
-class Job:
-    """Something that was asked: ``adapter`` is in whose order it is done; None is nobody's."""
-
-    adapter: str | None
-    future: Future[Any] = field(default_factory=Future)
-
-
-@dataclass(eq=False)
-class Gradients(Job):
-    """Units of data (see `trimtab.engine.aims`) whose gradients are to be added, and what came of others."""
-
-    units: deque[tuple[list[Datum], Aim]] = field(default_factory=deque)
-    found: list[LossResult] = field(default_factory=list)
-    learner: Adapter | None = None
-    """Whose gradients they are, once it has begun."""
-
-
-@dataclass(eq=False)
-class Answers(Job):
-    """Prompts to be answered."""
-
-    prompts: Sequence[Sequence[int]] = ()
-    params: SamplingParams = field(default_factory=SamplingParams)
-    requests: list[Request] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class Call(Job):
-    """Anything else that an engine does at once."""
-
-    work: Callable[[], Any] = lambda: None
 
 
 @final
@@ -114,9 +79,28 @@ class Desk:
         prompts: Sequence[Sequence[int]],
         params: SamplingParams | None = None,
         adapter: str | None = None,
+        *,
+        salt: str | None = None,
     ) -> Future[list[Completion]]:
-        """As the engine's, of one adapter or the bare base."""
-        return self._ask(Answers(adapter, prompts=prompts, params=params or SamplingParams()))
+        """As the engine's, of one adapter or the bare base. A grammar is compiled here, while others are answered."""
+        params = params or SamplingParams()
+        if params.grammar is not None:
+            self.engine.answering.words.guides.learn(params.grammar)
+        return self._ask(Answers(adapter, prompts=prompts, params=params, salt=salt))
+
+    def stream(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams | None = None,
+        adapter: str | None = None,
+        *,
+        salt: str | None = None,
+    ) -> Live:
+        """One answer, to be read as it is made, in another thread or in a coroutine; leaving it ends it."""
+        params = params or SamplingParams()
+        live = Live(self.engine.answering.words, params)
+        self._ask(Told(adapter, prompts=[prompt], params=params, salt=salt, feed=live.feed))
+        return live
 
     def save(
         self, adapter: str, folder: str | Path, extra: Mapping[str, Any] | None = None
@@ -193,31 +177,32 @@ class Desk:
                 continue
             self._done(job)
             if isinstance(job, Call):
-                _settle(job, job.work)
+                job.settle(job.work)
             elif isinstance(job, Answers):
                 self._open(job)
             elif isinstance(job, Gradients):
-                _settle(job, partial(joined, job.found))
+                job.settle(partial(joined, job.found))
             with self._asked:
                 following = self._queues.get(job.adapter)
                 if following:
                     waiting.append(following[0])
 
     def _open(self, job: Answers) -> None:
-        if not _begun(job):
+        if not job.begun():
             return
         try:
-            job.requests = self.engine.requests(job.prompts, job.params, job.adapter)
+            job.begin(self.engine)
             if job.requests:
                 self._answering.append(job)
             else:  # not from pages
-                job.future.set_result(self.engine.sample(job.prompts, job.params, job.adapter))
+                job.future.set_result(job.at_once(self.engine))
         except Exception as error:
             job.future.set_exception(error)
 
     def _end(self) -> None:
         """Give back the answers that are done."""
         for job in list(self._answering):
+            job.tell()
             if not all(request.done for request in job.requests):
                 continue
             self._answering.remove(job)
@@ -249,7 +234,7 @@ class Desk:
             failed = errors.get(job.adapter)
             if failed is not None:
                 self._done(job)
-                _fail(job, failed)
+                job.fail(failed)
                 continue
             own = [number for number, row in enumerate(rows) if row[0] is job]
             job.found.append(picked(result, own, str(job.adapter)))
@@ -258,7 +243,7 @@ class Desk:
     def _stands(self, job: Gradients) -> bool:
         """Whether what was asked can still be done: nobody may want it, and its adapter may be another one or none by
         now. It begins with that, and is done as a whole or not at all."""
-        if not _begun(job):
+        if not job.begun():
             self._done(job)
             return False
         try:
@@ -267,7 +252,7 @@ class Desk:
             if job.learner and (tenant := self.engine.tenants.known(job.learner)):
                 tenant.discard()
             self._done(job)
-            _fail(job, error)
+            job.fail(error)
             return False
         return True
 
@@ -336,57 +321,26 @@ class Desk:
                     self._asked.wait()
                 if self._closing and not (self._queues or self._answering):
                     return
-            self.turn()
+            try:
+                self.turn()
+            except BaseException as error:
+                self._give_up(error)
+                raise
 
-
-def joined(parts: Sequence[LossResult]) -> LossResult:
-    """The result of data that were seen in several calls."""
-    auxiliary: dict[str, float] = {}
-    for part in parts:
-        for name, value in part.auxiliary.items():
-            auxiliary[name] = auxiliary.get(name, 0.0) + value
-    return LossResult(
-        sums=[value for part in parts for value in part.sums],
-        weights=[value for part in parts for value in part.weights],
-        hits=[value for part in parts for value in part.hits],
-        auxiliary=auxiliary,
-        losses=[value for part in parts for value in part.losses],
-        logprobs=[values for part in parts for values in part.logprobs],
-        metrics=[values for part in parts for values in part.metrics],
-    )
-
-
-def picked(result: LossResult, numbers: Sequence[int], adapter: str) -> LossResult:
-    """What a result says of an adapter, whose data are those of these numbers."""
-    return LossResult(
-        auxiliary={k: v for k, v in result.auxiliary.items() if k.startswith(f"{adapter}.")},
-        sums=[result.sums[n] for n in numbers],
-        weights=[result.weights[n] for n in numbers],
-        hits=[result.hits[n] for n in numbers],
-        losses=[result.losses[n] for n in numbers],
-        logprobs=[result.logprobs[n] for n in numbers],
-        metrics=[result.metrics[n] for n in numbers],
-    )
+    def _give_up(self, error: BaseException) -> None:
+        """Nothing more will be done; nobody is to wait for it."""
+        with self._asked:
+            self._closing = True
+            left = [*self._answering, *(job for queue in self._queues.values() for job in queue)]
+            self._queues.clear()
+        for job in left:
+            for request in job.requests if isinstance(job, Answers) else ():
+                request.cancel()
+            job.fail(
+                AnswerError(f"the desk's thread has stopped, by {type(error).__name__}: {error}")
+            )
+        self._answering = []
 
 
 def _size(unit: Sequence[Datum]) -> int:
     return sum(map(len, unit))
-
-
-def _begun(job: Job) -> bool:
-    """Whether it is being done, from now on at the latest; what was cancelled before is not."""
-    return job.future.running() or job.future.set_running_or_notify_cancel()
-
-
-def _settle(job: Job, work: Callable[[], Any]) -> None:
-    if not _begun(job):
-        return
-    try:
-        job.future.set_result(work())
-    except Exception as error:
-        job.future.set_exception(error)
-
-
-def _fail(job: Job, error: Exception) -> None:
-    if _begun(job):
-        job.future.set_exception(error)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trimtab.adapt.attach import attach
 from trimtab.adapt.bank import Plan, bank_of, find_bank
 from trimtab.adapt.route import Route
+from trimtab.adapt.tiers import Budgets
 from trimtab.adapt.tree import anatomy_of
 from trimtab.data import Datum
 from trimtab.engine import limits, state
@@ -29,6 +30,7 @@ from trimtab.engine.sampling import Completion, SamplingParams
 from trimtab.engine.serve.request import Request
 from trimtab.engine.streaming import Stream
 from trimtab.engine.tenant import Tenant, Tenants
+from trimtab.engine.tiers import tiers_of
 from trimtab.errors import (
     DataError,
     RouteError,
@@ -51,6 +53,8 @@ class Engine:
         packed: force documents to share rows, or not to; None takes what costs less.
         device: the kind of device that micro-batches are to suit, where it is not the model's own (planning).
         memory: what training keeps where, and what it computes again (`trimtab.engine.saving`).
+        budgets: the most bytes of adapters that are attached, in slots, and waiting in host memory (`tiers`).
+        folder: where adapters go that leave host memory and have no folder, or are newer than it; without it they stay.
 
     Raises:
         ConfigError: memory that is to wait on the host, where the model lies there.
@@ -65,6 +69,8 @@ class Engine:
         sample_tokens: int = 8192,
         packed: bool | None = None,
         memory: Memory | None = None,
+        budgets: Budgets | None = None,
+        folder: str | Path | None = None,
         device: str | None = None,
     ) -> None:
         self.model: PreTrainedModel = base.model if isinstance(base, Base) else base
@@ -79,7 +85,12 @@ class Engine:
         self.frozen: Frozen | None = None
         """What keeps hidden states below the adapters; by default they are computed each time."""
         self.tenants = Tenants(self.memory.optimiser)
-        self.answering = Answering(self.model, self.tokenizer, self._answering, sample_tokens)
+        budgets = budgets or Budgets()
+        self.tiers = tiers_of(self.model, self.tenants, budgets, folder)
+        """The adapters that need not be attached: any of them may be named by those who ask for answers."""
+        self.answering = Answering(
+            self.model, self.tokenizer, self._answering, sample_tokens, budgets.slots, self.tiers
+        )
         """What answers: the requests in progress, and their keys and values."""
         anatomy = anatomy_of(self.model)
         if anatomy.encoder_decoder:
@@ -205,25 +216,35 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         params: SamplingParams | None = None,
         adapter: Owners = None,
+        *,
+        salt: str | None = None,
     ) -> list[Completion]:
         """``params.n`` completions of each prompt (token ids), in the order of the prompts.
+
+        Beginnings of texts that were read for an adapter (or for the bare base) are not read again for it, which can be
+        told by the time that an answer takes: users who are to know nothing of each other need a ``salt`` each.
+
+        Adapters are attached ones, or registered in `tiers`. Those wait their turn where there is no room for all.
 
         Raises:
             DataError: a prompt that is empty, too long to leave room for ``max_tokens`` in the context, or of tokens
                 that the vocabulary does not have.
+            UnknownNameError: an adapter that is neither attached nor registered.
+            FileFormatError, AttachError, ConfigError: what is wrong with a registered adapter that had to come.
         """
         params = params or SamplingParams()
-        owners = self._each(prompts, adapter)
+        owners = self._named(prompts, adapter)
         self._check_prompts(prompts, owners, params)
-        return self.answering.sample(prompts, owners, params) if prompts else []
+        return self.answering.sample(prompts, owners, params, salt) if prompts else []
 
     def requests(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, adapter: Who = None
-    ) -> list[Request]:
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, adapter: Who = None, *,
+        salt: str | None = None,
+    ) -> list[Request]:  # fmt: skip
         """``params.n`` requests for each prompt, which `answering`'s turns answer; none where those answers are not
         made in turns (`sample` makes them all the same). Raises as `sample`."""
-        self._check_prompts(prompts, self._each(prompts, adapter), params)
-        return self.answering.submitted(prompts, params, adapter)
+        self._check_prompts(prompts, self._named(prompts, adapter), params)
+        return self.answering.submitted(prompts, params, adapter, salt)
 
     def classify(self, texts: Sequence[Sequence[int]], adapter: Owners = None) -> list[list[float]]:
         """The probability of each class (in the order of `labels`) for each text (token ids).
@@ -244,8 +265,9 @@ class Engine:
         return self._pass.classes(head, data, owners)
 
     def stream(
-        self, prompt: Sequence[int], params: SamplingParams | None = None, adapter: Who = None
-    ) -> Stream:
+        self, prompt: Sequence[int], params: SamplingParams | None = None, adapter: Who = None, *,
+        salt: str | None = None,
+    ) -> Stream:  # fmt: skip
         """One completion in pieces of text, as they are made; joined, they are what `sample` gives.
 
         Nothing is computed until the first piece is asked for, and nothing after the stream is closed or left.
@@ -254,9 +276,9 @@ class Engine:
             DataError: as `sample`; `ConfigError` where ``params.n`` is not 1.
         """
         params = params or SamplingParams()
-        (owner,) = self._each([prompt], adapter)
+        (owner,) = self._named([prompt], adapter)
         self._check_prompts([prompt], [owner], params)
-        return self.answering.stream(prompt, params, owner)
+        return self.answering.stream(prompt, params, owner, salt)
 
     def _check_prompts(
         self, prompts: Sequence[Sequence[int]], owners: Sequence[Who], params: SamplingParams
@@ -267,9 +289,8 @@ class Engine:
                 f"{type(self.model).__name__} gives classes and no text; use classify."
             )
         for number, (prompt, owner) in enumerate(zip(prompts, owners, strict=True)):
-            self._check_length(
-                len(prompt) + params.max_tokens, owner, f"prompt {number} with max_tokens"
-            )
+            length, what = len(prompt) + params.max_tokens, f"prompt {number} with max_tokens"
+            limits.check_length(self.model, length, self.answering.adapters.methods(owner), what)
             if not prompt:
                 raise DataError(f"prompt {number} is empty; a model needs at least one token.")
             limits.check_ids(self.model, prompt, f"prompt {number}")
@@ -306,16 +327,18 @@ class Engine:
 
     def _each(self, items: Sequence[Any], adapter: Owners) -> list[Any]:
         """One owner per item, each of them attached."""
-        owners: list[Who] = (
-            [adapter] * len(items) if adapter is None or isinstance(adapter, str) else list(adapter)
-        )
-        if len(owners) != len(items):
-            raise RouteError(
-                f"{len(owners)} adapters were named for {len(items)} items; name one, or one for each."
-            )
+        owners = _owners(items, adapter)
         for name in dict.fromkeys(owners):
             if name is not None:
                 bank_of(self.model).require(name)
+        return owners
+
+    def _named(self, items: Sequence[Any], adapter: Owners) -> list[Who]:
+        """One owner per item, each of them attached or registered."""
+        owners = _owners(items, adapter)
+        for name in dict.fromkeys(owners):
+            if name is not None:
+                self.answering.adapters.check(name)
         return owners
 
     def _tenant(self, name: str) -> Tenant:
@@ -323,10 +346,7 @@ class Engine:
 
     def context(self, owner: Who = None) -> int | None:
         """The most tokens of one example: the model's positions, less those that a method takes."""
-        return limits.context(self.model, owner)
-
-    def _check_length(self, length: int, owner: Who, what: str) -> None:
-        limits.check_length(self.model, length, owner, what)
+        return limits.context(self.model, self.answering.adapters.methods(owner))
 
     @property
     def _pass(self) -> Pass:
@@ -340,3 +360,14 @@ class Engine:
 
     def _scope(self, route: Route, plan: Plan | None = None) -> AbstractContextManager[None]:
         return scope(self.model, route, plan)
+
+
+def _owners(items: Sequence[Any], adapter: Owners) -> list[Any]:
+    """One owner per item."""
+    given = isinstance(adapter, str) or adapter is None
+    owners: list[Any] = [adapter] * len(items) if given else list(adapter or ())
+    if len(owners) != len(items):
+        raise RouteError(
+            f"{len(owners)} adapters were named for {len(items)} items; name one, or one for each."
+        )
+    return owners

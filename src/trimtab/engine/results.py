@@ -55,3 +55,33 @@ class StepResult:
     step: int
     grad_norm: float
     weight: float
+
+
+def joined(parts: Sequence[LossResult]) -> LossResult:
+    """The result of data that were seen in several calls."""
+    auxiliary: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.auxiliary.items():
+            auxiliary[name] = auxiliary.get(name, 0.0) + value
+    return LossResult(
+        sums=[value for part in parts for value in part.sums],
+        weights=[value for part in parts for value in part.weights],
+        hits=[value for part in parts for value in part.hits],
+        auxiliary=auxiliary,
+        losses=[value for part in parts for value in part.losses],
+        logprobs=[values for part in parts for values in part.logprobs],
+        metrics=[values for part in parts for values in part.metrics],
+    )
+
+
+def picked(result: LossResult, numbers: Sequence[int], adapter: str) -> LossResult:
+    """What a result says of an adapter, whose data are those of these numbers."""
+    return LossResult(
+        auxiliary={k: v for k, v in result.auxiliary.items() if k.startswith(f"{adapter}.")},
+        sums=[result.sums[n] for n in numbers],
+        weights=[result.weights[n] for n in numbers],
+        hits=[result.hits[n] for n in numbers],
+        losses=[result.losses[n] for n in numbers],
+        logprobs=[result.logprobs[n] for n in numbers],
+        metrics=[result.metrics[n] for n in numbers],
+    )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, InstanceOf, field_validator
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -25,6 +25,8 @@ from transformers import (
 
 from trimtab.config import Config
 from trimtab.data import plan_batches
+from trimtab.engine.grammars import Grammar
+from trimtab.engine.guide import Guide, Guided
 from trimtab.errors import AnswerError
 
 Finish = Literal["stop", "length", "cancelled"]
@@ -35,7 +37,9 @@ class SamplingParams(Config):
     """How to answer. ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 (a share of the likeliest
     token's probability) keep the whole vocabulary; ``repetition_penalty`` divides what speaks for tokens that the text
     has already; ``n`` completions of each prompt; a ``stop`` string ends a completion and is not part of its text;
-    ``logprobs``: the log-probabilities of the tokens are given, and of so many of the likeliest at each place."""
+    ``logprobs``: the log-probabilities of the tokens are given, and of so many of the likeliest at each place (those of
+    the model, whatever is drawn from); ``grammar``: what the text has to be (`trimtab.engine.grammars`), as far as
+    ``max_tokens`` reach."""
 
     max_tokens: int = Field(default=128, ge=1)
     temperature: float = Field(default=1.0, ge=0)
@@ -47,6 +51,7 @@ class SamplingParams(Config):
     stop: tuple[str, ...] = ()
     n: int = Field(default=1, ge=1)
     logprobs: int | None = Field(default=None, ge=0)
+    grammar: InstanceOf[Grammar] | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -84,8 +89,10 @@ def generate(
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
     seed: int | None,
+    guides: Sequence[Guide] = (),
 ) -> list[tuple[tuple[int, ...], str, Literal["stop", "length"]]]:
-    """(tokens, text, finish) of one batch; the caller has routed the rows and set eval mode."""
+    """(tokens, text, finish) of one batch; the caller has routed the rows and set eval mode. ``guides`` are those of
+    the rows, or none."""
     device = model.device
     width = max(len(prompt) for prompt in prompts)
     pad = int(tokenizer.pad_token_id)
@@ -101,10 +108,15 @@ def generate(
             attention_mask=mask,
             generation_config=generation_config(params, ends, pad),
             stopping_criteria=stopping,
-            logits_processor=LogitsProcessorList([Finite()]),
+            logits_processor=processors(guides, width),
             **last_only(model),
         )
     return [ended(row[width:].tolist(), tokenizer, params.stop, ends) for row in out]
+
+
+def processors(guides: Sequence[Guide], start: int) -> LogitsProcessorList:
+    """What looks at logits before temperature and cuts: they are numbers, and the guides allow what is left."""
+    return LogitsProcessorList([Finite(), *([Guided(guides, start)] if guides else [])])
 
 
 def last_only(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -20,17 +20,18 @@ from typing import Any, Self, final
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trimtab.engine.guide import Guide
 from trimtab.engine.sampling import (
     Completion,
-    Finite,
     SamplingParams,
     decoded,
     end_ids,
     ended,
     generation_config,
     last_only,
+    processors,
 )
 from trimtab.engine.serve.request import Words
 from trimtab.errors import ConfigError
@@ -42,6 +43,57 @@ BROKEN = "\ufffd"
 
 
 @final
+class Telling:
+    """The text of one answer, whose tokens are given one by one: the piece that a token settles, which may be empty.
+    All pieces and the `rest`, joined, are the text of `completion`."""
+
+    def __init__(self, words: Words, params: SamplingParams) -> None:
+        self._words = words
+        self._params = params
+        self._tokens: list[int] = []
+        self._said = ""
+        self.over = False
+        """Whether an end token or a stop string has come."""
+
+    def add(self, token: int) -> str:
+        """What can be said with one more token."""
+        self._tokens.append(token)
+        if token in self._words.ends:
+            self.over = True
+            return ""
+        text = decoded(self._words.tokenizer, self._tokens)
+        if any(stop in text for stop in self._params.stop):
+            self.over = True
+            return ""
+        settled = self._settled(text)
+        if not settled.startswith(self._said):
+            return ""
+        piece, self._said = settled[len(self._said) :], settled
+        return piece
+
+    def rest(self) -> str:
+        """What is left to be said when no further token comes."""
+        piece = self.completion.text[len(self._said) :]
+        self._said += piece
+        return piece
+
+    @property
+    def completion(self) -> Completion:
+        """The answer so far."""
+        words = self._words
+        return Completion(0, *ended(self._tokens, words.tokenizer, self._params.stop, words.ends))
+
+    def _settled(self, text: str) -> str:
+        """The part of ``text`` that stays as it is, whatever follows."""
+        last = self._words.tokenizer.convert_ids_to_tokens(self._tokens[-1])
+        if isinstance(last, str) and BYTE.fullmatch(last):
+            return ""  # a run of bytes is decoded as a whole
+        text = text.rstrip(BROKEN)
+        held = max((_overlap(text, stop) for stop in self._params.stop), default=0)
+        return text[: len(text) - held]
+
+
+@final
 class Stream(Iterator[str]):
     """The pieces of one answer, in order; none is empty. Joined, they are the text of `completion`.
 
@@ -49,19 +101,14 @@ class Stream(Iterator[str]):
         tokens: makes the answer's tokens, one by one; asked with the first piece.
 
     Raises:
-        ConfigError: ``params.n`` is not 1.
+        ConfigError: ``params.n`` is not 1; or as `Guides.learn`.
     """
 
     def __init__(
         self, words: Words, params: SamplingParams, tokens: Callable[[], Iterator[int]]
     ) -> None:
-        if params.n != 1:
-            raise ConfigError(f"a stream is one completion; n = {params.n} are asked for.")
-        self._tokenizer = words.tokenizer
-        self._params = params
-        self._ends = words.ends
-        self._tokens: list[int] = []
-        self._completion: Completion | None = None
+        check(words, params)
+        self._telling = Telling(words, params)
         self._pieces = self._run(tokens)
 
     def __next__(self) -> str:
@@ -76,47 +123,27 @@ class Stream(Iterator[str]):
     def close(self) -> None:
         """Stop: no further token is made. What has come so far stays in `completion`."""
         self._pieces.close()
-        self._finish()
 
     @property
     def completion(self) -> Completion:
         """The answer so far; at the end, what `Engine.sample` gives."""
-        if self._completion is None:
-            return Completion(
-                0, *ended(self._tokens, self._tokenizer, self._params.stop, self._ends)
-            )
-        return self._completion
-
-    def _finish(self) -> None:
-        if self._completion is None:
-            self._completion = self.completion
+        return self._telling.completion
 
     def _run(self, tokens: Callable[[], Iterator[int]]) -> Generator[str]:
-        said = ""
         for token in tokens():
-            self._tokens.append(token)
-            if token in self._ends:
+            if piece := self._telling.add(token):
+                yield piece
+            if self._telling.over:
                 break
-            text = decoded(self._tokenizer, self._tokens)
-            if any(stop in text for stop in self._params.stop):
-                break
-            settled = self._settled(text)
-            if len(settled) > len(said) and settled.startswith(said):
-                yield settled[len(said) :]
-                said = settled
-        self._finish()
-        rest = self.completion.text[len(said) :]
-        if rest:
+        if rest := self._telling.rest():
             yield rest
 
-    def _settled(self, text: str) -> str:
-        """The part of ``text`` that stays as it is, whatever follows."""
-        last = self._tokenizer.convert_ids_to_tokens(self._tokens[-1])
-        if isinstance(last, str) and BYTE.fullmatch(last):
-            return ""  # a run of bytes is decoded as a whole
-        text = text.rstrip(BROKEN)
-        held = max((_overlap(text, stop) for stop in self._params.stop), default=0)
-        return text[: len(text) - held]
+
+def check(words: Words, params: SamplingParams) -> None:
+    """Raise where an answer cannot be given in pieces: `ConfigError`, or as `Guides.learn`."""
+    if params.n != 1:
+        raise ConfigError(f"a stream is one completion; n = {params.n} are asked for.")
+    words.guides.learn(params.grammar)
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -131,8 +158,10 @@ def tokens_alone(
     prompt: Sequence[int],
     params: SamplingParams,
     scope: Callable[[], AbstractContextManager[None]],
+    guides: Sequence[Guide] = (),
 ) -> Iterator[int]:
-    """Tokens by the model's own ``generate``, at most ``params.max_tokens``; the caller says when it has enough."""
+    """Tokens by the model's own ``generate``, at most ``params.max_tokens``; the caller says when it has enough.
+    ``guides`` are the answer's, or none."""
     pad = int(tokenizer.pad_token_id)
     config = generation_config(params.replace(max_tokens=1), end_ids(model, tokenizer), pad)
     config.return_dict_in_generate = True
@@ -147,7 +176,7 @@ def tokens_alone(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=config,
-                logits_processor=LogitsProcessorList([Finite()]),
+                logits_processor=processors(guides, len(prompt)),
                 **cache,
                 **last_only(model),
             )

@@ -15,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
 
+from transformers import PreTrainedModel
+
 from trimtab.adapt.active import Active
 from trimtab.adapt.attached import Attached
 from trimtab.adapt.fit import Forms
@@ -22,7 +24,6 @@ from trimtab.adapt.packed import Along, Packed
 from trimtab.adapt.sources import AdapterFolder, Read, Source
 from trimtab.adapt.tiers import Budgets, Tiers
 from trimtab.engine import state
-from trimtab.engine.engine import Engine
 from trimtab.engine.tenant import Tenants
 from trimtab.errors import TrimtabError
 
@@ -63,6 +64,12 @@ class Tenancy(Active):
 
     def forget(self, name: str) -> None:
         self._attached.forget(name)
+
+    def has(self, name: str) -> bool:
+        return self._attached.has(name)
+
+    def plain(self, name: str) -> bool:
+        return self._attached.plain(name)
 
     def cost(self, packed: Packed) -> int:
         return self._attached.cost(packed)
@@ -108,19 +115,20 @@ def _along(tensors: Mapping[str, Any], facts: Mapping[str, Any]) -> Along:
     return Along.of(tensors, {key: value for key, value in facts.items() if key != "schema"})
 
 
-def tiers_of(engine: Engine, budgets: Budgets, folder: str | Path | None = None) -> Tiers:
-    """The registry of the adapters of an engine, which serves some and trains others.
+def tiers_of(
+    model: PreTrainedModel, tenants: Tenants, budgets: Budgets, folder: str | Path | None
+) -> Tiers:
+    """The registry of the adapters of an engine (`Engine.tiers`), which serves some and trains others.
 
     Args:
-        engine: whose model and tenants.
         budgets: the most bytes of each tier.
         folder: where adapters go that leave host memory and have no folder, or are newer than it; without it they stay.
     """
-    forms = Forms(engine.model)
+    forms = Forms(model)
 
     def home(name: str, packed: Packed) -> Source:
         where = Path(str(folder)) / name
         return AdapterFolder(where) if packed.along is None else StateFolder(where)
 
-    place = Tenancy(Attached(engine.model, forms), engine.tenants)
+    place = Tenancy(Attached(model, forms), tenants)
     return Tiers(forms, place, budgets, None if folder is None else home)

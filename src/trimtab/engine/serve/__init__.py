@@ -2,6 +2,9 @@
 
 ledger.py      which pages are whose, and what they hold
 request.py     one completion that is asked for
+adapters.py    what may be named: attached adapters, and registered ones
+actors.py      who acts on a request, from when on and until when
+line.py        those who wait, and who may go past whom
 seats.py       whose values lie in slots, at which version
 remembered.py  what gates remember, by request
 pieces.py      what one forward is of

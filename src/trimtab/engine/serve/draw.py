@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trimtab.engine.guide import Guide, masked
 from trimtab.engine.sampling import SamplingParams
 
 COLDEST = 1e-30
@@ -23,16 +24,17 @@ COLDEST = 1e-30
 
 
 class Row(NamedTuple):
-    """What one row is drawn by; ``seen`` are the tokens of its text so far."""
+    """What one row is drawn by; ``seen`` are the tokens of its text so far, ``guide`` says which may come next."""
 
     params: SamplingParams
     generator: torch.Generator
     seen: Sequence[int]
+    guide: Guide | None = None
 
 
 def draw(logits_BV: Tensor, rows: Sequence[Row]) -> list[int]:
     """A token for each row."""
-    logits = logits_BV.float()
+    logits = _allowed(logits_BV.float(), [row.guide for row in rows])
     for number, row in enumerate(rows):
         if row.params.repetition_penalty != 1.0:
             logits = logits.clone() if logits is logits_BV else logits
@@ -52,6 +54,15 @@ def draw(logits_BV: Tensor, rows: Sequence[Row]) -> list[int]:
 def log_probabilities(logits_BV: Tensor) -> Tensor:
     """(B, V): of the model's own distribution, whatever the parameters of the draw."""
     return logits_BV.float().log_softmax(-1)
+
+
+def _allowed(logits_BV: Tensor, guides: Sequence[Guide | None]) -> Tensor:
+    """−∞ for what must not come; the logits that were given where no row has a guide."""
+    own = [(number, guide) for number, guide in enumerate(guides) if guide is not None]
+    if not own:
+        return logits_BV
+    places = torch.tensor([number for number, _ in own], device=logits_BV.device)
+    return logits_BV.index_copy(0, places, masked(logits_BV[places], [guide for _, guide in own]))
 
 
 def _penalise(logits_V: Tensor, row: Row) -> None:

@@ -7,6 +7,7 @@ text and token by token. What does not come out the same is answered in batches 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trimtab.adapt import attention
-from trimtab.adapt.adapter import Adapter
+from trimtab.adapt.adapter import SiteSpec
 from trimtab.adapt.attend import OURS
-from trimtab.adapt.bank import Bank
+from trimtab.adapt.contract import Method
 from trimtab.adapt.documents import PAGES, apart
+from trimtab.adapt.front import decoding
 from trimtab.adapt.pages import SIZE, Pages, Store, Unit
 from trimtab.adapt.tree import anatomy_of
 from trimtab.errors import UnsupportedError
@@ -54,21 +56,22 @@ def model_fits(model: PreTrainedModel) -> bool:
     return far <= (APART_IN_16_BITS if model.dtype.itemsize == 2 else APART)
 
 
-def adapter_fits(model: PreTrainedModel, bank: Bank, adapter: Adapter, *, windows: bool) -> bool:
-    """Whether what an adapter puts before a text stands in all attentions alike; ``windows``: some see no more than so
-    many tokens, and virtual ones are none of them."""
-    keys = sum(method.virtual_tokens for method in adapter.methods)
-    prompt = sum(method.prompt_tokens for method in adapter.methods)
+def adapter_fits(
+    model: PreTrainedModel, methods: Sequence[Method], sites: Sequence[SiteSpec], *, windows: bool
+) -> bool:
+    """Whether what an adapter of these methods, at these sites, puts before a text stands in all attentions alike;
+    ``windows``: some see no more than so many tokens, and virtual ones are none of them."""
+    keys = sum(method.virtual_tokens for method in methods)
+    prompt = sum(method.prompt_tokens for method in methods)
     if not (keys or prompt):
         return True
-    if bank.dropped.get(adapter.name) or (keys and windows):
+    anatomy = anatomy_of(model)
+    if (keys and windows) or (prompt and not decoding(model, anatomy)):
         return False
-    if prompt and not all(front.reads for front in bank.fronts):
-        return False
-    acting = dict.fromkeys(anatomy_of(model).role("self_attention"), 0)
-    for path, injection in bank.injections.items():
-        edits = injection.edits.get(adapter.name, ())
-        acting[path] = sum(edit.method.virtual_tokens for edit in edits)
+    acting = dict.fromkeys(anatomy.role("self_attention"), 0)
+    for site in sites:
+        if tokens := methods[site.method].at(site.path).virtual_tokens:
+            acting[site.path] = acting.get(site.path, 0) + tokens
     return set(acting.values()) == {keys}
 
 

@@ -10,7 +10,6 @@ A forward that fails is tried again adapter by adapter, so that only those reque
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -19,21 +18,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimtab.adapt import attention
-from trimtab.adapt.adapter import Adapter
-from trimtab.adapt.bank import Bank, Plan, find_bank
+from trimtab.adapt.bank import Plan, find_bank
 from trimtab.adapt.documents import PAGES, apart
+from trimtab.adapt.lean import Lean
 from trimtab.adapt.pages import SIZE, Pages, Store, Unit
 from trimtab.adapt.route import Route
-from trimtab.adapt.stack import Stack
+from trimtab.adapt.stack import BUDGET, Stack
+from trimtab.adapt.tiers import Tiers
 from trimtab.adapt.tree import anatomy_of
 from trimtab.engine.serve import draw
 from trimtab.engine.serve.ledger import Ledger
+from trimtab.engine.serve.line import Line
 from trimtab.engine.serve.pieces import Piece, place_of, route_of, spans_of
 from trimtab.engine.serve.remembered import joined, split
 from trimtab.engine.serve.request import Request
-from trimtab.engine.serve.seats import NONE, Seats, Versions
-from trimtab.errors import AnswerError, UnknownNameError
+from trimtab.engine.serve.seats import Seats
+from trimtab.errors import AnswerError
 
 Scope = Callable[[Route, Plan], AbstractContextManager[None]]
 """Makes a context in which the model runs: eval mode, and who acts."""
@@ -43,13 +43,16 @@ class Loop:
     """Requests of one model, and the pages that they share.
 
     Args:
+        tiers: the registry of adapters that are not attached.
         tokens: positions of all pages together.
+        slots: the most bytes of the copies of adapters that lie in slots.
         rows: the most requests that are answered at once.
         prefill: the most tokens of prompts that are read in a turn.
     """
 
     def __init__(
-        self, model: PreTrainedModel, scope: Scope, *, tokens: int, rows: int = 256, prefill: int = 512
+        self, model: PreTrainedModel, scope: Scope, tiers: Tiers, *, tokens: int, slots: int = BUDGET,
+        rows: int = 256, prefill: int = 512,
     ) -> None:  # fmt: skip
         self.model = model
         self.scope = scope
@@ -58,9 +61,8 @@ class Loop:
         pages = -(-tokens // SIZE)
         self.store = Store(pages)
         self.ledger = Ledger(pages, SIZE)
-        self.versions = Versions()
-        self.seats = Seats(None if anatomy_of(model).apart else Stack.of(model))
-        self.waiting: deque[Request] = deque()
+        self.seats = Seats(None if anatomy_of(model).apart else Stack.of(model, slots))
+        self.waiting = Line(self.seats, tiers)
         self.running: list[Request] = []
 
     # -- who is served -----------------------------------------------------------------------------------
@@ -70,14 +72,14 @@ class Loop:
         return bool(self.waiting or self.running)
 
     def submit(self, request: Request) -> None:
-        """Put a request behind those that wait, with the values that its adapter has now. Raises as `check`."""
+        """Put a request behind those that wait, with the values that its adapter has now, where it is attached. Raises
+        as `check`."""
         self.check(request)
-        self._settle(request)
-        self.waiting.append(request)
+        request.actor.ask()
+        self.waiting.join(request)
 
     def check(self, request: Request) -> None:
         """Raise `AnswerError` where all pages together are too few for a request."""
-        request.lead = _lead(request)
         most = -(-request.most // SIZE)
         if most > self.ledger.pages:
             raise AnswerError(
@@ -90,7 +92,7 @@ class Loop:
         """One forward for those who are answered, and one for prompts."""
         self.turn_away()
         self._let_in()
-        with attention.Ours(self.model), torch.no_grad():
+        with Lean(self.model), torch.no_grad():
             ready = [request for request in self.running if request.answering]
             self._each(self._with_pages(ready), self._decode)
             for pieces in self._to_read(ready):
@@ -113,51 +115,36 @@ class Loop:
         self.finish([r for r in [*self.running, *self.waiting] if name in r.owner])
 
     def turn_away(self) -> None:
-        """Let go of those who are done, are wanted no more, or whose adapter is another one, none, or goes otherwise
-        far by now."""
+        """Let go of those who are done, are wanted no more, or whose attached adapter is another one, none, or goes
+        otherwise far by now."""
         bank = find_bank(self.model)
         for request in [*self.running, *self.waiting]:
-            adapter = request.adapter
             if request.cancelled and not request.done:
                 request.finish = "cancelled"
-            if adapter is None or request.done:
-                continue
-            if bank is None or bank.adapters.get(adapter.name) is not adapter:
-                request.error = UnknownNameError(
-                    f"adapter {adapter.name!r} was taken out or replaced while it answered."
-                )
-            elif request.slot == NONE and request.reach != _reach(bank, adapter):
-                request.error = AnswerError(
-                    f"adapter {adapter.name!r} was scaled, or left out of other blocks, while it answered, and an "
-                    "answer is of one adapter as it is; ask again."
-                )
+            if not request.done:
+                request.error = request.actor.lost(bank)
         for request in [r for r in self.running if r.done]:
             self._known(request)
             self._vacate(request)
         for request in [*self.running, *self.waiting]:
             if request.done:
-                self.seats.rise(request.slot)
+                request.actor.leave()
         self.running = [r for r in self.running if not r.done]
-        self.waiting = deque(r for r in self.waiting if not r.done)
+        self.waiting.leave()
         if not self.busy:
             self.seats.clear()
 
     def _let_in(self) -> None:
-        held: list[Request] = []
-        while self.waiting and len(self.running) < self.rows:
-            request = self.waiting.popleft()
-            leader = request.behind
-            if leader is not None and not (leader.done or leader.answering):
-                held.append(request)
-            elif not self._placed(request):
-                self.waiting.appendleft(request)
-                break
-        self.waiting.extendleft(reversed(held))
+        self.waiting.let_in(self._placed)
+        if not self.running:
+            self.waiting.nobody_runs()
 
     def _placed(self, request: Request) -> bool:
         """Give a request its pages, those that hold a beginning of its text among them."""
+        if len(self.running) >= self.rows:
+            return False
         text = self._content(request)
-        known = [] if request.root is None else self.ledger.find(request.root, text)
+        known = [] if request.root is None else self.ledger.find(request.known_by, text)
         if len(known) * SIZE < request.lead:
             known = []
         wanted = request.most if request.remembers else len(text) + 1
@@ -171,19 +158,6 @@ class Loop:
         self.running.append(request)
         return True
 
-    def _settle(self, request: Request) -> None:
-        """Say who acts on a text, at which version: what its keys and values depend on beside its tokens."""
-        adapter, bank = request.adapter, find_bank(self.model)
-        request.root = None if request.remembers else ()
-        if adapter is None or bank is None:
-            return
-        request.reach = _reach(bank, adapter)
-        if request.remembers:
-            return
-        version = self.versions.of(adapter), request.reach
-        request.root = version
-        request.slot = self.seats.sit(adapter, version)
-
     def _content(self, request: Request) -> list[int]:
         """What stands in its pages: virtual tokens, as numbers that no token has, and its text."""
         return [*range(-request.lead, 0), *request.text]
@@ -192,7 +166,7 @@ class Loop:
         """Let others find what it has read."""
         if request.root is not None and request.pages and request.error is None:
             content = self._content(request)[: request.filled]
-            self.ledger.keep(request.root, content, request.pages)
+            self.ledger.keep(request.known_by, content, request.pages)
 
     def _vacate(self, request: Request) -> None:
         if request.error is not None:
@@ -217,7 +191,7 @@ class Loop:
                 self._known(other)
                 self._vacate(other)
                 self.running.remove(other)
-                self.waiting.appendleft(other)
+                self.waiting.again(other)
                 if other is not request:
                     waiting.remove(other)
                     waiting.insert(0, request)
@@ -344,7 +318,9 @@ class Loop:
             return
         chosen = [requests[number] for number in rows]
         logits = logits_BV if len(rows) == len(requests) else logits_BV[rows]
-        tokens = draw.draw(logits, [draw.Row(r.params, r.generator, r.text) for r in chosen])
+        tokens = draw.draw(
+            logits, [draw.Row(r.params, r.generator, r.text, r.guide) for r in chosen]
+        )
         self._note(logits, chosen, tokens)
         for request, token in zip(chosen, tokens, strict=True):
             request.take(token)
@@ -365,15 +341,3 @@ class Loop:
 
 def _request(item: Request | Piece) -> Request:
     return item if isinstance(item, Request) else item.request
-
-
-def _reach(bank: Bank, adapter: Adapter) -> tuple[float, int]:
-    """How far an adapter goes, and how many of the first blocks it is left out of."""
-    return bank.scales.get(adapter.name, 1.0), bank.dropped.get(adapter.name, 0)
-
-
-def _lead(request: Request) -> int:
-    """The virtual tokens before a request's text."""
-    if request.adapter is None:
-        return 0
-    return sum(m.virtual_tokens + m.prompt_tokens for m in request.adapter.methods)

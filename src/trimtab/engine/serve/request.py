@@ -5,16 +5,16 @@ from __future__ import annotations
 import secrets
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from trimtab.engine.guide import STUCK, Guide, Guides
 from trimtab.engine.sampling import Completion, Finish, SamplingParams, decoded, ended
+from trimtab.engine.serve.actors import Actor
 from trimtab.engine.serve.seats import NONE
-
-if TYPE_CHECKING:
-    from trimtab.adapt.adapter import Adapter
+from trimtab.errors import AnswerError
 
 STEP = 0x9E3779B97F4A7C15
 """Between the seeds of a prompt's completions."""
@@ -22,25 +22,32 @@ STEP = 0x9E3779B97F4A7C15
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """What ends an answer, and how tokens become text."""
+    """What ends an answer, and how tokens become text; ``width`` is how many tokens the model can say, where known."""
 
     tokenizer: PreTrainedTokenizerBase
     ends: frozenset[int]
+    width: int | None = None
+    guides: Guides = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "guides", Guides(self.tokenizer, self.ends, self.width))
 
 
 @final
 @dataclass(eq=False, slots=True)
 class Request:
     """``number`` is the index of its prompt among those that were sent together, ``turn`` which of the prompt's
-    completions it is. ``behind`` is a request with the same prompt, whose pages it waits for."""
+    completions it is. ``behind`` is a request with the same prompt, whose pages it waits for. Those of another ``salt``
+    do not find what it has read. Raises what `Guides.learn` raises of its grammar."""
 
     prompt: tuple[int, ...]
     params: SamplingParams
-    adapter: Adapter | None
+    actor: Actor
     words: Words
     number: int = 0
     turn: int = 0
     behind: Request | None = None
+    salt: str | None = None
     tokens: list[int] = field(default_factory=list)
     finish: Finish | None = None
     error: Exception | None = None
@@ -51,31 +58,43 @@ class Request:
     pages: list[int] = field(default_factory=list)
     filled: int = 0
     """Positions of its pages that hold something."""
-    lead: int = 0
-    """How many of them are virtual tokens."""
     root: Hashable = None
-    """What its pages are known by, or None where they are not to be found by others."""
-    reach: tuple[float, int] = (1.0, 0)
-    """How far its adapter goes (`trimtab.scale`), and how many blocks it is left out of."""
-    slot: int = NONE
-    """Where its adapter's values lie; `NONE` where the adapter acts by its name."""
+    """Who acts on its text, at which version; None where its pages are not to be found by others."""
     memory: dict[Any, Any] = field(default_factory=dict)
     generator: torch.Generator = field(init=False)
+    guide: Guide | None = field(init=False)
+    """What its grammar allows next; it stays with the request when its pages are taken."""
 
     def __post_init__(self) -> None:
         seed = self.params.seed
         own = secrets.randbits(63) if seed is None else seed + self.turn * STEP
         self.generator = torch.Generator().manual_seed(own % 2**63)
+        self.guide = self.words.guides.of(self.params.grammar)
 
     @property
     def name(self) -> str:
         """Of its adapter; empty for the bare base."""
-        return "" if self.adapter is None else self.adapter.name
+        return self.actor.name
+
+    @property
+    def slot(self) -> int:
+        """Where its adapter's values lie; `NONE` where the adapter acts by its name."""
+        return self.actor.slot
+
+    @property
+    def lead(self) -> int:
+        """How many of the positions of its pages are virtual tokens."""
+        return self.actor.lead
 
     @property
     def owner(self) -> tuple[str, ...]:
         """Who acts on it by name."""
         return (self.name,) if self.name and self.slot == NONE else ()
+
+    @property
+    def known_by(self) -> Hashable:
+        """What its pages are found by, beside the tokens in them."""
+        return self.salt, self.root
 
     @property
     def done(self) -> bool:
@@ -108,7 +127,7 @@ class Request:
     @property
     def remembers(self) -> bool:
         """Whether its adapter decides something at its prompt; it then has its prompt read by itself."""
-        return self.adapter is not None and any(m.remembers for m in self.adapter.methods)
+        return self.actor.remembers
 
     def cancel(self) -> None:
         """Ask for no more of it. What has come so far stays."""
@@ -121,6 +140,10 @@ class Request:
             self.finish = "stop"
         elif len(self.tokens) >= self.params.max_tokens:
             self.finish = "length"
+        elif self.guide is not None:
+            self.guide.take(token)
+            if self.guide.stuck:
+                self.error = AnswerError(STUCK)
 
     def _stopped(self) -> bool:
         stops = self.params.stop
