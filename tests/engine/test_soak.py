@@ -18,7 +18,7 @@ from trimtab.engine.serve.ledger import Ledger
 from trimtab.engine.serve.seats import Seats, Versions
 
 FAULTS = {
-    "AnswerError", "AttachError", "ConfigError", "DataError", "DuplicateNameError", "FileFormatError",
+    "AnswerError", "ConfigError", "DataError", "DuplicateNameError", "FileFormatError",
     "NonFiniteLossError", "OutOfLuckError", "TrainingError", "UnknownNameError",
 }  # fmt: skip
 
