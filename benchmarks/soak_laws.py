@@ -47,6 +47,8 @@ ROUNDING = {"rtol": 1e-5, "atol": 1e-6}
 IDS = torch.arange(3, 35).view(2, 16)
 PATIENCE = 20_000
 """Turns after which nothing more is expected."""
+LEFT = 4 << 20
+"""Bytes of tensors that may be there when everybody is gone: pages, and the bases of the twins."""
 GONE = UnknownNameError, AttachError
 """What may come of what was asked of an adapter that was taken out; the second where it was the last."""
 
@@ -287,6 +289,15 @@ def leave(world: World) -> None:
     world.torn.clear()
     law(world.bank is None, world, "a bank is left in the bare model")
     rest(world)
+    held = _held()
+    law(held < LEFT, world, f"tensors of {held:,} bytes are alive, and nobody is there")
+
+
+def _held() -> int:
+    """Bytes of all tensors that were made since the world began."""
+    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    each = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(each.values())
 
 
 def retire(world: World, name: str) -> None:

@@ -180,7 +180,11 @@ def register(world: World) -> None:
         refused(world, DuplicateNameError, lambda: world.tiers.put(adapter))
         return
     else:
-        world.tiers.put(adapter)
+        try:
+            world.tiers.put(adapter)
+        except ConfigError:  # those that are up have taken all room
+            world.errors["ConfigError"] += 1
+            return
     world.shelf[name] = Kept(adapter)
     world.torn.discard(name)
 

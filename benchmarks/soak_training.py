@@ -31,7 +31,13 @@ from trimtab.adapt.bank import bank_of
 from trimtab.data import Datum
 from trimtab.engine import Engine
 from trimtab.engine.aims import Aim
-from trimtab.errors import AnswerError, DataError, DuplicateNameError, NonFiniteLossError
+from trimtab.errors import (
+    AnswerError,
+    DataError,
+    DuplicateNameError,
+    FileFormatError,
+    NonFiniteLossError,
+)
 from trimtab.losses import ImportanceSampling
 from trimtab.optim import AdamParams
 
@@ -203,11 +209,16 @@ def _state(world: World, charge: Charge, who: str) -> Path:
 
 def save(world: World) -> None:
     """A tenant's state, with its gradients so far."""
-    if (charge := tenant(world)) is not None:
-        name, own, twin = charge.name, _state(world, charge, "own"), _state(world, charge, "twin")
-        world.follow(
-            Work(name, mirror=lambda engine: engine.save(name, twin)), world.desk.save(name, own)
-        )
+    if (charge := tenant(world)) is None:
+        return
+    name = charge.name
+
+    def put(engine: Engine, who: str) -> None:
+        bank_of(engine.model).require(name)
+        engine.save(name, _state(world, world.charges[name], who))  # of who has the name by then
+
+    work = Work(name, set(GONE), mirror=lambda engine: put(engine, "twin"))
+    world.follow(work, world.desk.call(name, lambda: put(world.engine, "own")))
 
 
 def load(world: World) -> None:
@@ -219,10 +230,12 @@ def load(world: World) -> None:
         return
     if world.draw.random() < 0.5:
         own = twin = _torn(world, own)
-    name = charge.name
+    name, method = charge.name, charge.method
 
     def take(engine: Engine, folder: Path) -> None:
         bank_of(engine.model).require(name)  # a state would be attached
+        if world.charges[name].method != method:
+            raise FileFormatError("it is of another method by now")
         engine.load(folder, name)
 
     work = Work(name, mirror=lambda engine: take(engine, twin))

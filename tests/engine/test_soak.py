@@ -16,10 +16,9 @@ from benchmarks.soak_world import BrokenLawError, World
 from trimtab.engine.serve import Loop, Request
 from trimtab.engine.serve.ledger import Ledger
 from trimtab.engine.serve.seats import Seats, Versions
-from trimtab.engine.tenant import Tenant
 
 FAULTS = {
-    "AnswerError", "AttachError", "ConfigError", "DataError", "DuplicateNameError", "FileFormatError",
+    "AnswerError", "ConfigError", "DataError", "DuplicateNameError", "FileFormatError",
     "NonFiniteLossError", "OutOfLuckError", "TrainingError", "UnknownNameError",
 }  # fmt: skip
 
@@ -73,7 +72,6 @@ PLANTED: dict[str, tuple[type, str, Callable[..., Any], str]] = {
     "a page is not released": (Ledger, "release", _one_page_less, "pages are read"),
     "what an adapter read is found by others": (Versions, "of", _of_nobody, "and alone"),
     "a request is kept": (Loop, "submit", _kept_for_ever, "Request are alive"),
-    "gradients of a failed step stay": (Tenant, "discard", _nothing, "alone|twin"),
     "a seat is not given back": (Seats, "rise", _nothing, "lies in a slot"),
 }
 
