@@ -318,9 +318,14 @@ class Loop:
             return
         chosen = [requests[number] for number in rows]
         logits = logits_BV if len(rows) == len(requests) else logits_BV[rows]
-        tokens = draw.draw(
-            logits, [draw.Row(r.params, r.generator, r.text, r.guide) for r in chosen]
-        )
+        try:
+            tokens = draw.draw(
+                logits, [draw.Row(r.params, r.generator, r.text, r.guide) for r in chosen]
+            )
+        except Exception as error:  # kept from who would try again: these texts have been read
+            for request in chosen:
+                request.error = error
+            return
         self._note(logits, chosen, tokens)
         for request, token in zip(chosen, tokens, strict=True):
             request.take(token)
