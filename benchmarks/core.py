@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol
 
 from benchmarks.worker import machine_seconds
 
@@ -104,32 +104,40 @@ def spreads(value: Any) -> Any:
     return {key: spreads(each) for key, each in value.items()}
 
 
+class Process(Protocol):
+    """What a `Worker` needs of the process that it talks to."""
+
+    stdin: IO[str] | None
+    stdout: IO[str] | None
+
+    def wait(self) -> int: ...
+
+
+def started(side: Side, allocator: str, threads: int) -> Process:
+    """A new Python that serves a side."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "LD_PRELOAD"))}
+    quiet = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.worker", side.target, json.dumps(dict(side.options))],
+        env={**kept, **quiet, "OMP_NUM_THREADS": str(threads), **ALLOCATORS[allocator]},
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+    )
+
+
 class Worker:
     """A side's process. Raises `SideError` where the side does."""
 
     def __init__(self, side: Side, allocator: str, threads: int) -> None:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "LD_PRELOAD"))}
-        quiet = {
-            "HF_HUB_OFFLINE": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "TRANSFORMERS_VERBOSITY": "error",
-        }
         self.side = side
-        self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "benchmarks.worker",
-                side.target,
-                json.dumps(dict(side.options)),
-            ],
-            env={**kept, **quiet, "OMP_NUM_THREADS": str(threads), **ALLOCATORS[allocator]},
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            encoding="utf-8",
-        )
+        self._process = started(side, allocator, threads)
         try:
             self._read()
         except SideError:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SIZES = (1024, 2048)
 
 
 class Matmul:
     """``step`` multiplies n × n matrices and gives the best GFLOP/s of a few repetitions, by dtype and n."""
 
-    def __init__(self, sizes: Sequence[int] = (1024, 2048), repeat: int = 5) -> None:
+    def __init__(self, repeat: int = 5) -> None:
         self.repeat = repeat
         self.operands = {
             (name, n): [torch.randn(n, n, dtype=dtype) for _ in range(3)]
             for name, dtype in DTYPES.items()
-            for n in sizes
+            for n in SIZES
         }
 
     def step(self, number: int) -> dict[str, Any]:

@@ -54,22 +54,27 @@ def answer(side: Any, request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def serve(target: str, options: dict[str, Any], answers: TextIO) -> None:
-    """Make the side (``module:Class``, with ``options``) and answer until stdin ends."""
-    module, _, name = target.partition(":")
-    side = getattr(import_module(module), name)(**options)
-    gc.collect()
-    print(json.dumps({"result": "ready"}), file=answers, flush=True)
-    for line in sys.stdin:
-        print(json.dumps(answer(side, json.loads(line))), file=answers, flush=True)
+def serve(target: str, options: dict[str, Any], questions: TextIO, answers: TextIO) -> int:
+    """Make the side (``module:Class``, with ``options``) and answer until there are no more questions.
+
+    Returns an exit code; what the side raises is the last answer.
+    """
+    try:
+        module, _, name = target.partition(":")
+        side = getattr(import_module(module), name)(**options)
+        gc.collect()
+        print(json.dumps({"result": "ready"}), file=answers, flush=True)
+        for line in questions:
+            print(json.dumps(answer(side, json.loads(line))), file=answers, flush=True)
+    except Exception:
+        print(json.dumps({"error": traceback.format_exc()}), file=answers, flush=True)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
     # Libraries print; what they say goes to stderr, so that stdout holds answers only.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as channel:
         os.dup2(2, 1)
-        try:
-            serve(sys.argv[1], json.loads(sys.argv[2]), channel)
-        except Exception:
-            print(json.dumps({"error": traceback.format_exc()}), file=channel, flush=True)
-            sys.exit(1)
+        code = serve(sys.argv[1], json.loads(sys.argv[2]), sys.stdin, channel)
+    sys.exit(code)

@@ -6,6 +6,7 @@ a cache of this process alone.
 """
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -24,6 +25,12 @@ from recipes import assets
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 settings.register_profile("trimtab", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("trimtab")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collector of garbage need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import json
 import warnings
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -32,6 +33,7 @@ def test_both_sides_have_the_same_gradients(tmp_path: Path) -> None:
         assert torch.cosine_similarity(gradient.flatten(), peer[name].flatten(), 0) > 0.98, name
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_quick_run_writes_a_report(tmp_path: Path) -> None:
     options = ["--quick", "--width", "64", "--threads", "1", "--allocator", "tuned"]
     assert command.main(["dora_step", *options, "--out", str(tmp_path)]) == 0

@@ -26,6 +26,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.mark.usefixtures("forked")
 def test_it_measures_by_turns_and_writes_a_report(model: str, tmp_path: Path) -> None:
     options = [
         "--model",
@@ -73,9 +74,13 @@ def test_a_model_without_weights_gets_the_same_adapter_from_both() -> None:
 
 
 def test_an_import_is_timed_in_a_process_of_its_own() -> None:
-    assert 0 < face._import_seconds("", "import trimtab.peft") < 60
+    light = (
+        "from types import SimpleNamespace\n"
+        "sys.modules.update(torch=sys, transformers=SimpleNamespace(PreTrainedModel=0))"
+    )
+    assert 0.1 < face._import_seconds(light, "time.sleep(0.1)") < 60
     with pytest.raises(SideError, match="nothing_like_it"):
-        face._import_seconds("", "import nothing_like_it")
+        face._import_seconds(light, "import nothing_like_it")
 
 
 def test_the_tables_of_all_parts() -> None:

@@ -64,6 +64,7 @@ def test_memory_that_runs_out_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert ran("peft") == {"out_of_memory": "CUDA out of memory"}
 
 
+@pytest.mark.usefixtures("forked")
 def test_one_call_writes_everything(tmp_path: Path) -> None:
     names = ["peft, blocks recomputed", "trimtab, NF4"]
     options = ["--tiny", "--sides", *names, "--warmup", "1", "--steps", "2", "--threads", "1"]

@@ -96,6 +96,7 @@ def test_slopes_are_marked_where_they_lie_apart() -> None:
     assert not growth.compared([1, 2, 4], [1.0, 1.5, 2.25], [3.0, 6.0, 12.0])["near"]
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_quick_run_writes_a_report(tmp_path: Path) -> None:
     options = ["--quick", "--threads", "1", "--only", "tokens", "--out", str(tmp_path)]
     assert command.main(["growth", *options]) == 0

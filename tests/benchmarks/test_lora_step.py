@@ -43,6 +43,7 @@ def test_both_sides_have_the_same_gradients(model: str, tmp_path: Path) -> None:
         assert torch.cosine_similarity(gradient.flatten(), peer[name].flatten(), 0) > 0.98, name
 
 
+@pytest.mark.usefixtures("forked")
 def test_it_measures_and_writes_a_report(model: str, tmp_path: Path) -> None:
     options = ["--model", model, "--rows", "2", "--tokens", "16", "--rank", "4", "--rounds", "2"]
     options += ["--warmup", "1", "--patience", "0", "--threads", "1", "--allocator", "tuned"]

@@ -139,6 +139,7 @@ def test_chats_are_the_same_tokens_and_the_same_answers_on_both_sides(
     assert first[0]["losses"] == pytest.approx(first[1]["losses"], rel=0.1)
 
 
+@pytest.mark.usefixtures("forked")
 def test_chats_are_measured_and_reported(model: str, files: dict[str, str], tmp_path: Path) -> None:
     options = [
         "--model",
@@ -186,6 +187,7 @@ def test_texts_to_classify_are_the_same_and_learnt_alike(
     assert measured[0] == pytest.approx(measured[1], rel=1e-3)
 
 
+@pytest.mark.usefixtures("forked")
 def test_classifying_is_measured_and_reported(
     encoder: str, files: dict[str, str], tmp_path: Path
 ) -> None:
@@ -211,6 +213,7 @@ def test_classifying_is_measured_and_reported(
     assert "| articles | float32 | default | **ratio** |" in table  # fmt: skip
 
 
+@pytest.mark.usefixtures("forked")
 def test_scores_are_the_same_and_reported(
     model: str, files: dict[str, str], tmp_path: Path
 ) -> None:

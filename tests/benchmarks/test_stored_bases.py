@@ -34,6 +34,7 @@ def test_a_big_base_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "| plain torch |" in (tmp_path / "big_base.md").read_text("utf-8")
 
 
+@pytest.mark.usefixtures("forked")
 def test_the_step_on_a_stored_base_is_that_of_the_peer(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     base = kit.base(tiny.llama(hidden_size=64, intermediate_size=128))  # rows of whole blocks

@@ -343,16 +343,19 @@ def _sampled(law: str, cell: Cell) -> bool:
 
 @cache
 def _dealt(model: str) -> set[tuple[str, Cell]]:
-    """On one model: a law for each method in turn, and a method for each law in turn."""
+    """On one model: a method for each law in turn, no method twice, and a law for each method that is left."""
     here = [cell for cell in cells() if cell.model == model]
     turn = list(CASES).index(model)  # so that a method meets other laws on the next model
+    left = here[turn % len(here) :] + here[: turn % len(here)]
     found = set()
-    for number, cell in enumerate(here):
+    for law, about in LAWS.items():
+        able = [cell for cell in left if about(cell)] or [cell for cell in here if about(cell)]
+        if able:
+            found.add((law, able[0]))
+            left = [cell for cell in left if cell != able[0]]
+    for number, cell in enumerate(left):
         laws = [law for law, about in LAWS.items() if about(cell)]
         found.add((laws[(number + turn) % len(laws)], cell))
-    for number, (law, about) in enumerate(LAWS.items()):
-        if able := [cell for cell in here if about(cell)]:
-            found.add((law, able[(number + turn) % len(able)]))
     return found
 
 

@@ -1,7 +1,7 @@
 """What two gloo ranks on this CPU do with ``accelerate``, and how a test starts them.
 
-Run as a program (``python -m tests.peft.ranks RANK FOLDER PORT PART``) it is one rank; it raises where what it sees
-is not what one process alone computes.
+Run as a program (``python -m tests.peft.ranks FOLDER``, with the variables of torchrun) it is one rank; it raises where
+what it sees is not what one process alone computes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def start(folder: Path, part: str) -> None:
+def start(folder: Path) -> None:
     """Run both ranks; a failure of either is one of the test, with what it printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -40,7 +40,7 @@ def start(folder: Path, part: str) -> None:
               "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.peft.ranks", str(folder), part],
+            [sys.executable, "-m", "tests.peft.ranks", str(folder)],
             env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
@@ -215,12 +215,12 @@ def fsdp_of_the_first_kind(folder: Path) -> None:
     expect(all(torch.equal(there[k], v) for k, v in values.items()), "as saved")
 
 
-PARTS = {"ddp": (ddp, fsdp_of_the_first_kind), "fsdp": (fsdp,)}
+PARTS = (ddp, fsdp_of_the_first_kind, fsdp)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     try:
-        for part in PARTS[sys.argv[2]]:
+        for part in PARTS:
             part(Path(sys.argv[1]))
     finally:
         if dist.is_initialized():

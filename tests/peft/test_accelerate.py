@@ -21,9 +21,8 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-@pytest.mark.parametrize("part", ranks.PARTS)
-def test_two_ranks_train_as_one_process_does(part: str, tmp_path: Path) -> None:
-    ranks.start(tmp_path, part)
+def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
+    ranks.start(tmp_path)
 
 
 def test_one_process_gives_the_losses_of_peft(tmp_path: Path) -> None:

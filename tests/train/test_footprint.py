@@ -175,7 +175,7 @@ def test_more_at_once_needs_more(home: Path) -> None:
 def test_methods_are_counted_as_they_are_trained(home: Path, method: str) -> None:
     more = {"full": {"targets": "all"}, "shira": {"rank": 4}}
     chosen = {"kind": method, **more.get(method, {})}
-    recipe = kit.recipe(home, "run", method=chosen)
+    recipe = kit.recipe(home, "run", method=chosen, data__held_out=None, eval={"forgetting": False})
     found = footprint(recipe)
     _, base, adapter = opened_base(recipe)
     parts = found.moments["training"].parts
@@ -225,7 +225,7 @@ def test_a_model_of_70_billion_takes_no_memory_here(home: Path, tmp_path: Path) 
     found = plan(
         kit.recipe(
             home, "run", model=str(folder), dtype=None, storage="nf4", data__held_out=None, eval={"forgetting": False},
-            method={"kind": "lora", "rank": 8, "layers": [79]},
+            method={"kind": "lora", "rank": 8, "layers": [79]}, batch={"size": 1},
         ),
         gpu="24GB",
     )  # fmt: skip
@@ -237,7 +237,7 @@ def test_a_model_of_70_billion_takes_no_memory_here(home: Path, tmp_path: Path) 
 
 
 def test_what_is_proposed_fits(home: Path) -> None:
-    plain = kit.recipe(home, "run", batch={"size": 32, "micro_tokens": 1024}, data__held_out=None,
+    plain = kit.recipe(home, "run", batch={"size": 12, "micro_tokens": 512}, data__held_out=None,
                        eval={"forgetting": False})  # fmt: skip
     now = footprint(plain)
     blocks = footprint(plain.replace(memory=plain.memory.replace(recompute="blocks"))).needs(EXACT)

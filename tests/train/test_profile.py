@@ -47,7 +47,9 @@ def short_measure(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def recipe(home: Path, **options: Any) -> Recipe:
-    few = {"steps": 3, "eval__every": None, "eval__samples": 0, "eval__forgetting": False}
+    few = {
+        "steps": 3, "data__held_out": None, "eval__every": None, "eval__samples": 0, "eval__forgetting": False,
+    }  # fmt: skip
     return kit.recipe(home, "run", **{**few, **options})
 
 

@@ -9,14 +9,14 @@ would choose by device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 META = torch.device("meta")
@@ -54,7 +54,7 @@ class Hollow(TorchDispatchMode):
         return out
 
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = [*_tensors(args), *_tensors(kwargs)]
         empty = [tensor for tensor in given if tensor.is_meta]
         if func is aten._to_copy.default:
             return _moved(args[0], kwargs)
@@ -79,12 +79,12 @@ class Hollow(TorchDispatchMode):
 
     def _shaped(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """What torch says of shapes; asked once for each operation on such arguments."""
-        if any(returned.alias_info is not None for returned in func._schema.returns):
-            return func(*tree_map(_emptied, args), **tree_map(_emptied, kwargs))
+        if _looks(func):
+            return func(*_emptied(args), **_emptied(kwargs))
         key = (func, _sign(args), _sign(kwargs))
         known = self._known.get(key)
         if known is None:
-            out = func(*tree_map(_emptied, args), **tree_map(_emptied, kwargs))
+            out = func(*_emptied(args), **_emptied(kwargs))
             if isinstance(out, Tensor) and out.is_meta and out._is_view() is False:
                 self._known[key] = _Shape(out.shape, out.stride(), out.dtype)
             return out
@@ -140,19 +140,45 @@ def _counted(func: Any, args: Any, kwargs: dict[str, Any], given: Sequence[Tenso
         kwargs = kwargs if dtype.is_floating_point else {**kwargs, "device": CPU}
     if sum(tensor.numel() for tensor in given) > 1024:
         try:
-            shaped = func(*tree_map(_emptied, args), **tree_map(_emptied, kwargs))
+            shaped = func(*_emptied(args), **_emptied(kwargs))
         except (NotImplementedError, RuntimeError):  # its shape depends on values
             return func(*args, **kwargs)
-        sizes = [leaf.numel() for leaf in tree_leaves(shaped) if isinstance(leaf, Tensor)]
-        if max(sizes, default=0) > MOST:
+        if max((tensor.numel() for tensor in _tensors(shaped)), default=0) > MOST:
             return shaped
     return func(*args, **kwargs)
 
 
-def _emptied(leaf: Any) -> Any:
-    if not isinstance(leaf, Tensor) or leaf.is_meta or leaf.dim() == 0:
-        return leaf
-    return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=META)
+def _emptied(value: Any) -> Any:
+    """Arguments of an operation without the values of their tensors; a number may be a tensor, and stays."""
+    if isinstance(value, Tensor):
+        if value.is_meta or value.dim() == 0:
+            return value
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=META)
+    if isinstance(value, list | tuple):
+        return [_emptied(inner) for inner in value]
+    if isinstance(value, dict):
+        return {name: _emptied(inner) for name, inner in value.items()}
+    return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors among the arguments or the results of an operation: an operation knows lists, and names at the top.
+
+    (Torch's own walk over any tree takes more time than all else that is done for an operation here.)
+    """
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _tensors(inner)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+@cache
+def _looks(func: Any) -> bool:
+    """Whether what an operation gives may lie in what it was given."""
+    return any(returned.alias_info is not None for returned in func._schema.returns)
 
 
 def _places(index: Tensor | None) -> list[Tensor | None]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,20 @@ from trimtab.errors import StorageError
 
 def write_page(path: Path, template: str, facts: Mapping[str, Any]) -> Path:
     """Render a template of ours and write it whole or not at all. Raises `StorageError`."""
+    page = _templates().get_template(template).render(facts)
+    temporary = path.with_name(f".{path.name}")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"cannot write {path}: {error.strerror or error}.") from error
+    return path
+
+
+@cache
+def _templates() -> Environment:
+    """Our templates, each compiled once."""
     environment = Environment(
         loader=PackageLoader("trimtab.train", "templates"),
         autoescape=True,
@@ -29,15 +44,7 @@ def write_page(path: Path, template: str, facts: Mapping[str, Any]) -> Path:
     environment.filters |= {
         "tokens": marked, "size": sized, "duration": timed, "number": numbered
     }  # fmt: skip
-    page = environment.get_template(template).render(facts)
-    temporary = path.with_name(f".{path.name}")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(f"cannot write {path}: {error.strerror or error}.") from error
-    return path
+    return environment
 
 
 def numbered(value: float) -> str:
